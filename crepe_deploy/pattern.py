@@ -1,0 +1,74 @@
+"""Sparsity patterns: `N:M` (N kept of every M consecutive input columns) and unstructured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from .errors import PatternError
+
+Granularity = Literal["row", "matrix"]
+GRANULARITIES: tuple[Granularity, ...] = ("row", "matrix")
+MAX_GROUP = 32
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep `n` of every `m` consecutive input columns of each row."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m <= MAX_GROUP:
+            raise PatternError(f"pattern {self} is not usable: N:M keeps N of M with 1 <= N < M <= {MAX_GROUP}")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return 1 - self.n / self.m
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Zero the fraction `sparsity`, counted within each row or over the whole matrix."""
+
+    sparsity: float
+    granularity: Granularity = "row"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise PatternError(f"sparsity {self.sparsity} is not usable: it is the fraction of zeros, 0 <= s < 1")
+        if self.granularity not in GRANULARITIES:
+            raise PatternError(f"granularity '{self.granularity}' is unknown; known: {', '.join(GRANULARITIES)}")
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:g}/{self.granularity}"
+
+
+Pattern: TypeAlias = NM | Unstructured
+
+
+def parse_pattern(text: str, granularity: Granularity = "row") -> Pattern:
+    """Read `"2:4"` or `"0.5"`; `granularity` applies to the latter. Raises PatternError."""
+    try:
+        if ":" in text:
+            n, m = (int(part) for part in text.split(":"))
+            return NM(n, m)
+        return Unstructured(float(text), granularity)
+    except ValueError as error:
+        raise PatternError(
+            f"pattern '{text}' is not understood: write N:M (N kept of M, e.g. 2:4) or a fraction of zeros (e.g. 0.5)"
+        ) from error
+
+
+def check_divides(pattern: Pattern, name: str, in_features: int) -> None:
+    """Raise PatternError naming the tensor unless `in_features` splits into whole groups."""
+    if isinstance(pattern, NM) and in_features % pattern.m:
+        raise PatternError(
+            f"{name}: its {in_features} input columns do not split into groups of {pattern.m}, as pattern {pattern} "
+            f"needs; choose another pattern or leave it out with --exclude"
+        )
