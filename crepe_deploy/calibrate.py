@@ -1,0 +1,130 @@
+"""The calibration batch on its way through the blocks, and the statistics of what each linear layer reads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import Decoder, LinearSpec
+from .methods.base import Need, Stats
+
+BATCH_TOKENS = 2048
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Stream:
+    """Hidden states of a token set in front of one block, in micro-batches, and how every block is to be called.
+
+    hidden: tensors (batch, length, width), compute dtype. calls: for each batch size, one call for each block.
+    """
+
+    hidden: list[Tensor]
+    calls: dict[int, list[Call]]
+
+    @property
+    def sequences(self) -> int:
+        return sum(batch.shape[0] for batch in self.hidden)
+
+    @torch.inference_mode()
+    def run(self, block: nn.Module, index: int, *, advance: bool) -> None:
+        """Send every micro-batch through `block`; with `advance` its output replaces the hidden states."""
+        for position, batch in enumerate(self.hidden):
+            args, kwargs = self.calls[batch.shape[0]][index]
+            output = block(batch, *args, **kwargs)
+            if advance:
+                self.hidden[position] = output
+
+
+def embed(decoder: Decoder, token_sets: list[Tensor]) -> list[Stream]:
+    """Run the embeddings over token sets, each (samples, length) int64, and note how the model calls its blocks."""
+    with decoder.embedder() as run:
+        return [_embed_one(run, tokens) for tokens in token_sets]
+
+
+def _embed_one(run: Any, tokens: Tensor) -> Stream:
+    hidden: list[Tensor] = []
+    calls: dict[int, list[Call]] = {}
+    for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
+        slots = run(batch)
+        hidden.append(slots[0].hidden)
+        calls.setdefault(batch.shape[0], [slot.call for slot in slots])
+    return Stream(hidden, calls)
+
+
+@dataclass
+class _Accumulator:
+    """Sums over the calibration tokens of one linear input: squares (in,), Gram matrix (in, in); fp32."""
+
+    needs: frozenset[Need]
+    squares: Tensor | None = None
+    gram: Tensor | None = None
+    _stats: Stats | None = None
+
+    def add(self, batch: Tensor) -> None:
+        """`batch` (..., in), any float dtype."""
+        rows = batch.reshape(-1, batch.shape[-1])
+        if "col_norm" in self.needs:
+            squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square_()
+            self.squares = squares if self.squares is None else self.squares.add_(squares)
+        if "hessian" in self.needs:
+            rows = rows.float()
+            if self.gram is None:
+                self.gram = torch.zeros(rows.shape[1], rows.shape[1])
+            self.gram.addmm_(rows.T, rows)
+
+    def stats(self, sequences: int) -> Stats:
+        """Close the sums; every call returns the same object, so that methods can recognise a shared input."""
+        if self._stats is None:
+            self._stats = Stats(
+                col_norm=None if self.squares is None else (self.squares / sequences).sqrt_(),
+                hessian=None if self.gram is None else self.gram.mul_(2 / sequences),
+            )
+        return self._stats
+
+
+@dataclass
+class Collector:
+    """Accumulates `needs` for the inputs of chosen linears; linears that read one tensor share one accumulator."""
+
+    needs: frozenset[Need]
+    _by_path: dict[str, _Accumulator] = field(default_factory=dict)
+    _batch: list[tuple[Tensor, _Accumulator]] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def watching(self, block: nn.Module, linears: list[LinearSpec]) -> Iterator[None]:
+        """Hook the named linears of `block` while the block runs. Does nothing when nothing is needed."""
+        handles = []
+        if self.needs:
+            for spec in linears:
+                handles.append(block.get_submodule(spec.path).register_forward_pre_hook(self._hook(spec.path)))
+            handles.append(block.register_forward_hook(lambda *_: self._batch.clear()))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._batch.clear()
+
+    def _hook(self, path: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for seen, accumulator in self._batch:
+                if seen is args[0] and self._by_path.setdefault(path, accumulator) is accumulator:
+                    return
+            accumulator = self._by_path.setdefault(path, _Accumulator(self.needs))
+            accumulator.add(args[0])
+            self._batch.append((args[0], accumulator))
+
+        return hook
+
+    def stats(self, path: str, sequences: int) -> Stats:
+        """The statistics of one linear's input; linears with a shared input get the same tensors."""
+        if not self.needs:
+            return Stats()
+        return self._by_path[path].stats(sequences)

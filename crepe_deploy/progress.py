@@ -1,0 +1,69 @@
+"""Progress on stderr: a bar with an ETA on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+LINE_EVERY_S = 10.0
+
+
+class Step(Protocol):
+    """Called after each piece of work with how many pieces are done and how many there are."""
+
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+def silent(done: int, total: int) -> None:
+    """A step that shows nothing."""
+
+
+@contextmanager
+def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
+    """Yield a `Step` that shows `label`, the share done and the time left."""
+    if quiet:
+        yield silent
+    elif sys.stderr.isatty():
+        with _bar(label) as step:
+            yield step
+    else:
+        yield _lines(label)
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Step]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(label, total=None)
+
+        def step(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        yield step
+
+
+def _lines(label: str) -> Step:
+    start = last = time.monotonic()
+
+    def step(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= LINE_EVERY_S:
+            last = now
+            left = (now - start) * (total - done) / max(done, 1)
+            print(f"{label}: {done}/{total}, {now - start:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return step
