@@ -1,0 +1,178 @@
+"""GGUF files as a source: one file in, one Hugging Face folder out, dequantised and said so."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, ConfigError, CrepeError, DiskFullError, MissingExtra, OutputError, UnsupportedModel
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+HEADER_BYTES = 24
+PROVENANCE = "gguf_source.json"
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class GgufInfo:
+    """What a GGUF file says of itself; `quantisation` counts tensors by storage type."""
+
+    name: str
+    architecture: str
+    licence: str | None
+    quantisation: dict[str, int]
+
+
+def check_gguf(path: Path) -> GgufInfo:
+    """Read the header and prove that every tensor's bytes are there; the data itself is not read.
+
+    Raises CheckpointError (missing, not GGUF, unknown version, damaged or truncated) and MissingExtra.
+    """
+    _check_magic(path)
+    _need("gguf")
+    from gguf import GGUFReader
+
+    size = path.stat().st_size
+    try:
+        reader = GGUFReader(str(path))
+        ends = [int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors]
+        info = GgufInfo(
+            name=_text(reader, "general.name") or path.stem,
+            architecture=_text(reader, "general.architecture") or "unknown",
+            licence=_text(reader, "general.license"),
+            quantisation=dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
+        )
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({size} bytes): {error}; download it again") from error
+    if not ends or max(ends) > size:
+        raise CheckpointError(
+            f"{path} is truncated: it has {size} bytes and its tensors end at byte {max(ends, default=0)}; "
+            f"download it again"
+        )
+    return info
+
+
+def convert_gguf(path: Path, out_dir: Path, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Dequantise a GGUF file into a Hugging Face folder (weights, config, generation config, tokenizer, template).
+
+    Writes `out_dir.partial-PID` and renames it; `out_dir` must not exist. Returns, and leaves in the folder as
+    `gguf_source.json`, where the weights come from: file name, sha256, size, storage types, dtype.
+    The whole model is in memory meanwhile, twice its dtype's size. Raises CheckpointError, ConfigError,
+    UnsupportedModel, OutputError, DiskFullError and MissingExtra.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype '{dtype}' is not known; known: {', '.join(DTYPES)}")
+    if out_dir.exists():
+        raise OutputError(f"{out_dir} exists already; remove it or choose another folder")
+    info = check_gguf(path)
+    _need("accelerate")
+    provenance = {
+        "file": path.name,
+        "sha256": sha256_file(path),
+        "size_bytes": path.stat().st_size,
+        **asdict(info),
+        "weights": f"dequantised from {', '.join(sorted(info.quantisation))} to {dtype}",
+        "dtype": dtype,
+    }
+    partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
+    with removed_on_failure(partial):
+        _dequantise(path, partial, dtype, info)
+        (partial / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+        for file in partial.iterdir():
+            file.chmod(0o644)
+        partial.rename(out_dir)
+    return provenance
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def removed_on_failure(partial: Path) -> Iterator[None]:
+    """Leave no half-written folder behind: whatever goes wrong inside, Ctrl-C included, `partial` is deleted.
+
+    Raises DiskFullError where the disk ran full and OutputError where it could not be written.
+    """
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"no room on the disk for {partial}: {error}") from error
+        raise OutputError(f"cannot write {partial}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_magic(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    if head[:4] != MAGIC:
+        raise CheckpointError(f"{path} is not a GGUF file: it starts with {head[:4]!r} instead of {MAGIC!r}")
+    if len(head) < HEADER_BYTES:
+        raise CheckpointError(f"{path} is truncated: {len(head)} bytes, less than a GGUF header ({HEADER_BYTES})")
+    version = struct.unpack("<I", head[4:8])[0]
+    if version not in VERSIONS:
+        raise CheckpointError(f"{path} is GGUF version {version}; versions {VERSIONS[0]} to {VERSIONS[-1]} are read")
+
+
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtra(package, "gguf", "reading a GGUF file")
+
+
+def _text(reader: Any, key: str) -> str | None:
+    field = reader.fields.get(key)
+    return None if field is None else str(field.contents())
+
+
+def _dequantise(path: Path, out_dir: Path, dtype: str, info: GgufInfo) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            gguf_file=path.name,
+            dtype=getattr(torch, dtype),
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        _forget_quantisation(model)
+        model.save_pretrained(str(out_dir))
+        tokenizer.save_pretrained(str(out_dir))
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, AttributeError) as error:
+        raise UnsupportedModel(f"transformers cannot convert {path} ({info.architecture}): {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _forget_quantisation(model: Any) -> None:
+    # transformers refuses to save a model that still names its GGUF quantiser, though nothing is quantised any more
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CrepeError("the GGUF file left some of the model's weights unset")
