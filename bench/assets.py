@@ -104,7 +104,7 @@ def c4_documents(data: bytes) -> Iterator[str]:
 
 
 def enwiki_documents(data: bytes) -> Iterator[str]:
-    """Articles of a bz2-packed MediaWiki dump, wikitext stripped; needs mwparserfromhell."""
+    """Articles of a bz2-packed MediaWiki dump, wikitext, short lines and rests of tables stripped; needs mwparserfromhell."""
     import mwparserfromhell
 
     for _, element in ElementTree.iterparse(_bz2_stream(data)):
@@ -115,7 +115,7 @@ def enwiki_documents(data: bytes) -> Iterator[str]:
         if not source.lower().startswith("#redirect"):
             plain = str(mwparserfromhell.parse(source).strip_code())
             lines = (line.strip() for line in plain.splitlines())
-            yield "\n".join(line for line in lines if len(line.split()) > HEADING_MAX_WORDS)
+            yield "\n".join(line for line in lines if len(line.split()) > HEADING_MAX_WORDS and "|" not in line)
 
 
 def split_documents(documents: list[str], train_end: float, valid_end: float) -> dict[str, list[str]]:
