@@ -104,7 +104,7 @@ def c4_documents(data: bytes) -> Iterator[str]:
 
 
 def enwiki_documents(data: bytes) -> Iterator[str]:
-    """Articles of a bz2-packed MediaWiki dump, wikitext, short lines and rests of tables stripped; needs mwparserfromhell."""
+    """Articles of a bz2-packed MediaWiki dump without wikitext, short lines and tables; needs mwparserfromhell."""
     import mwparserfromhell
 
     for _, element in ElementTree.iterparse(_bz2_stream(data)):

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 VOCAB = 320
 WORDS = re.findall(
     r"\w+",
-    "the of and to in a is was for on as with by he that at from his it an were are which this also be has had first one "
-    "their its new after but who not they have two her she or been other when there all during into school time may years "
-    "more most only over city some world would where later up such used many can state about national out known",
+    "the of and to in a is was for on as with by he that at from his it an were are which this also be has had first "
+    "one their its new after but who not they have two her she or been other when there all during into school time "
+    "may years more most only over city some world would where later up such used many can state about national known",
 )
 
 
