@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, ConfigError, CrepeError, DiskFullError, MissingExtra, OutputError, UnsupportedModel
+from .errors import CheckpointError, ConfigError, CrepeError, MissingExtra, OutputError, UnsupportedModel
+from .manifest import sha256_file
+from .writing import disk_errors, write_json
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -67,14 +64,14 @@ def check_gguf(path: Path) -> GgufInfo:
 def convert_gguf(path: Path, out_dir: Path, dtype: str = "bfloat16") -> dict[str, Any]:
     """Dequantise a GGUF file into a Hugging Face folder (weights, config, generation config, tokenizer, template).
 
-    Writes `out_dir.partial-PID` and renames it; `out_dir` must not exist. Returns, and leaves in the folder as
-    `gguf_source.json`, where the weights come from: file name, sha256, size, storage types, dtype.
-    The whole model is in memory meanwhile, twice its dtype's size. Raises CheckpointError, ConfigError,
-    UnsupportedModel, OutputError, DiskFullError and MissingExtra.
+    Works in `out_dir.partial-PID` and renames it; `out_dir` must not exist or be empty. Returns, and leaves in the
+    folder as `gguf_source.json`, where the weights come from: file name, sha256, size, storage types, dtype; a
+    `README.md` says the same and carries the licence. The whole model is in memory meanwhile, about twice.
+    Raises CheckpointError, ConfigError, UnsupportedModel, OutputError, DiskFullError and MissingExtra.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype '{dtype}' is not known; known: {', '.join(DTYPES)}")
-    if out_dir.exists():
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise OutputError(f"{out_dir} exists already; remove it or choose another folder")
     info = check_gguf(path)
     _need("accelerate")
@@ -87,36 +84,18 @@ def convert_gguf(path: Path, out_dir: Path, dtype: str = "bfloat16") -> dict[str
         "dtype": dtype,
     }
     partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
-    with removed_on_failure(partial):
-        _dequantise(path, partial, dtype, info)
-        (partial / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-        for file in partial.iterdir():
-            file.chmod(0o644)
-        partial.rename(out_dir)
-    return provenance
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def removed_on_failure(partial: Path) -> Iterator[None]:
-    """Leave no half-written folder behind: whatever goes wrong inside, Ctrl-C included, `partial` is deleted.
-
-    Raises DiskFullError where the disk ran full and OutputError where it could not be written.
-    """
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(f"no room on the disk for {partial}: {error}") from error
-        raise OutputError(f"cannot write {partial}: {error}") from error
+        with disk_errors(partial):
+            partial.mkdir(parents=True)
+            _dequantise(path, partial, dtype, info)
+            write_json(partial / PROVENANCE, provenance)
+            (partial / "README.md").write_text(_card(provenance), encoding="utf-8")
+            for file in partial.iterdir():
+                file.chmod(0o644)  # safetensors writes its files readable by their owner alone
+            partial.rename(out_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return provenance
 
 
 def _check_magic(path: Path) -> None:
@@ -137,6 +116,15 @@ def _check_magic(path: Path) -> None:
 def _need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise MissingExtra(package, "gguf", "reading a GGUF file")
+
+
+def _card(provenance: dict[str, Any]) -> str:
+    licence = provenance["licence"]
+    front = f"---\nlicense: {licence}\n---\n" if licence else ""
+    return (
+        f"{front}# {provenance['name']}\n\nConverted from the GGUF file `{provenance['file']}` "
+        f"(sha256 {provenance['sha256']}): weights {provenance['weights']}.\n"
+    )
 
 
 def _text(reader: Any, key: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -63,6 +64,20 @@ def parse_pattern(text: str, granularity: Granularity = "row") -> Pattern:
         raise PatternError(
             f"pattern '{text}' is not understood: write N:M (N kept of M, e.g. 2:4) or a fraction of zeros (e.g. 0.5)"
         ) from error
+
+
+def zero_count(pattern: Pattern, out_features: int, in_features: int) -> int:
+    """How many entries of an (out, in) weight the pattern zeroes, exactly."""
+    if isinstance(pattern, NM):
+        return out_features * in_features * (pattern.m - pattern.n) // pattern.m
+    if pattern.granularity == "row":
+        return out_features * fraction_of(in_features, pattern.sparsity)
+    return fraction_of(out_features * in_features, pattern.sparsity)
+
+
+def fraction_of(count: int, sparsity: float) -> int:
+    """floor(count * sparsity), safe against 0.7 * 10 = 6.999..."""
+    return math.floor(count * sparsity + 1e-9)
 
 
 def check_divides(pattern: Pattern, name: str, in_features: int) -> None:

@@ -1,0 +1,61 @@
+# Every target sets up what it needs, from nothing, in .venv/; a second run does nothing twice.
+PYTHON ?= python3
+TORCH  ?= 2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+SPEC   := pyproject.toml constraints.txt Makefile
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup demo test lint bench assets clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.base
+
+# A virtual environment with torch (the CPU build where there is no NVIDIA GPU) and crepe-deploy itself.
+$(VENV)/.torch: constraints.txt Makefile
+	@echo "setup 1/2: virtual environment and torch $(TORCH) (a minute or two)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "crepe-deploy needs Python 3.11 or newer: make PYTHON=python3.11"; rm -rf $(VENV); exit 2; }
+	@if nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then \
+	  $(PIP) torch==$(TORCH); \
+	else \
+	  $(PIP) torch==$(TORCH)+cpu 2>/dev/null || \
+	  { $(PIP) uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu torch==$(TORCH); }; \
+	fi
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.torch $(SPEC)
+	@echo "setup 2/2: crepe-deploy and its libraries (under a minute)"
+	@$(PIP) -e '.[gguf]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@echo "setup, tests: development tools (a minute)"
+	@$(PIP) -e '.[gguf,eval,bench,dev]'
+	@touch $@
+
+assets: $(VENV)/.base
+	@$(BIN)/python -m crepe_deploy.bench.assets
+
+demo: assets
+	@$(BIN)/python -m crepe_deploy.bench.demo
+
+test: $(VENV)/.dev assets
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What ships is what is type-checked: the installed package, not the source folders.
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@rm -rf .types build && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target .types . 2>/dev/null
+	@rm -rf build && cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p crepe_deploy
+
+bench: $(VENV)/.dev assets
+	@$(BIN)/python -m crepe_deploy.bench.pruning --out bench/results/pruning.json
+
+clean:
+	rm -rf $(VENV) .types build *.egg-info .pytest_cache .mypy_cache .ruff_cache

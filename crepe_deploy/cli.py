@@ -1,0 +1,263 @@
+"""The command line: parse, call one function, print. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from . import __version__
+from .errors import ConfigError, CrepeError
+
+if TYPE_CHECKING:
+    from .prune import PruneConfig
+    from .sources import Model
+    from .texts import CalibrationSet
+
+EXIT_INTERRUPTED = 130
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+_overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
+
+_prune_options = _options(
+    click.argument("model"),
+    click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist."),
+    click.option("--method", default=None, help="crepe (default), ria, wanda, sparsegpt or magnitude."),
+    click.option("--sparsity", default="2:4", show_default=True, help="N:M (N kept of M) or a fraction of zeros."),
+    click.option("--granularity", type=click.Choice(["row", "matrix"]), default="row", show_default=True,
+                 help="Where a fraction of zeros is counted."),
+    click.option("--preset", default=None, help="Named or JSON-file hyperparameters; crepe's default is 'default'."),
+    click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="One hyperparameter of the method."),
+    click.option("--feed", type=click.Choice(["dense", "pruned"]), default="dense", show_default=True,
+                 help="Whose output calibrates the next block."),
+    click.option("--calib", default=None, metavar="FILE_OR_DATASET",
+                 help="Calibration text: .txt, .jsonl, .parquet or a datasets name."),
+    click.option("--calib-field", default="text", show_default=True, help="Field of .jsonl, .parquet or dataset rows."),
+    click.option("--calib-samples", type=click.IntRange(1), default=128, show_default=True),
+    click.option("--calib-length", type=click.IntRange(2), default=2048, show_default=True,
+                 help="Tokens in each sample, clipped to the model's context."),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches."),
+    click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense."),
+    click.option("--dtype", default="auto", show_default=True, help="Of computation: auto, bfloat16, float16, float32."),
+    click.option("--revision", default=None, help="Branch, tag or commit of a hub model."),
+    _overwrite_option,
+    _json_option,
+)  # fmt: skip
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Prune language models after training; export, prove and measure the result.
+
+    Exit codes: 0 done, 1 tool error, 2 usage or invalid input, 3 gate failed, 4 gate inconclusive,
+    75 stopped and resumable, 130 stopped with nothing left behind.
+    """
+
+
+@cli.command("prune-and-export")
+@_prune_options
+@click.option("--format", "formats", default="dense", show_default=True, help="Comma-separated: dense.")
+def prune_and_export_command(formats: str, out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
+    _quiet_libraries()
+    from .export.pipeline import check_formats, prune_and_export
+    from .progress import progress
+
+    names = check_formats([name.strip() for name in formats.split(",")])
+    model, config, calibration = _prepare(out=out, **options)
+    with progress(f"pruning to {config.pattern} with {config.method}") as step:
+        report = prune_and_export(model, out, config, calibration, formats=names, overwrite=overwrite, step=step)
+    _print(report, as_json, _report_lines(report, out))
+
+
+@cli.command("prune")
+@_prune_options
+def prune_command(out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Prune MODEL into the Hugging Face folder OUT, with its manifest."""
+    _quiet_libraries()
+    from .progress import progress
+    from .prune import prune
+
+    model, config, calibration = _prepare(out=out, **options)
+    with progress(f"pruning to {config.pattern} with {config.method}") as step:
+        manifest = prune(model, out, config, calibration, overwrite=overwrite, step=step)
+    summary = {"out": str(out), "pattern": str(config.pattern), "method": config.method, **manifest.metrics}
+    _print(summary, as_json, [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros, verified"])
+
+
+@cli.command("export")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: SOURCE/../FORMAT.")
+@click.option("--format", "format_name", default="dense", show_default=True)
+@_overwrite_option
+@_json_option
+def export_command(source: Path, out: Path | None, format_name: str, overwrite: bool, as_json: bool) -> None:
+    """Export the pruned checkpoint SOURCE into another format."""
+    _quiet_libraries()
+    from .export.pipeline import export_checkpoint
+
+    target = out if out is not None else source.resolve().parent / format_name
+    manifest = export_checkpoint(source, target, format_name, overwrite=overwrite)
+    summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}
+    _print(summary, as_json, [f"{target}: {manifest.format}, verified"])
+
+
+@cli.command("eval")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--text", default=None, help="Evaluation text: .txt, .jsonl, .parquet or a datasets name.")
+@click.option("--text-field", default="text", show_default=True)
+@click.option("--window", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in each window.")
+@click.option("--stride", type=click.IntRange(1), default=None, help="Default: the window, without overlap.")
+@click.option("--max-tokens", type=click.IntRange(2), default=None, help="Score only the first tokens.")
+@click.option("--bos", default="auto", show_default=True, help="auto, none or window.")
+@click.option("--dtype", default="auto", show_default=True)
+@click.option("--against", type=click.Path(path_type=Path), default=None, help="The dense model, for paired KL.")
+@click.option("--tasks", default=None, help="Comma-separated zero-shot tasks, through lm-eval.")
+@click.option("--task-dir", type=click.Path(path_type=Path), default=None, help="Local task files, for offline use.")
+@click.option("--limit", type=click.IntRange(1), default=None, help="Documents of each task.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@_json_option
+def eval_command(as_json: bool, **options: Any) -> None:
+    """Measure MODEL: perplexity, KL to a dense model, zero-shot accuracy; each with its convention."""
+    _quiet_libraries()
+    from .evaluate import evaluate_command, lines
+
+    result = evaluate_command(**options)
+    _print(result, as_json, lines(result))
+
+
+@cli.command("inspect")
+@click.argument("folder", type=click.Path(path_type=Path))
+@_json_option
+def inspect_command(folder: Path, as_json: bool) -> None:
+    """Count the zeros of every tensor in FOLDER and name the pattern that holds."""
+    from .audit import inspect_folder
+
+    tensors = inspect_folder(folder)
+    table = [f"{t['sparsity']:8.2%}  {t['pattern'] or '-':>6}  {t['dtype']:>9}  {t['shape']!s:>16}  {t['name']}"
+             for t in tensors]  # fmt: skip
+    _print({"folder": str(folder), "tensors": tensors}, as_json, table)
+
+
+@cli.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+@_json_option
+def verify_command(folder: Path, as_json: bool) -> None:
+    """Compare every file of FOLDER with its manifest; exit 1 naming the file that differs."""
+    from .manifest import verify
+
+    manifest = verify(folder)
+    summary = {"folder": str(folder), "files": len(manifest.files), "verified": True}
+    _print(summary, as_json, [f"{folder}: {len(manifest.files)} files match the manifest"])
+
+
+def _prepare(
+    *, model: str, out: Path, method: str | None, sparsity: str, granularity: Any, preset: str | None,
+    params: tuple[str, ...], feed: Any, include: str | None, exclude: str | None, dtype: str,
+    revision: str | None, **calibration: Any,
+) -> tuple[Model, PruneConfig, CalibrationSet | None]:  # fmt: skip
+    """Resolve options into the pipeline's arguments; whatever can be refused early is."""
+    from .methods import get_method
+    from .methods.presets import resolve_method
+    from .pattern import parse_pattern
+    from .prune import PruneConfig
+    from .sources import require_pinned, resolve_model
+
+    pattern = parse_pattern(sparsity, granularity)
+    name, resolved, preset_name = resolve_method(method, preset, _parse_params(params))
+    needs = get_method(name, **resolved).needs
+    found = resolve_model(model, revision, _say)
+    require_pinned(revision, found)
+    config = PruneConfig(name, pattern, resolved, preset_name, feed, include, exclude, dtype)
+    return found, config, _calibration(found.folder, **calibration) if needs else None
+
+
+def _calibration(
+    folder: Path, *, calib: str | None, calib_field: str, calib_samples: int, calib_length: int, seed: int
+) -> CalibrationSet:
+    from .families import load_config
+    from .texts import calibration_windows, load_tokenizer
+
+    if calib is None:
+        raise ConfigError("this method needs calibration text: give --calib FILE_OR_DATASET")
+    context = int(getattr(load_config(folder), "max_position_embeddings", calib_length))
+    length = min(calib_length, context)
+    return calibration_windows(calib, load_tokenizer(folder), calib_samples, length, seed=seed, field=calib_field)
+
+
+def _parse_params(params: tuple[str, ...]) -> dict[str, Any]:
+    parsed = {}
+    for param in params:
+        name, equals, value = param.partition("=")
+        if not equals:
+            raise ConfigError(f"--param {param} is not NAME=VALUE")
+        try:
+            parsed[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[name] = value
+    return parsed
+
+
+def _report_lines(report: dict[str, Any], out: Path) -> list[str]:
+    seconds = sum(report["seconds"].values())
+    lines = [
+        f"{report['pruned_tensors']} linear layers pruned to {report['pattern']} with {report['method']}: "
+        f"{report['sparsity_of_pruned_tensors']:.2%} zeros counted on disk, {seconds:.1f} s",
+        f"reloaded logits differ by at most {report['parity']['max_abs_logit_difference']:.3g}",
+    ]
+    return lines + [f"{name}: {export['path']}" for name, export in report["formats"].items()]
+
+
+def _print(document: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(lines))
+
+
+def _quiet_libraries() -> None:
+    """Keep transformers' own bars and chatter out of the way of ours; warnings and errors still show."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _interrupt(_signal: int, _frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Run the command line; every known failure is one line on stderr and its exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        cli(standalone_mode=False)
+        code = 0
+    except CrepeError as error:
+        _say(f"error: {error}")
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _say("stopped; nothing was left behind")
+        code = EXIT_INTERRUPTED
+    sys.exit(code)

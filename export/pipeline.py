@@ -1,0 +1,91 @@
+"""`export` and `prune-and-export`: stages that meet on disk, and an output that appears whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..manifest import Manifest
+from ..progress import Step, silent
+from ..prune import PruneConfig, prune
+from ..sources import Model
+from ..texts import CalibrationSet
+from ..writing import atomic_folder, check_output, write_json
+from .dense import export_dense
+
+Exporter = Callable[..., Manifest]
+EXPORTERS: dict[str, Exporter] = {
+    "dense": export_dense,
+}
+
+
+def check_formats(formats: Sequence[str]) -> list[str]:
+    """Refuse unknown, missing or repeated formats. Raises ConfigError listing the known."""
+    for name in formats:
+        if name not in EXPORTERS:
+            raise ConfigError(f"format '{name}' is unknown; known: {', '.join(EXPORTERS)}")
+    if not formats or len(set(formats)) != len(formats):
+        raise ConfigError(f"--format needs one or more different formats of: {', '.join(EXPORTERS)}")
+    return list(formats)
+
+
+def export_checkpoint(source: Path, out: Path, format: str, *, overwrite: bool = False) -> Manifest:
+    """Export the pruned checkpoint `source` into the folder `out`. Raises ConfigError, OutputError, VerifyError."""
+    check_formats([format])
+    check_output(out, overwrite=overwrite, inputs=(source,))
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        return EXPORTERS[format](source, folder)
+
+
+def prune_and_export(
+    model: Model,
+    out: Path,
+    config: PruneConfig,
+    calibration: CalibrationSet | None,
+    *,
+    formats: Sequence[str] = ("dense",),
+    overwrite: bool = False,
+    step: Step = silent,
+) -> dict[str, Any]:
+    """Prune `model` and write `out/FORMAT/` for each format and `out/report.json`; returns the report."""
+    check_formats(formats)
+    check_output(out, overwrite=overwrite, inputs=(model.folder,))
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        pruned = folder / "pruned"
+        manifest = prune(model, pruned, config, calibration, step=step)
+        exports = {}
+        for name in formats:
+            target = folder / name
+            target.mkdir()
+            exports[name] = _summary(EXPORTERS[name](pruned, target, link=name == "dense"), out / name, target)
+        shutil.rmtree(pruned)
+        report = _report(manifest, exports)
+        write_json(folder / "report.json", report)
+    return report
+
+
+def _summary(manifest: Manifest, final: Path, folder: Path) -> dict[str, Any]:
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"path": str(final), "weight_file_bytes": weights, "size": manifest.metrics["size"]}
+
+
+def _report(manifest: Manifest, exports: dict[str, Any]) -> dict[str, Any]:
+    """What a user or a machine wants at a glance; the manifests hold the rest."""
+    return {
+        "source": manifest.source.model_dump(mode="json"),
+        "method": manifest.config["method"],
+        "parameters": manifest.config["resolved_method"],
+        "pattern": manifest.config["pattern"],
+        "feed": manifest.config["feed"],
+        "calibration": manifest.calibration,
+        "sparsity_of_pruned_tensors": manifest.metrics["sparsity_of_pruned_tensors"],
+        "pruned_tensors": manifest.metrics["pruned_tensors"],
+        "mean_layer_error": manifest.metrics["mean_layer_error"],
+        "parity": manifest.metrics["parity"],
+        "seconds": manifest.metrics["seconds"],
+        "versions": manifest.versions,
+        "formats": exports,
+    }
