@@ -1,0 +1,70 @@
+// AVX-512 (F, BW, DQ, VL) without BF16 or VBMI2: sixteen values at a time, converted to fp32 and expanded there.
+#pragma once
+#include <immintrin.h>
+
+#include <new>
+
+#include "kernel.h"
+
+namespace {
+
+template <DType D>
+inline __m512 load16(const typename Scalar<D>::Elem* p) {
+  if constexpr (D == FP32) {
+    return _mm512_loadu_ps(p);
+  } else {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (D == FP16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+}
+
+template <DType D>
+struct Avx512 : Scalar<D> {
+  using Elem = typename Scalar<D>::Elem;
+  using X = float;
+  static constexpr int AHEAD = 2048;
+  struct Acc {
+    __m512 v;
+  };
+  struct Wide {
+    __m512 v[2];
+  };
+
+  static Acc zero() { return {_mm512_setzero_ps()}; }
+  static float sum(Acc a) { return _mm512_reduce_add_ps(a.v); }
+  static Wide expand(const Elem*& p, uint32_t mask) {
+    const uint32_t low = mask & 0xffff;
+    Wide w;
+    w.v[0] = _mm512_maskz_expand_ps(__mmask16(low), load16<D>(p));
+    w.v[1] = _mm512_maskz_expand_ps(__mmask16(mask >> 16), load16<D>(p + __builtin_popcount(low)));
+    p += __builtin_popcount(mask);
+    return w;
+  }
+  static Acc dot(Acc acc, const Wide& w, const float* x) {
+    acc.v = _mm512_fmadd_ps(w.v[0], _mm512_loadu_ps(x), acc.v);
+    acc.v = _mm512_fmadd_ps(w.v[1], _mm512_loadu_ps(x + 16), acc.v);
+    return acc;
+  }
+  static void spill(float* to, const Wide& w) {
+    _mm512_storeu_ps(to, w.v[0]);
+    _mm512_storeu_ps(to + 16, w.v[1]);
+  }
+  static Wide fill(const float* from) { return {{_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)}}; }
+  static void raw(Elem* to, const Elem*& p, uint32_t mask) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++, mask >>= 16, to += 16) {
+      const uint32_t low = mask & 0xffff;
+      if constexpr (D == FP32) {
+        _mm512_storeu_ps(to, _mm512_maskz_expand_ps(__mmask16(low), _mm512_loadu_ps(p)));
+      } else {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        const __m256i half = _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(__mmask16(low), wide));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+      }
+      p += __builtin_popcount(low);
+    }
+  }
+};
+
+}  // namespace

@@ -1,0 +1,232 @@
+"""Which kernel serves which batch: measured once per machine, shape and bucket, and kept in the user's cache.
+
+Choices: `stream` expands packed weights in registers, `tile` expands a tile that serves the whole batch, `expand`
+makes a dense scratch copy for one call, `dense` uses a dense copy the layer keeps (only with keep_dense="auto").
+Batch sizes share a bucket up to the next power of two, all above 256 the last. A plan is an int8 tensor (10), one
+choice a bucket; 0 means not measured: the kernels' own rule of thumb then decides. `CREPE_DEPLOY_TUNE=0` leaves every
+plan at 0, so that runs are reproducible bit by bit. "Never slower than dense" is a policy: without a dense copy a
+layer falls back to `expand`, which costs one expansion a call; where even that loses to dense, the recorded times
+say so (`describe_plan`), and `keep_dense="auto"` buys the loss back with memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .native import TORCH_ISA, backend, cache_dir
+from .prepare import PAD, Prepared
+
+BUCKETS: Final = 10
+CHOICES: Final[dict[str, int]] = {"auto": 0, "stream": 1, "tile": 2, "expand": 3, "dense": 4}
+NAMES: Final = {code: name for name, code in CHOICES.items()}
+USUAL_TOKENS: Final = (1, 4, 16, 64, 512)
+TUNE_VARIABLE: Final = "CREPE_DEPLOY_TUNE"
+CACHE_VERSION: Final = 1
+
+_STREAM_TOKENS: Final = 16  # registers are not worth trying beyond this batch
+_BUDGET_S: Final = 0.01  # spent on one choice, if one run does not take longer
+_TIE: Final = 1.03  # within this, the choice that allocates less wins
+_DENSE_GAIN: Final = 0.95  # a dense copy is worth its memory below this fraction of the best packed time
+
+_LOG: Final = logging.getLogger("crepe_deploy")
+
+Timer = Callable[[Callable[[], object]], float]
+Times = dict[str, float]
+
+
+def bucket(tokens: int) -> int:
+    """The bucket of a batch of `tokens` rows: 0 for 1, 1 for 2, 2 for 3-4, 3 for 5-8, ... 9 for all above 256."""
+    return min(max(tokens - 1, 0).bit_length(), BUCKETS - 1)
+
+
+def tuning_enabled() -> bool:
+    """Whether measuring is allowed: not without native kernels, not with `CREPE_DEPLOY_TUNE=0`."""
+    return os.environ.get(TUNE_VARIABLE, "1") != "0" and backend().isa != TORCH_ISA
+
+
+def plan_for(weight: Prepared) -> Tensor:
+    """A new plan, int8 (10): what the cache knows about this shape here, 0 elsewhere."""
+    plan = torch.zeros(BUCKETS, dtype=torch.int8)
+    if tuning_enabled():
+        for index in range(BUCKETS):
+            times = measured().get(key(weight, index))
+            if times:
+                plan[index] = CHOICES[fastest(times)]
+    return plan
+
+
+def ensure_tuned(weight: Prepared, plan: Tensor, x: Tensor) -> None:
+    """Measure the bucket of `x` `(..., in)` if the plan does not know it; changes `plan` in place."""
+    tokens = x.numel() // max(x.shape[-1], 1)
+    if tokens and not plan[bucket(tokens)].item() and tuning_enabled():
+        tune(weight, plan, (tokens,))
+
+
+def tune(
+    weight: Prepared, plan: Tensor, tokens: tuple[int, ...], keep_dense: bool = False, timer: Timer | None = None
+) -> bool:
+    """Fill the plan's buckets of these batch sizes, in place; returns whether they want a dense copy kept.
+
+    Measures what the cache does not know (tens of milliseconds a bucket, with a dense copy held meanwhile) and adds it
+    to the cache. Without native kernels or with `CREPE_DEPLOY_TUNE=0` it changes nothing.
+    """
+    if not tuning_enabled():
+        return False
+    wants_dense = False
+    new: dict[str, Times] = {}
+    for index in sorted({bucket(count) for count in tokens}):
+        name = key(weight, index)
+        times = measured().get(name)
+        if times is None:
+            times = new[name] = measure(weight, 1 << index, timer or best_time)
+        choice = fastest(times, keep_dense)
+        wants_dense |= choice == "dense"
+        plan[index] = CHOICES[choice]
+    if new:
+        remember(new)
+    return wants_dense
+
+
+def measure(weight: Prepared, tokens: int, timer: Timer) -> Times:
+    """Milliseconds of each choice for a batch of `tokens`, `dense` among them for comparison."""
+    x = torch.randn(tokens, weight.in_features, generator=torch.Generator().manual_seed(0)).to(weight.values.dtype)
+    dense = ops.nm_expand(weight)
+    names = ["tile", "expand", "dense"]
+    if tokens <= _STREAM_TOKENS:
+        names.insert(0, "stream")
+    times = {}
+    for name in names:
+        plan = torch.full((BUCKETS,), CHOICES[name], dtype=torch.int8)
+        times[name] = 1e3 * timer(functools.partial(ops.nm_linear, x, weight, plan, None, dense))
+    return times
+
+
+def best_time(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs; fewer when they take longer than the budget."""
+    times: list[float] = []
+    while len(times) < 8 and (len(times) < 2 or sum(times) < _BUDGET_S):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def fastest(times: Times, keep_dense: bool = False) -> str:
+    """The fastest choice; among near-equals the one that allocates least; `dense` only if allowed and clearly best."""
+    packed = {name: ms for name, ms in times.items() if name != "dense"}
+    best = min(packed.values())
+    if keep_dense and times.get("dense", best) < _DENSE_GAIN * best:
+        return "dense"
+    return next(name for name in CHOICES if packed.get(name, best * 2 + 1) <= _TIE * best)
+
+
+def key(weight: Prepared, index: int) -> str:
+    """What a measurement depends on besides the machine; any two patterns that keep as many entries share it."""
+    values, _, _, rows, columns = weight
+    kept = (values.numel() - PAD) / max(rows * columns, 1)
+    dtype = str(values.dtype).removeprefix("torch.")
+    return f"{backend().isa}/{dtype}/{rows}x{columns}/kept{kept:.3f}/threads{torch.get_num_threads()}/bucket{index}"
+
+
+@functools.cache
+def machine() -> dict[str, str]:
+    """What a measurement is valid for: processor, torch, and the kernels' build."""
+    native = backend().native
+    return {
+        "cpu": _cpu_name(),
+        "torch": torch.__version__,
+        "kernels": native.path.parent.name if native else TORCH_ISA,
+    }
+
+
+def cache_path() -> Path:
+    """The file of this machine's measurements."""
+    digest = hashlib.sha256(json.dumps(machine(), sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir() / "plans" / f"{digest}.json"
+
+
+@functools.cache
+def measured() -> dict[str, Times]:
+    """All measurements known to this process, by key; read from disk once. A damaged or newer file counts as empty."""
+    return read_cache(cache_path())
+
+
+def read_cache(path: Path) -> dict[str, Times]:
+    """The measurements in a cache file; empty when it is absent, damaged, of another version or machine."""
+    try:
+        content = json.loads(path.read_text())
+        if content["version"] != CACHE_VERSION or content["machine"] != machine():
+            return {}
+        return {
+            str(name): times
+            for name, times in content["times_ms"].items()
+            if set(times) <= set(CHOICES) - {"auto"} and set(times) - {"dense"} and all(t > 0 for t in times.values())
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def remember(new: dict[str, Times]) -> None:
+    """Add measurements to this process and to the file, in one atomic step; a read-only cache is not an error."""
+    measured().update(new)
+    path = cache_path()
+    content = {"version": CACHE_VERSION, "machine": machine(), "times_ms": read_cache(path) | new}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+        Path(file.name).replace(path)
+    except OSError as error:
+        _LOG.warning("kernel measurements cannot be kept in %s: %s", path, error)
+
+
+def describe_plan(weight: Prepared, plan: Tensor) -> dict[str, dict[str, Any]]:
+    """For each bucket, by its largest batch: the choice, and measured times in ms with the gain over dense."""
+    report: dict[str, dict[str, Any]] = {}
+    for index, code in enumerate(plan.tolist()):
+        times = measured().get(key(weight, index), {})
+        entry: dict[str, Any] = {"choice": NAMES[code], "times_ms": times}
+        if times and "dense" in times:
+            entry["gain_over_dense"] = times["dense"] / times.get(NAMES[code], times["dense"])
+        report[str(1 << index) if index < BUCKETS - 1 else f"above {1 << (index - 1)}"] = entry
+    return report
+
+
+def describe() -> dict[str, Any]:
+    """What serves packed linears on this machine and why: for `doctor` and reports."""
+    served = backend()
+    native = served.native
+    return {
+        "isa": served.isa,
+        "reason": served.reason,
+        "supported": [*(native.supported if native else ()), TORCH_ISA],
+        "compiler": native.compiler if native else None,
+        "library": str(native.path) if native else None,
+        "threads": torch.get_num_threads(),
+        "tuning": tuning_enabled(),
+        "measurements": str(cache_path()),
+        "machine": machine(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "model\t", "stepping"))]
+    return " ".join(dict.fromkeys(names)) or platform.processor() or platform.machine()
