@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import NumericalError, PatternError
-from .pattern import NM, Pattern, check_divides
+from .pattern import NM, Pattern, check_divides, fraction_of
 
 Array: TypeAlias = npt.NDArray[Any]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -32,20 +32,15 @@ CHUNK = 32768  # entries per step of the pairwise comparison: scores, ranks and 
 def select(score: Tensor, pattern: Pattern) -> Tensor:
     """Choose what `pattern` keeps of `score` (out, in), higher = keep -> bool (out, in), True = keep.
 
-    Counts are exact whatever the ties: N of every M columns, or `zero_count` zeros per row or per matrix. Equal
+    Counts are exact whatever the ties: N of every M columns, or `fraction_of` zeros per row or per matrix. Equal
     scores stay from the lowest column on, then from the lowest row on. Infinite scores are ordered like any other.
     Raises PatternError if the pattern does not fit the shape, NumericalError if a score is NaN.
     """
     if isinstance(pattern, NM):
         return largest_per_group(score, pattern.n, pattern.m)
     if pattern.granularity == "row":
-        return largest_per_row(score, score.shape[-1] - zero_count(score.shape[-1], pattern.sparsity))
-    return largest_in_matrix(score, score.numel() - zero_count(score.numel(), pattern.sparsity))
-
-
-def zero_count(total: int, sparsity: float) -> int:
-    """How many of `total` entries are zeroed: `int(total * sparsity)`, free of float error (0.29 of 100 is 29)."""
-    return int(round(total * sparsity, 6))
+        return largest_per_row(score, score.shape[-1] - fraction_of(score.shape[-1], pattern.sparsity))
+    return largest_in_matrix(score, score.numel() - fraction_of(score.numel(), pattern.sparsity))
 
 
 def largest_per_group(score: Tensor, n: int, m: int) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from ..pattern import Pattern
+from crepe_deploy.errors import CalibrationError, ConfigError
+from crepe_deploy.pattern import Pattern
 
 Need = Literal["col_norm", "hessian"]
 
@@ -18,10 +21,13 @@ class Stats:
 
     col_norm: (in,) fp32, ||X_j||_2 with ||X_j||^2 averaged over calibration sequences.
     hessian: (in, in) fp32, (2/n) * sum over the n calibration sequences of X^T X.
+    memo: what a method derived from these statistics, so that layers which share one input (q, k and v; gate and up)
+        share the work when they are given the same `Stats`. It must not be reused once the tensors change.
     """
 
     col_norm: Tensor | None = None
     hessian: Tensor | None = None
+    memo: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @runtime_checkable
@@ -56,3 +62,29 @@ class SolveMethod(Protocol):
     def solve(self, weight: Tensor, stats: Stats, pattern: Pattern) -> Solution:
         """`weight` (out, in), any float dtype. Does not mutate its arguments. Raises NumericalError."""
         ...
+
+
+def need_col_norm(stats: Stats, weight: Tensor) -> Tensor:
+    """`stats.col_norm` (in,) as fp32 on the weight's device. Raises CalibrationError if it is missing or misshapen."""
+    return _need(stats.col_norm, "col_norm", (weight.shape[1],)).to(weight.device, torch.float32)
+
+
+def need_hessian(stats: Stats, weight: Tensor) -> Tensor:
+    """`stats.hessian` (in, in) on the weight's device. Raises CalibrationError if it is missing or misshapen."""
+    return _need(stats.hessian, "hessian", (weight.shape[1], weight.shape[1])).to(weight.device)
+
+
+def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Raise ConfigError unless the hyperparameter `value` is a finite number with low <= value <= high."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:  # type: ignore[operator]  # `number` narrows no type
+        limits = f">= {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+        raise ConfigError(f"{name} is {value!r}; it must be a number {limits}")
+
+
+def _need(value: Tensor | None, name: str, shape: tuple[int, ...]) -> Tensor:
+    if value is None:
+        raise CalibrationError(f"the method needs the calibration statistic '{name}', which was not collected")
+    if value.shape != shape:
+        raise CalibrationError(f"the calibration statistic '{name}' is {tuple(value.shape)}, the weight needs {shape}")
+    return value

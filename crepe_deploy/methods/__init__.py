@@ -1,0 +1,38 @@
+"""The pruning methods. Adding one takes a file, a line in `METHODS` and a row in the tests."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from crepe_deploy.errors import ConfigError
+
+from .base import ScoreMethod, SolveMethod
+from .crepe import Crepe
+from .magnitude import Magnitude
+from .ria import RIA
+from .sparsegpt import SparseGPT
+from .wanda import Wanda
+
+METHODS: dict[str, type[Any]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "ria": RIA,
+    "crepe": Crepe,
+    "sparsegpt": SparseGPT,
+}
+
+
+def get_method(name: str, **params: object) -> ScoreMethod | SolveMethod:
+    """Build the method `name` with the hyperparameters `params`; the others keep their defaults.
+
+    Raises ConfigError for an unknown method or hyperparameter, listing the known ones, and for a value out of range.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"method '{name}' is unknown; known: {', '.join(METHODS)}")
+    known = [field.name for field in fields(METHODS[name])]
+    for param in params:
+        if param not in known:
+            raise ConfigError(f"method '{name}' has no hyperparameter '{param}'; known: {', '.join(known) or 'none'}")
+    method: ScoreMethod | SolveMethod = METHODS[name](**params)
+    return method
