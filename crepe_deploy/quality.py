@@ -154,7 +154,7 @@ def evaluate(
     ids = tokenize(tokenizer, loaded.joined)
     if against is not None:
         _check_same_tokenizer(tokenizer, load_tokenizer(against), loaded)
-    place = _resolve_device(device)
+    place = resolve_device(device)
     model = load_model(model_dir, dtype, place)
     reference = load_model(against, dtype, place) if against is not None else None
     if reference is not None:
@@ -249,7 +249,8 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _resolve_device(device: str) -> str:
+def resolve_device(device: str) -> str:
+    """Turn "auto" into "cuda" where there is one, else "cpu"."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
