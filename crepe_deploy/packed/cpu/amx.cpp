@@ -1,4 +1,4 @@
-// AMX: packed rows are expanded into a tile in the L1 cache, which then multiplies the tiles of up to 64 tokens.
+// AMX: packed rows are expanded into tiles in the L1 cache, which then multiply the tiles of all tokens.
 // A = 16 weight rows x 32 columns, B = 16 column pairs x 16 tokens, C (fp32) = 16 weight rows x 16 tokens.
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -11,6 +11,7 @@ constexpr int TILE = 16;                    // rows of a tile, tokens of a tile
 constexpr int GROUP = TILE / ROWS;          // blocks of a tile
 constexpr int64_t TILE_BYTES = 1024;
 constexpr int MAX_TILES = 4;                // tiles of tokens in one pass
+constexpr int SPAN = 32;                    // tiles of tokens whose x is packed together: 512 tokens
 constexpr int RING = 8;                     // expanded tiles kept: expansion runs ahead of multiplication
 
 struct alignas(64) Config {
@@ -61,21 +62,25 @@ inline void transpose16(__m512i v[16]) {
   }
 }
 
-// Tiles of x: [chunk][tile of tokens][column pair][token of the tile], zero for tokens that are not there.
+// Tiles of x, zero for tokens that are not there: [span of tokens][chunk][tile of the span][column pair][token].
 void pack_x(const void* from, void* to, int64_t tokens, int64_t in, int64_t begin, int64_t end) {
   const uint16_t* x = static_cast<const uint16_t*>(from);
-  const int64_t tiles = (tokens + TILE - 1) / TILE;
-  for (int64_t c = begin; c < end; c++)
-    for (int64_t tile = 0; tile < tiles; tile++) {
-      __m512i v[16];
-      for (int t = 0; t < 16; t++) {
-        const int64_t token = tile * TILE + t;
-        v[t] = token < tokens ? _mm512_loadu_si512(x + token * in + c * CHUNK) : _mm512_setzero_si512();
+  for (int64_t first = 0; first < tokens; first += SPAN * TILE) {
+    const int64_t here = tokens - first < SPAN * TILE ? tokens - first : SPAN * TILE;
+    const int64_t tiles = (here + TILE - 1) / TILE;
+    char* base = static_cast<char*>(to) + first / TILE * (in / CHUNK) * TILE_BYTES;
+    for (int64_t c = begin; c < end; c++)
+      for (int64_t tile = 0; tile < tiles; tile++) {
+        __m512i v[16];
+        for (int t = 0; t < 16; t++) {
+          const int64_t token = tile * TILE + t;
+          v[t] = token < here ? _mm512_loadu_si512(x + (first + token) * in + c * CHUNK) : _mm512_setzero_si512();
+        }
+        transpose16(v);
+        char* out = base + (c * tiles + tile) * TILE_BYTES;
+        for (int p = 0; p < 16; p++) _mm512_store_si512(out + p * 64, v[p]);
       }
-      transpose16(v);
-      char* out = static_cast<char*>(to) + (c * tiles + tile) * TILE_BYTES;
-      for (int p = 0; p < 16; p++) _mm512_store_si512(out + p * 64, v[p]);
-    }
+  }
 }
 
 // One tile of sums (rows x tokens) into y, transposed, with bias.
@@ -240,21 +245,106 @@ bool run_group(const Job& job, int64_t group, int64_t first_tile, int64_t all_ti
   return ok;
 }
 
-bool run_amx(const Job& job, int64_t begin, int64_t end) {
-  Tiles tiles;
-  const int64_t all = (job.tokens + TILE - 1) / TILE;
-  for (int64_t group = begin; group < end; group++)
-    for (int64_t tile = 0; tile < all; tile += MAX_TILES) {
-      bool ok;
-      switch (all - tile) {
-        case 1: ok = run_group<1>(job, group, tile, all); break;
-        case 2: ok = run_group<2>(job, group, tile, all); break;
-        case 3: ok = run_group<3>(job, group, tile, all); break;
-        default: ok = run_group<4>(job, group, tile, all);
+// Up to 64 tokens: each 16 rows go through all columns once, their sums staying in tiles.
+bool run_few(const Job& job, int64_t begin, int64_t end) {
+  const int64_t tiles = (job.tokens + TILE - 1) / TILE;
+  for (int64_t group = begin; group < end; group++) {
+    bool ok;
+    switch (tiles) {
+      case 1: ok = run_group<1>(job, group, 0, tiles); break;
+      case 2: ok = run_group<2>(job, group, 0, tiles); break;
+      case 3: ok = run_group<3>(job, group, 0, tiles); break;
+      default: ok = run_group<4>(job, group, 0, tiles);
+    }
+    if (!ok) return false;
+  }
+  return true;
+}
+
+// Many tokens: blocks of columns whose x stays in the L2 cache, as do the sums of WIDE groups of rows; two groups are
+// expanded at a time into the L1 cache and multiply two tiles of tokens at a time.
+constexpr int DEPTH = 16;  // chunks in a block of columns
+constexpr int WIDE = 16;   // groups of 16 rows
+
+struct Scratch {
+  alignas(64) uint16_t a[2][DEPTH][TILE * CHUNK];
+  alignas(64) float sums[WIDE * SPAN][256];
+};
+
+// C tiles 0-3 = groups x tiles of tokens, A tiles 4-5, B tiles 6-7; `second` says whether the second tile is there.
+inline void multiply_pair(const Scratch& s, float* c0, float* c1, const char* b, int64_t b_step, int depth, bool second) {
+  _tile_loadd(0, c0, 64);
+  _tile_loadd(2, c1, 64);
+  if (second) {
+    _tile_loadd(1, c0 + 256, 64);
+    _tile_loadd(3, c1 + 256, 64);
+    for (int k = 0; k < depth; k++, b += b_step) {
+      _tile_loadd(6, b, 64);
+      _tile_loadd(4, s.a[0][k], 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, s.a[1][k], 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_loadd(7, b + TILE_BYTES, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(1, c0 + 256, 64);
+    _tile_stored(3, c1 + 256, 64);
+  } else {
+    for (int k = 0; k < depth; k++, b += b_step) {
+      _tile_loadd(6, b, 64);
+      _tile_loadd(4, s.a[0][k], 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, s.a[1][k], 64);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+  }
+  _tile_stored(0, c0, 64);
+  _tile_stored(2, c1, 64);
+}
+
+bool run_wide(const Job& job, Scratch& s, int64_t group, int groups, int64_t first, int64_t tiles) {
+  const int64_t chunks = job.in / CHUNK;
+  Source source[WIDE + 1];
+  for (int g = 0; g < groups; g++)
+    if (!source[g].open(job, group + g)) return false;
+  std::memset(s.sums, 0, sizeof(s.sums[0]) * (groups + (groups & 1)) * tiles);
+  for (int64_t c = 0; c < chunks; c += DEPTH) {
+    const int depth = chunks - c < DEPTH ? int(chunks - c) : DEPTH;
+    const char* b = static_cast<const char*>(job.x) + (first * chunks + c * tiles) * TILE_BYTES;
+    for (int g = 0; g < groups; g += 2) {
+      bool ok = true;
+      if (g + 1 == groups || source[g + 1].blocks < GROUP) std::memset(s.a, 0, sizeof(s.a));
+      for (int k = 0; k < depth; k++) {
+        ok &= source[g].next(s.a[0][k]);
+        if (g + 1 < groups) ok &= source[g + 1].next(s.a[1][k]);
       }
       if (!ok) return false;
+      for (int64_t t = 0; t < tiles; t += 2)
+        multiply_pair(s, s.sums[g * tiles + t], s.sums[(g + 1) * tiles + t], b + t * TILE_BYTES, tiles * TILE_BYTES, depth,
+                      t + 1 < tiles);
     }
+  }
+  for (int g = 0; g < groups; g++)
+    for (int64_t t = 0; t < tiles; t++) put_tile(job, (group + g) * TILE, (first + t) * TILE, s.sums[g * tiles + t]);
   return true;
+}
+
+bool run_many(const Job& job, int64_t begin, int64_t end) {
+  const int64_t all = (job.tokens + TILE - 1) / TILE;
+  Scratch* scratch = new Scratch;
+  bool ok = true;
+  for (int64_t first = 0; ok && first < all; first += SPAN)
+    for (int64_t group = begin; ok && group < end; group += WIDE)
+      ok = run_wide(job, *scratch, group, end - group < WIDE ? int(end - group) : WIDE, first,
+                    all - first < SPAN ? all - first : SPAN);
+  delete scratch;
+  return ok;
+}
+
+bool run_amx(const Job& job, int64_t begin, int64_t end) {
+  Tiles tiles;
+  return job.tokens <= MAX_TILES * TILE ? run_few(job, begin, end) : run_many(job, begin, end);
 }
 
 bool ask_permission() {

@@ -96,6 +96,7 @@ const crepe::Isa& crepe::isa_avx2() {
   static const Isa isa = {"avx2",
                           {stream<BF16>(), stream<FP16>(), stream<FP32>()},
                           {panel<BF16>(), panel<FP16>(), panel<FP32>()},
+                          {{}, {}, {run_stream<Dense<Avx2<FP32>>>, ROWS, INPUT_FLOAT, 0}},
                           {run_expand<Avx2<BF16>>, run_expand<Avx2<FP16>>, run_expand<Avx2<FP32>>},
                           nullptr};
   return isa;

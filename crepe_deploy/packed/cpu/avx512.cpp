@@ -18,6 +18,7 @@ const crepe::Isa& crepe::isa_avx512() {
   static const Isa isa = {"avx512",
                           {stream<BF16>(), stream<FP16>(), stream<FP32>()},
                           {panel<BF16>(), panel<FP16>(), panel<FP32>()},
+                          {{}, {}, {run_stream<Dense<Avx512<FP32>>>, ROWS, INPUT_FLOAT, 0}},
                           {run_expand<Avx512<BF16>>, run_expand<Avx512<FP16>>, run_expand<Avx512<FP32>>},
                           nullptr};
   return isa;

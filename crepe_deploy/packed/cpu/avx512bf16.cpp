@@ -19,6 +19,7 @@ const crepe::Isa& crepe::isa_avx512bf16() {
       "avx512bf16",
       {stream<Bf16>(INPUT_SAME), stream<Avx512<FP16>>(INPUT_FLOAT), stream<Avx512<FP32>>(INPUT_FLOAT)},
       {panel<Bf16>(INPUT_SAME), panel<Avx512<FP16>>(INPUT_FLOAT), panel<Avx512<FP32>>(INPUT_FLOAT)},
+      {stream<Dense<Bf16>>(INPUT_SAME), {}, stream<Dense<Avx512<FP32>>>(INPUT_FLOAT)},
       {run_expand<Bf16>, run_expand<Bf16>, run_expand<Avx512<FP32>>},  // moving 16-bit values needs no arithmetic
       nullptr};
   return isa;

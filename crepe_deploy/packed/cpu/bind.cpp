@@ -5,6 +5,7 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
@@ -23,7 +24,7 @@ namespace {
 using namespace crepe;
 using at::Tensor;
 
-enum Choice : int8_t { AUTO = 0, STREAM = 1, TILE = 2, EXPAND = 3, DENSE = 4 };
+enum Choice : int8_t { AUTO = 0, STREAM = 1, TILE = 2, EXPAND = 3, DENSE = 4, CONTROL = 5 };
 constexpr int BUCKETS = 10;
 
 struct Level {
@@ -81,16 +82,18 @@ int bucket_of(int64_t tokens) {
   return bucket;
 }
 
-// Without a measurement: registers for a few tokens, tiles for a batch, the dense GEMM for long prefill.
+// Without a measurement: AMX for everything where there is AMX, else registers for a few tokens, panels for a small
+// batch, the dense GEMM for prefill.
 Choice guess(const Isa& isa, DType dtype, int64_t tokens) {
   const bool tiles = isa.tile[dtype].input == INPUT_TILES;
-  if (tokens <= 4) return STREAM;
-  return tokens <= (tiles ? 256 : 32) ? TILE : EXPAND;
+  if (tokens <= 4 && !tiles) return STREAM;
+  return tiles || tokens <= 32 ? TILE : EXPAND;
 }
 
-void run(Run kernel, int group, const Job& job) {
+// Runs a kernel over the groups of rows that hold rows [first, first + count); `first` is a multiple of the group.
+void run(Run kernel, int group, const Job& job, int64_t first, int64_t count) {
   std::atomic<bool> ok{true};
-  at::parallel_for(0, (job.out + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(first / group, (first + count + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
     if (!kernel(job, begin, end)) ok = false;
   });
   TORCH_CHECK(ok, "packed linear: the masks do not match the values; the weight is damaged");
@@ -134,8 +137,27 @@ Tensor expand(const Tensor& values, const Tensor& mask, const Tensor& offsets, i
   const Isa& isa = *current.load();
   Tensor dense = at::empty({out, in}, values.options());
   job.y = dense.mutable_data_ptr();
-  run(isa.expand[dtype_of(values)], ROWS, job);
+  run(isa.expand[dtype_of(values)], ROWS, job, 0, out);
   return dense;
+}
+
+// A few rows of the weight at a time become dense in one scratch buffer, which the dense GEMM then reads from the cache.
+Tensor linear_by_panels(const Isa& isa, Job job, const Tensor& x, const Tensor& values,
+                        const std::optional<Tensor>& bias) {
+  constexpr int64_t PANEL_BYTES = 8 << 20;
+  const int64_t row_bytes = job.in * values.element_size();
+  const int64_t rows = std::max<int64_t>(64, PANEL_BYTES / row_bytes / 64 * 64);
+  const Run expand_rows = isa.expand[dtype_of(values)];
+  Tensor scratch = at::empty({std::min(rows, job.out), job.in}, values.options());
+  Tensor y = at::empty({x.size(0), job.out}, x.options());
+  for (int64_t first = 0; first < job.out; first += rows) {
+    const int64_t count = std::min(rows, job.out - first);
+    job.y = static_cast<char*>(scratch.mutable_data_ptr()) - first * row_bytes;
+    run(expand_rows, ROWS, job, first, count);
+    const std::optional<Tensor> part = bias ? std::optional<Tensor>(bias->narrow(0, first, count)) : std::nullopt;
+    y.narrow(1, first, count).copy_(at::linear(x, scratch.narrow(0, 0, count), part));
+  }
+  return y;
 }
 
 Tensor nm_linear(const Tensor& input, const Tensor& values, const Tensor& mask, const Tensor& offsets,
@@ -164,14 +186,15 @@ Tensor nm_linear(const Tensor& input, const Tensor& values, const Tensor& mask, 
   auto choice = Choice(static_cast<const int8_t*>(plan.const_data_ptr())[bucket_of(job.tokens)]);
   if (choice == AUTO || (choice == DENSE && !dense)) choice = guess(*isa, dtype, job.tokens);
   if (choice == DENSE) return at::linear(input, *dense, bias);
-  if (choice == EXPAND) return at::linear(input, expand(values, mask, offsets, out, in), bias);
-  const Kernel& kernel = (choice == STREAM ? isa->stream : isa->tile)[dtype];
+  if (choice == EXPAND) return linear_by_panels(*isa, job, x, values, bias).reshape(shape);
+  const Kernel& kernel = (choice == STREAM ? isa->stream : choice == TILE ? isa->tile : isa->control)[dtype];
+  TORCH_CHECK(kernel.run, "packed linear: these kernels have no such choice for this dtype");
   Tensor ready = prepare_x(*isa, kernel, x);
   Tensor y = at::empty(shape, input.options());
   job.x = ready.const_data_ptr();
   job.bias = bias ? bias->const_data_ptr() : nullptr;
   job.y = y.mutable_data_ptr();
-  run(kernel.run, kernel.group, job);
+  run(kernel.run, kernel.group, job, 0, out);
   return y;
 }
 

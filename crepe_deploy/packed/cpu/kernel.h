@@ -131,6 +131,16 @@ bool run_stream(const Job& job, int64_t begin, int64_t end) {
   return true;
 }
 
+// The control of a measurement: the same loop over the same layout of a weight that keeps everything, without masks.
+template <class T>
+struct Dense : T {
+  static typename T::Wide expand(const typename T::Elem*& p, uint32_t) {
+    const typename T::Wide w = T::fill(p);
+    p += CHUNK;
+    return w;
+  }
+};
+
 template <class T, int B>
 inline void panel_tokens(const Job& job, int64_t block, int64_t token, const typename T::X* panel) {
   using X = typename T::X;

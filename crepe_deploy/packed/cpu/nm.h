@@ -44,6 +44,7 @@ struct Isa {
   const char* name;
   Kernel stream[3];    // by DType: packed weights are expanded in registers, for each few tokens again
   Kernel tile[3];      // an expanded tile serves all tokens
+  Kernel control[3];   // a dense weight in the same layout by the loop of `stream`; for measurements only, may lack
   Run expand[3];       // writes the dense weight to `y`; x, bias and tokens are ignored
   void (*pack_x)(const void* x, void* tiles, int64_t tokens, int64_t in, int64_t begin, int64_t end);  // chunks
 };

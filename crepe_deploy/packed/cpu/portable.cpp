@@ -58,6 +58,7 @@ const crepe::Isa& crepe::isa_portable() {
   static const Isa isa = {"portable",
                           {stream<BF16>(), stream<FP16>(), stream<FP32>()},
                           {panel<BF16>(), panel<FP16>(), panel<FP32>()},
+                          {{}, {}, {run_stream<Dense<Portable<FP32>>>, ROWS, INPUT_FLOAT, 0}},
                           {run_expand<Portable<BF16>>, run_expand<Portable<FP16>>, run_expand<Portable<FP32>>},
                           nullptr};
   return isa;
