@@ -5,8 +5,8 @@
 
 `values`, `mask`, `offsets` are a `Prepared` weight's; `plan` is int8 (10), the kernel of each batch bucket (see
 `dispatch`). Both have fake implementations, so torch.compile keeps one graph, with a dynamic batch too. Sums are
-kept in fp32; kernels add in different orders, so results may differ in the last bits between kernels, batch sizes
-and instruction sets, but never between runs of the same kernel or with the number of threads.
+kept in fp32. Kernels add in different orders, so results may differ in the last bits between kernels, batch sizes and
+instruction sets; a given kernel (`stream`, `tile`) gives the same bits in every run and with any number of threads.
 """
 
 from __future__ import annotations

@@ -1,0 +1,21 @@
+"""Kernel tests run without measuring, so that they are reproducible, and put the instruction set back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from crepe_deploy.packed import dispatch, native
+
+
+@pytest.fixture(autouse=True)
+def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(dispatch.TUNE_VARIABLE, "0")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    served = native.backend()
+    if served.native is not None:
+        served.native.use(served.isa)
