@@ -95,8 +95,8 @@ def zero_shot(
     """Zero-shot figures of a model folder, paired with a reference's where `against` names one.
 
     tasks: lm-eval's task names, or names of files in `task_dir`. limit: only the first documents of each.
-    lm-eval seeds Python's, numpy's and torch's global generators. Raises MissingExtra, ConfigError (unknown task),
-    CalibrationError (task data missing, unreadable or wrong) and CheckpointError.
+    `seed` is the bootstrap's. Raises MissingExtra, ConfigError (unknown task), CalibrationError (task data missing,
+    unreadable or wrong) and CheckpointError.
     """
     started = time.monotonic()
     if importlib.util.find_spec("lm_eval") is None:
@@ -108,11 +108,11 @@ def zero_shot(
     place = resolve_device(device)
     model = load_model(model_dir, dtype, place)
     used_dtype = str(model.dtype).removeprefix("torch.")
-    results = _run(model, model_dir, manager, specs, limit, batch_size, seed)
+    results = _run(model, model_dir, manager, specs, limit, batch_size)
     del model
     reference = None
     if against is not None:
-        reference = _run(load_model(against, dtype, place), against, manager, specs, limit, batch_size, seed)
+        reference = _run(load_model(against, dtype, place), against, manager, specs, limit, batch_size)
     return ZeroShotReport(
         model=str(model_dir),
         reference=None if against is None else str(against),
@@ -224,29 +224,22 @@ def _task_manager(specs: list[Any]) -> Any:
 
 
 def _run(
-    model: Any, folder: Path, manager: Any, specs: list[Any], limit: int | None, batch_size: int, seed: int
+    model: Any, folder: Path, manager: Any, specs: list[Any], limit: int | None, batch_size: int
 ) -> dict[str, Any]:
     """lm-eval's results over one model, with every document's figures."""
     import httpx
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=batch_size, device=str(model.device))
     try:
+        loaded = manager.load([dict(spec) if isinstance(spec, dict) else spec for spec in specs])
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=0)
         with torch.inference_mode():
-            results: dict[str, Any] = simple_evaluate(
-                model=wrapped,
-                tasks=[dict(spec) if isinstance(spec, dict) else spec for spec in specs],
-                task_manager=manager,
-                num_fewshot=0,
-                limit=limit,
-                bootstrap_iters=1000,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-            )
+            results: dict[str, Any] = evaluate(lm=wrapped, task_dict=loaded, limit=limit, bootstrap_iters=1000)
     except (OSError, DatasetsError, HfHubHTTPError, httpx.HTTPError) as error:
         raise CalibrationError(
             f"the data of lm-eval's tasks could not be fetched: {error}; for offline use give --task-dir"
