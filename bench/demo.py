@@ -63,13 +63,13 @@ def measure(out: Path, assets_dir: Path, say: Any) -> dict[str, Any]:
 def _row(
     method: str, pattern: str, sparsity: float, quality: dict[str, Any], seconds: float | None, peak: int | None
 ) -> dict[str, Any]:
-    kl = quality.get("kl")
+    paired = quality["paired"]
     return {
         "method": method,
         "pattern": pattern,
         "sparsity": sparsity,
         "perplexity": quality["perplexity"]["value"],
-        "kl": None if kl is None else kl["mean"]["value"],
+        "kl": None if paired is None else paired["kl_mean"]["value"],
         "seconds": seconds,
         "peak_bytes": peak,
         "convention": quality["convention"],

@@ -13,14 +13,18 @@ from torch import Tensor
 from .checkpoint import CheckpointReader
 from .errors import VerifyError
 from .manifest import MANIFEST_NAME, TensorRecord, load_manifest
-from .pattern import NM, Pattern, zero_count
+from .pattern import NM, Pattern, parse_record, zero_count
 
 GROUP_SIZES = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
 class TensorAudit:
-    """One tensor as counted. `pattern`: the finest N:M that every group of the input dimension holds, or None."""
+    """One tensor as counted.
+
+    pattern: the one its manifest records, where the count confirms it; otherwise the finest N:M that every group of
+    the input dimension holds, or None.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -48,14 +52,20 @@ def held_pattern(weight: Tensor) -> str | None:
     return None
 
 
+def holds(weight: Tensor, pattern: Pattern) -> bool:
+    """Whether weight (out, in) has the zeros that `pattern` asks for, where it asks for them."""
+    if isinstance(pattern, NM):
+        return most_nonzeros(weight, pattern.m) <= pattern.n
+    if pattern.granularity == "matrix":
+        return count_zeros(weight) >= zero_count(pattern, *weight.shape)
+    return int((weight == 0).sum(-1).amin()) >= zero_count(pattern, 1, weight.shape[1])
+
+
 def check_pattern(name: str, weight: Tensor, pattern: Pattern) -> int:
     """Count the zeros of weight (out, in); raise VerifyError naming it when `pattern` does not hold."""
-    zeros, asked = count_zeros(weight), zero_count(pattern, *weight.shape)
-    if zeros < asked:
-        raise VerifyError(f"{name}: {zeros} zeros were counted where pattern {pattern} asks for {asked}")
-    if isinstance(pattern, NM) and most_nonzeros(weight, pattern.m) > pattern.n:
-        raise VerifyError(f"{name}: a group of {pattern.m} holds more than {pattern.n} non-zeros")
-    return zeros
+    if not holds(weight, pattern):
+        raise VerifyError(f"{name}: its written zeros do not hold the pattern {pattern}")
+    return count_zeros(weight)
 
 
 def inspect_folder(root: Path) -> list[dict[str, Any]]:
@@ -70,8 +80,8 @@ def _audits(root: Path) -> Iterator[TensorAudit]:
         records = load_manifest(root).tensors
     for info in reader:
         tensor = reader.load(info.name)
-        stored_transposed = info.name in records and records[info.name].transposed
-        weight = tensor.T if stored_transposed else tensor
+        record = records.get(info.name)
+        weight = tensor.T.contiguous() if record is not None and record.transposed else tensor
         zeros = count_zeros(tensor)
         yield TensorAudit(
             name=info.name,
@@ -79,5 +89,13 @@ def _audits(root: Path) -> Iterator[TensorAudit]:
             dtype=str(info.dtype).removeprefix("torch."),
             zeros=zeros,
             sparsity=zeros / max(tensor.numel(), 1),
-            pattern=held_pattern(weight.contiguous()) if weight.ndim == 2 and weight.is_floating_point() else None,
+            pattern=_counted_pattern(weight, record),
         )
+
+
+def _counted_pattern(weight: Tensor, record: TensorRecord | None) -> str | None:
+    if weight.ndim != 2 or not weight.is_floating_point():
+        return None
+    if record is not None and holds(weight, parse_record(record.pattern)):
+        return record.pattern
+    return held_pattern(weight)

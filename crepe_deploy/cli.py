@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -142,10 +143,8 @@ def export_command(source: Path, out: Path | None, format_name: str, overwrite: 
 def eval_command(as_json: bool, **options: Any) -> None:
     """Measure MODEL: perplexity, KL to a dense model, zero-shot accuracy; each with its convention."""
     _quiet_libraries()
-    from .evaluate import evaluate_command, lines
-
-    result = evaluate_command(**options)
-    _print(result, as_json, lines(result))
+    result = _evaluate(**options)
+    _print(result, as_json, _quality_lines(result))
 
 
 @cli.command("inspect")
@@ -207,6 +206,49 @@ def _calibration(
     return calibration_windows(calib, load_tokenizer(folder), calib_samples, length, seed=seed, field=calib_field)
 
 
+def _evaluate(
+    *, model: Path, text: str | None, text_field: str, window: int, stride: int | None, max_tokens: int | None,
+    bos: str, dtype: str, against: Path | None, tasks: str | None, task_dir: Path | None, limit: int | None, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    from .progress import progress
+    from .quality import evaluate
+    from .zeroshot import zero_shot
+
+    if text is None and tasks is None:
+        raise ConfigError("nothing to measure: give --text FILE_OR_DATASET, --tasks NAMES, or both")
+    result: dict[str, Any] = {"model": str(model)}
+    if text is not None:
+        with progress("scoring windows") as step:
+            result |= evaluate(
+                model, text, field=text_field, window=window, stride=stride, max_tokens=max_tokens, dtype=dtype,
+                bos=bos, against=against, seed=seed, progress=step,
+            ).to_dict()  # fmt: skip
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",")]
+        result["tasks"] = zero_shot(model, names, task_dir=task_dir, limit=limit, against=against).to_dict()
+    return result
+
+
+def _quality_lines(result: dict[str, Any]) -> list[str]:
+    lines = []
+    if "perplexity" in result:
+        convention = ", ".join(f"{name}={value}" for name, value in result["convention"].items() if name != "sha256")
+        lines += [f"perplexity {_interval(result['perplexity'])}", f"convention: {convention}"]
+    if paired := result.get("paired"):
+        lines.append(f"against {paired['reference']} (perplexity {_interval(paired['reference_perplexity'])}):")
+        names = {"perplexity_ratio": "perplexity ratio", "kl_mean": "mean KL", "kl_p99": "p99 KL", "same_top": "same top token"}
+        lines += [f"  {label} {_interval(paired[name])}" for name, label in names.items()]
+    for name, task in result.get("tasks", {}).items():
+        lines.append(f"{name}: {json.dumps(task)}")
+    return lines
+
+
+def _interval(estimate: dict[str, Any]) -> str:
+    if estimate["low"] is None:
+        return f"{estimate['value']:.4g}"
+    return f"{estimate['value']:.4g} [{estimate['low']:.4g}, {estimate['high']:.4g}]"
+
+
 def _parse_params(params: tuple[str, ...]) -> dict[str, Any]:
     parsed = {}
     for param in params:
@@ -248,6 +290,8 @@ def _interrupt(_signal: int, _frame: Any) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line; every known failure is one line on stderr and its exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    # Idle OpenMP threads that spin at barriers slow a busy machine by orders of magnitude; let them sleep.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         cli(standalone_mode=False)
         code = 0

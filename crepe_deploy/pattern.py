@@ -76,8 +76,14 @@ def zero_count(pattern: Pattern, out_features: int, in_features: int) -> int:
 
 
 def fraction_of(count: int, sparsity: float) -> int:
-    """floor(count * sparsity), safe against 0.7 * 10 = 6.999..."""
-    return math.floor(count * sparsity + 1e-9)
+    """floor(count * sparsity), safe against 0.7 * 10 = 6.999... for counts up to billions."""
+    return math.floor(round(count * sparsity, 6))
+
+
+def parse_record(text: str) -> Pattern:
+    """Read a pattern as `str` writes it: "2:4", "0.5/row", "0.5/matrix". Raises PatternError."""
+    fraction, _, granularity = text.partition("/")
+    return parse_pattern(fraction, "matrix" if granularity == "matrix" else "row")
 
 
 def check_divides(pattern: Pattern, name: str, in_features: int) -> None:

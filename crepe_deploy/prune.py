@@ -257,7 +257,7 @@ def layer_error(dense: Tensor, pruned: Tensor, col_norm: Tensor | None) -> float
 
 
 def _weighted_square(matrix: Tensor, col_norm: Tensor | None) -> float:
-    squares = torch.linalg.vector_norm(matrix, dim=0).square_()
+    squares = matrix.square().sum(0)
     return float(squares.sum() if col_norm is None else squares @ col_norm.square())
 
 

@@ -15,7 +15,7 @@ from ..audit import check_pattern
 from ..checkpoint import CheckpointReader
 from ..errors import VerifyError
 from ..manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify
-from ..pattern import parse_pattern
+from ..pattern import parse_record
 from ..writing import disk_errors
 from .card import CARD_NAME, write_card
 
@@ -56,9 +56,8 @@ def _recount(folder: Path, parent: Manifest) -> None:
     reader = CheckpointReader(folder)
     for name, record in parent.tensors.items():
         stored = reader.load(name)
-        pattern_text, _, granularity = record.pattern.partition("/")
-        pattern = parse_pattern(pattern_text, "matrix" if granularity == "matrix" else "row")
-        zeros = check_pattern(name, stored.T.contiguous() if record.transposed else stored, pattern)
+        weight = stored.T.contiguous() if record.transposed else stored
+        zeros = check_pattern(name, weight, parse_record(record.pattern))
         if zeros != record.zeros:
             raise VerifyError(f"{folder / name}: {zeros} zeros were counted and the manifest says {record.zeros}")
 

@@ -1,0 +1,43 @@
+"""The child process of the memory measurement: prune a folder with CRePE 2:4 and report resident memory as JSON.
+
+    python -m crepe_deploy.bench.prune_child MODEL OUT
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(model: str, out: str) -> dict[str, Any]:
+    """Prune with random calibration tokens (speed and memory do not depend on their values)."""
+    import torch
+    from transformers.models.llama import modeling_llama
+
+    from ..methods.presets import resolve_method
+    from ..pattern import NM
+    from ..prune import PruneConfig, prune
+    from ..sources import resolve_model
+    from ..texts import CalibrationSet
+
+    assert modeling_llama is not None
+    imported = peak_bytes()
+    tokens = torch.randint(32000, (16, 512), generator=torch.Generator().manual_seed(0))
+    calibration = CalibrationSet(
+        tokens=tokens, source="random", sha256="", field="", seed=0, text_tokens=tokens.numel(), rule="random", bos="none"
+    )
+    method, params, preset = resolve_method("crepe", None, {})
+    prune(resolve_model(model), Path(out), PruneConfig(method, NM(2, 4), params, preset), calibration)
+    return {"import_bytes": imported, "peak_bytes": peak_bytes()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))

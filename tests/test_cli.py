@@ -1,0 +1,251 @@
+"""The commands as a user types them: what they print, their exit codes, and what bad input leaves behind (nothing)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from crepe_deploy import writing
+from crepe_deploy.cli import EXIT_INTERRUPTED, main
+from crepe_deploy.methods import METHODS
+
+from .pico import make_pico_llama, sample_text
+
+CALIBRATION = ["--calib-samples", "4", "--calib-length", "32"]
+
+
+@pytest.fixture(scope="module")
+def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calib.txt"
+    path.write_text(sample_text(3000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pico_llama(tmp_path_factory.mktemp("pico") / "model", torch.bfloat16)
+
+
+def crepe(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
+    """Run the command line in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["crepe-deploy", *map(str, arguments)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    return int(exit_info.value.code or 0)
+
+
+@pytest.fixture
+def prune_to(monkeypatch: pytest.MonkeyPatch, pico: Path, calib: Path) -> Any:
+    """`prune_to(out, *more, model=..., calib=...)`: prune-and-export the pico model; returns the exit code."""
+
+    def run(out: Path, *more: Any, model: Path | str = pico, calib: Path | str = calib) -> int:
+        return crepe(
+            monkeypatch, "prune-and-export", model, "--out", out, "--calib", calib, *CALIBRATION, *more
+        )
+
+    return run
+
+
+def test_help_is_fast_and_needs_no_torch() -> None:
+    probe = "import sys; from crepe_deploy import cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_whole_command(tmp_path: Path, prune_to: Any, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    out = tmp_path / "out"
+    assert prune_to(out, "--method", method, "--sparsity", "2:4", "--seed", 0, "--format", "dense", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((out / "report.json").read_text())
+    assert report["pattern"] == "2:4"
+    assert report["sparsity_of_pruned_tensors"] == pytest.approx(0.5, abs=1e-3)
+    assert sorted(path.name for path in out.iterdir()) == ["dense", "report.json"]
+
+
+def test_inspect_verify_export_and_eval(
+    tmp_path: Path, prune_to: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    pico: Path, calib: Path,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    assert prune_to(out, "--sparsity", "16:32") == 0
+    capsys.readouterr()
+    assert crepe(monkeypatch, "inspect", out / "dense", "--json") == 0
+    tensors = {tensor["name"]: tensor for tensor in json.loads(capsys.readouterr().out)["tensors"]}
+    assert tensors["model.layers.0.mlp.down_proj.weight"]["pattern"] == "16:32"
+    assert tensors["model.layers.0.mlp.down_proj.weight"]["zeros"] == 64 * 128 / 2
+    assert tensors["model.layers.0.mlp.down_proj.weight"]["sparsity"] == 0.5
+    assert tensors["lm_head.weight"]["pattern"] is None
+
+    assert crepe(monkeypatch, "export", out / "dense", "--out", tmp_path / "copy") == 0
+    assert crepe(monkeypatch, "verify", tmp_path / "copy") == 0
+    capsys.readouterr()
+    arguments = ["--text", calib, "--window", 64, "--max-tokens", 512, "--against", pico, "--json"]
+    assert crepe(monkeypatch, "eval", tmp_path / "copy", *arguments) == 0
+    quality = json.loads(capsys.readouterr().out)
+    assert quality["convention"]["windows"] == 8
+    assert quality["paired"]["kl_mean"]["value"] > 0
+
+    with (tmp_path / "copy" / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    assert crepe(monkeypatch, "verify", tmp_path / "copy") == 1
+    assert "tokenizer.json differs" in capsys.readouterr().err
+
+
+def test_same_model_has_no_divergence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, calib: Path
+) -> None:
+    arguments = ["--text", calib, "--window", 64, "--max-tokens", 256, "--against", pico, "--json"]
+    assert crepe(monkeypatch, "eval", pico, *arguments) == 0
+    paired = json.loads(capsys.readouterr().out)["paired"]
+    assert paired["kl_mean"]["value"] == pytest.approx(0, abs=1e-6)
+    assert paired["same_top"]["value"] == 1
+    assert paired["perplexity_ratio"]["value"] == pytest.approx(1)
+
+
+def broken(pico: Path, root: Path) -> Path:
+    """A copy of the pico model to damage."""
+    root.mkdir()
+    for path in pico.iterdir():
+        (root / path.name).write_bytes(path.read_bytes())
+    return root
+
+
+def truncate(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def poison(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def forget_tensor(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "truncated or damaged"),
+        (poison, "'model.layers.1.mlp.up_proj.weight' holds NaN"),
+        (forget_tensor, "tensor 'model.norm.weight' is missing"),
+        (lambda model: (model / "model.safetensors").unlink(), "reads safetensors only"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"garbage"), "too short for a safetensors file"),
+        (lambda model: (model / "config.json").unlink(), "config.json is missing"),
+        (lambda model: (model / "config.json").write_text("{"), "cannot be read as JSON"),
+    ],
+)
+def test_damaged_models(
+    tmp_path: Path, prune_to: Any, capsys: pytest.CaptureFixture[str], pico: Path, damage: Any, message: str
+) -> None:
+    model = broken(pico, tmp_path / "model")
+    damage(model)
+    assert prune_to(tmp_path / "out", model=model) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "wunda"], "known: magnitude, wanda, ria, crepe, sparsegpt"),
+        (["--sparsity", "2of4"], "is not understood"),
+        (["--sparsity", "4:2"], "N < M"),
+        (["--sparsity", "3:5"], "do not split into groups of 5"),
+        (["--sparsity", "1.5"], "fraction of zeros"),
+        (["--format", "gif"], "known: dense"),
+        (["--format", "dense,dense"], "different formats"),
+        (["--param", "exponent"], "is not NAME=VALUE"),
+        (["--param", "zeal=3"], "zeal"),
+        (["--preset", "nobody"], "nobody"),
+        (["--revision", "main"], "applies to hub ids only"),
+        (["--calib-samples", "0"], "calib-samples"),
+        (["--calib-samples", "100000"], "short"),
+        (["--nonsense"], "nonsense"),
+    ],
+)
+def test_bad_options(
+    tmp_path: Path, prune_to: Any, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert prune_to(tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_calibration_text(tmp_path: Path, prune_to: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1") * 500)
+    (tmp_path / "short.txt").write_text("too short")
+    for name, message in [("empty", "empty"), ("latin", "not UTF-8"), ("short", "short"), ("none", "none.txt")]:
+        assert prune_to(tmp_path / "out", calib=tmp_path / f"{name}.txt") == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_output_that_exists_or_is_the_input(
+    tmp_path: Path, prune_to: Any, capsys: pytest.CaptureFixture[str], pico: Path
+) -> None:
+    out = tmp_path / "out"
+    assert prune_to(out) == 0
+    before = (out / "report.json").read_bytes()
+    assert prune_to(out, "--sparsity", "4:8") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "report.json").read_bytes() == before
+    assert prune_to(out, "--sparsity", "4:8", "--overwrite") == 0
+    assert json.loads((out / "report.json").read_text())["pattern"] == "4:8"
+    assert prune_to(pico, "--overwrite") == 2
+    assert "one folder" in capsys.readouterr().err
+
+
+def test_a_model_that_is_nowhere(tmp_path: Path, prune_to: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prune_to(tmp_path / "out", model=tmp_path / "nowhere") == 2
+    assert "no folder on this disk and no hub id" in capsys.readouterr().err
+
+
+def test_full_disk(
+    tmp_path: Path, prune_to: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "_write_exactly", full)
+    assert prune_to(tmp_path / "out") == 1
+    assert "disk is full" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_leaves_nothing(tmp_path: Path, calib: Path, stop: signal.Signals) -> None:
+    model = make_pico_llama(tmp_path / "model", num_hidden_layers=60)
+    arguments = ["prune-and-export", model, "--out", tmp_path / "out", "--calib", calib, "--method", "sparsegpt"]
+    command = [sys.executable, "-m", "crepe_deploy", *map(str, arguments), "--calib-samples", "60", "--calib-length", "64"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out.partial" / "pruned.partial" / "model.safetensors").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(stop)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert "nothing was left behind" in error
+    assert "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
