@@ -87,7 +87,9 @@ def print_table(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         measured = [] if row["seconds"] is None else [f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}"]
         kl = [] if row["kl"] is None else [f"{row['kl']:.3f}"]
-        table.add_row(row["method"], row["pattern"], f"{row['sparsity']:.2%}", f"{row['perplexity']:.2f}", *kl, *measured)
+        table.add_row(
+            row["method"], row["pattern"], f"{row['sparsity']:.2%}", f"{row['perplexity']:.2f}", *kl, *measured
+        )
     Console(width=100).print(table)
 
 

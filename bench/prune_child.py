@@ -1,6 +1,6 @@
 """The child process of the memory measurement: prune a folder with CRePE 2:4 and report resident memory as JSON.
 
-    python -m crepe_deploy.bench.prune_child MODEL OUT
+python -m crepe_deploy.bench.prune_child MODEL OUT
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ def main(model: str, out: str) -> dict[str, Any]:
     imported = peak_bytes()
     tokens = torch.randint(32000, (16, 512), generator=torch.Generator().manual_seed(0))
     calibration = CalibrationSet(
-        tokens=tokens, source="random", sha256="", field="", seed=0, text_tokens=tokens.numel(), rule="random", bos="none"
+        tokens=tokens,
+        source="random",
+        sha256="",
+        field="",
+        seed=0,
+        text_tokens=tokens.numel(),
+        rule="random",
+        bos="none",
     )
     method, params, preset = resolve_method("crepe", None, {})
     prune(resolve_model(model), Path(out), PruneConfig(method, NM(2, 4), params, preset), calibration)

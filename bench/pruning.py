@@ -63,7 +63,7 @@ def measure_time(assets_dir: Path, feed: str) -> dict[str, Any]:
     def forward() -> float:
         start = time.perf_counter()
         with torch.inference_mode():
-            for batch in tokens.tokens.split(4):
+            for batch in torch.split(tokens.tokens, 4):
                 dense(batch, use_cache=False)
         return time.perf_counter() - start
 
@@ -76,7 +76,9 @@ def measure_time(assets_dir: Path, feed: str) -> dict[str, Any]:
             seconds = manifest.metrics["seconds"]
             shares.append((seconds["score"] + seconds["select"]) / prunes[-1])
             forwards.append(forward())
-    ratios = [prune_s / ((before + after) / 2) for prune_s, before, after in zip(prunes, forwards, forwards[1:], strict=False)]
+    ratios = [
+        prune_s / ((before + after) / 2) for prune_s, before, after in zip(prunes, forwards, forwards[1:], strict=False)
+    ]
     return {
         "feed": config.feed,
         "prune_over_forward": statistics.median(ratios),

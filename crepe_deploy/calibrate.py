@@ -51,7 +51,7 @@ def embed(decoder: Decoder, token_sets: list[Tensor]) -> list[Stream]:
 def _embed_one(run: Any, tokens: Tensor) -> Stream:
     hidden: list[Tensor] = []
     calls: dict[int, list[Call]] = {}
-    for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
+    for batch in torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1])):
         slots = run(batch)
         hidden.append(slots[0].hidden)
         calls.setdefault(batch.shape[0], [slot.call for slot in slots])

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -196,7 +196,7 @@ class CheckpointReader:
         info = self.info(name)
         tensor = torch.empty(info.shape, dtype=info.dtype)
         if info.size_bytes:
-            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            view = bytes_of(tensor)
             try:
                 with info.file.open("rb", buffering=0) as file:
                     file.seek(info.offset)
@@ -209,8 +209,15 @@ class CheckpointReader:
         """`load`, refusing NaN and infinity by the tensor's name."""
         tensor = self.load(name)
         if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-            raise CheckpointError(f"{self.root}: tensor '{name}' holds NaN or infinite values; the checkpoint is damaged")
+            raise CheckpointError(
+                f"{self.root}: tensor '{name}' holds NaN or infinite values; the checkpoint is damaged"
+            )
         return tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous, non-empty tensor as bytes; writing to it writes to the tensor."""
+    return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
 def _read_exactly(file: Any, view: memoryview, info: TensorInfo) -> None:

@@ -60,7 +60,7 @@ _prune_options = _options(
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches."),
     click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense."),
-    click.option("--dtype", default="auto", show_default=True, help="Of computation: auto, bfloat16, float16, float32."),
+    click.option("--dtype", default="auto", show_default=True, help="To compute in: auto, bfloat16, float16, float32."),
     click.option("--revision", default=None, help="Branch, tag or commit of a hub model."),
     _overwrite_option,
     _json_option,
@@ -236,7 +236,12 @@ def _quality_lines(result: dict[str, Any]) -> list[str]:
         lines += [f"perplexity {_interval(result['perplexity'])}", f"convention: {convention}"]
     if paired := result.get("paired"):
         lines.append(f"against {paired['reference']} (perplexity {_interval(paired['reference_perplexity'])}):")
-        names = {"perplexity_ratio": "perplexity ratio", "kl_mean": "mean KL", "kl_p99": "p99 KL", "same_top": "same top token"}
+        names = {
+            "perplexity_ratio": "perplexity ratio",
+            "kl_mean": "mean KL",
+            "kl_p99": "p99 KL",
+            "same_top": "same top token",
+        }
         lines += [f"  {label} {_interval(paired[name])}" for name, label in names.items()]
     for name, task in result.get("tasks", {}).items():
         lines.append(f"{name}: {json.dumps(task)}")

@@ -66,7 +66,7 @@ class BlockSlot(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("_block")[0], name)
+            return getattr(self.__dict__["_block"][0], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.hidden = hidden_states
@@ -208,7 +208,8 @@ class Decoder:
                     output = self.model(input_ids=tokens, use_cache=False).logits
             finally:
                 self.slots[-1].replacement = None
-        return output.float()
+        logits: Tensor = output.float()
+        return logits
 
     @contextlib.contextmanager
     def _tied_released(self, tied: dict[str, str]) -> Iterator[None]:
@@ -281,7 +282,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

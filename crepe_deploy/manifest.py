@@ -103,7 +103,7 @@ def save_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def load_manifest(root: Path) -> Manifest:
-    """Read and check `root/manifest.json`. Raises CheckpointError (missing, not JSON) or VerifyError (wrong content)."""
+    """Read and check `root/manifest.json`. Raises CheckpointError (missing, no JSON) or VerifyError (wrong content)."""
     content = read_json(root / MANIFEST_NAME)
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:

@@ -24,8 +24,8 @@ from .manifest import Manifest, TensorRecord, hash_folder, save_manifest, versio
 from .methods import get_method
 from .methods.base import ScoreMethod, SolveMethod, Stats
 from .pattern import Pattern, check_divides
-from .proof import check_parity
 from .progress import Step, silent
+from .proof import check_parity
 from .select import select
 from .sources import Model, describe_source
 from .texts import CalibrationSet
@@ -249,7 +249,7 @@ def input_norms(stats: Stats) -> Tensor | None:
 def layer_error(dense: Tensor, pruned: Tensor, col_norm: Tensor | None) -> float:
     """||(W - W')D||_F / ||W D||_F for weights (out, in), D = diag(col_norm) or the identity."""
     change, size = 0.0, 0.0
-    for before, after in zip(dense.split(1024), pruned.split(1024), strict=True):
+    for before, after in zip(torch.split(dense, 1024), torch.split(pruned, 1024), strict=True):
         before = before.float()
         change += _weighted_square(before - after, col_norm)
         size += _weighted_square(before, col_norm)

@@ -1,4 +1,4 @@
-"""Writing checkpoints: planned safetensors files filled tensor by tensor, and folders that appear whole or not at all."""
+"""Writing checkpoints: planned safetensors files filled tensor by tensor, and folders that appear whole or not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
+from .checkpoint import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, bytes_of
 from .errors import CrepeError, DiskFullError, OutputError
 
 DISK_MARGIN_BYTES = 64 << 20
@@ -94,7 +94,7 @@ class CheckpointWriter:
         if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape or name not in self._pending:
             raise CrepeError(f"'{name}' was planned as {planned} and written as {tensor.dtype} {tuple(tensor.shape)}")
         if tensor.numel():
-            view = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            view = bytes_of(tensor.detach().contiguous())
             with disk_errors(self.root):
                 _write_exactly(self._files[planned.file], view, self._offsets[name])
         self._pending.discard(name)
@@ -103,7 +103,9 @@ class CheckpointWriter:
         try:
             if kind is None:
                 if self._pending:
-                    raise CrepeError(f"{len(self._pending)} planned tensors were not written: {sorted(self._pending)[:3]}")
+                    raise CrepeError(
+                        f"{len(self._pending)} planned tensors were not written: {sorted(self._pending)[:3]}"
+                    )
                 with disk_errors(self.root):
                     for handle in self._files.values():
                         os.fsync(handle)

@@ -62,7 +62,7 @@ def test_every_dtype_and_odd_shape(tmp_path: Path, dtype: torch.dtype, shape: tu
 def test_missing_shard_is_named(tmp_path: Path) -> None:
     make_folder(tmp_path, 2)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors: this shard is missing"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: this shard is missing"):
         CheckpointReader(tmp_path)
 
 
@@ -92,7 +92,7 @@ def header_file(path: Path, header: object, data: bytes = b"") -> Path:
         {"t": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
         {"t": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
         {"t": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
-        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"},
     ],
 )  # fmt: skip
 def test_wrong_header_is_refused(tmp_path: Path, header: object) -> None:

@@ -50,15 +50,15 @@ def prune_to(monkeypatch: pytest.MonkeyPatch, pico: Path, calib: Path) -> Any:
     """`prune_to(out, *more, model=..., calib=...)`: prune-and-export the pico model; returns the exit code."""
 
     def run(out: Path, *more: Any, model: Path | str = pico, calib: Path | str = calib) -> int:
-        return crepe(
-            monkeypatch, "prune-and-export", model, "--out", out, "--calib", calib, *CALIBRATION, *more
-        )
+        return crepe(monkeypatch, "prune-and-export", model, "--out", out, "--calib", calib, *CALIBRATION, *more)
 
     return run
 
 
 def test_help_is_fast_and_needs_no_torch() -> None:
-    probe = "import sys; from crepe_deploy import cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    probe = (
+        "import sys; from crepe_deploy import cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
 
 
@@ -236,8 +236,19 @@ def test_full_disk(
 def test_stopping_leaves_nothing(tmp_path: Path, calib: Path, stop: signal.Signals) -> None:
     model = make_pico_llama(tmp_path / "model", num_hidden_layers=60)
     arguments = ["prune-and-export", model, "--out", tmp_path / "out", "--calib", calib, "--method", "sparsegpt"]
-    command = [sys.executable, "-m", "crepe_deploy", *map(str, arguments), "--calib-samples", "60", "--calib-length", "64"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "crepe_deploy",
+        *map(str, arguments),
+        "--calib-samples",
+        "60",
+        "--calib-length",
+        "64",
+    ]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "out.partial" / "pruned.partial" / "model.safetensors").exists():
             assert process.poll() is None

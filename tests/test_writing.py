@@ -64,10 +64,13 @@ def test_full_disk_is_said_and_leaves_nothing(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(DiskFullError, match="free some room"), atomic_folder(tmp_path / "out") as folder:
-        with CheckpointWriter(folder, plan_of(TENSORS)) as writer:
-            for name, tensor in TENSORS.items():
-                writer.write(name, tensor)
+    with (
+        pytest.raises(DiskFullError, match="free some room"),
+        atomic_folder(tmp_path / "out") as folder,
+        CheckpointWriter(folder, plan_of(TENSORS)) as writer,
+    ):
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -87,7 +90,7 @@ def test_failure_leaves_neither_output_nor_partial(tmp_path: Path, error: type[B
 def test_failure_keeps_what_was_to_be_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")
-    with pytest.raises(ValueError), atomic_folder(tmp_path / "out", overwrite=True):  # noqa: PT011
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "out", overwrite=True):
         raise ValueError
     assert (tmp_path / "out" / "old").read_text() == "x"
 
