@@ -61,6 +61,7 @@ class PackedLinear(nn.Module):
             raise ConfigError(f"keep_dense '{keep_dense}' is unknown; known: {', '.join(KEEP_DENSE)}")
         self.in_features, self.out_features, self.n, self.m = in_features, out_features, n, m
         self.keep_dense: KeepDense = keep_dense
+        self._seen: set[int] = set()  # batch buckets whose plan needs no more attention
         dtype = dtype or torch.get_default_dtype()
         self._hold_stored(
             torch.empty((out_features, in_features // m * n), dtype=dtype, device=device),
@@ -125,12 +126,24 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `(..., in)` of the layer's dtype on the CPU -> `(..., out)`. Raises KernelError for anything else."""
-        if not self.prepared:
+        if torch.compiler.is_compiling():
+            return ops.nm_linear(x, self._weight(), self.kernel_plan, self.bias, self.dense_copy)
+        held = self._buffers  # attribute access on a module costs as much as a small product
+        if held["kernel_values"] is None:
             self.prepare()
-        weight = self._weight()
-        if not torch.compiler.is_compiling():
-            dispatch.ensure_tuned(weight, self.kernel_plan, x)
-        return ops.nm_linear(x, weight, self.kernel_plan, self.bias, self.dense_copy)
+        weight = Prepared(
+            held["kernel_values"],  # type: ignore[arg-type]
+            held["kernel_mask"],  # type: ignore[arg-type]
+            held["kernel_offsets"],  # type: ignore[arg-type]
+            self.out_features,
+            self.in_features,
+        )
+        plan: Tensor = held["kernel_plan"]  # type: ignore[assignment]
+        bucket = dispatch.bucket(x.numel() // self.in_features)
+        if bucket not in self._seen:
+            dispatch.ensure_tuned(weight, plan, x)
+            self._seen.add(bucket)
+        return ops.nm_linear(x, weight, plan, self._parameters["bias"], held["dense_copy"])
 
     def describe(self) -> dict[str, Any]:
         """What this layer holds and which kernel serves each batch bucket, with the measured times in ms."""
@@ -167,6 +180,7 @@ class PackedLinear(nn.Module):
         self.weight_values = self.weight_mask = None
         self.kernel_values, self.kernel_mask, self.kernel_offsets = weight.values, weight.mask, weight.offsets
         self.kernel_plan = dispatch.plan_for(weight)
+        self._seen.clear()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

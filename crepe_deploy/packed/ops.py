@@ -78,17 +78,17 @@ def nm_linear(
         ensure_registered()
         if x.shape[-1:] != (columns,):
             raise KernelError(f"packed linear: x is {tuple(x.shape)}, the weight {rows} x {columns}")
-    return call(torch.ops.crepe_deploy.nm_linear, x, values, mask, offsets, plan, bias, dense, rows)
+    return call(torch.ops.crepe_deploy.nm_linear.default, x, values, mask, offsets, plan, bias, dense, rows)
 
 
 def nm_expand(weight: Prepared) -> Tensor:
     """The dense weight `(out, in)` of a prepared one, by the kernels. Raises KernelError when it is damaged."""
     if not torch.compiler.is_compiling():
         ensure_registered()
-    return call(torch.ops.crepe_deploy.nm_expand, *weight)
+    return call(torch.ops.crepe_deploy.nm_expand.default, *weight)
 
 
-def call(operator: torch._ops.OpOverloadPacket, *args: object) -> Tensor:
+def call(operator: torch._ops.OpOverload, *args: object) -> Tensor:
     """Call an operator of this module and return its tensor; what it refuses is a KernelError."""
     if torch.compiler.is_compiling():
         traced: Tensor = operator(*args)
