@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..manifest import Manifest
 from ..writing import disk_errors
@@ -13,6 +14,13 @@ _TRUTH = {
     "dense": (
         "The zeros are stored explicitly: every Hugging Face reader loads this folder unchanged, and none of them is "
         "smaller or faster for it. Export with `--format packed` for a smaller file."
+    ),
+    "packed": (
+        "The pruned weights are stored without their zeros, in the format `crepe-nm`: smaller on disk and in memory. "
+        "transformers (after `import crepe_deploy`) and vLLM (by itself, once crepe-deploy is installed) run it from "
+        "the packed weights on a CPU; on a GPU the weights are expanded at load, so there it is a smaller download "
+        "and nothing more. Readers without crepe-deploy refuse it. `crepe-deploy export --format dense` gives the "
+        "plain folder back, bit by bit."
     ),
 }
 
@@ -39,6 +47,7 @@ def card_text(manifest: Manifest) -> str:
         else f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}",
         "mean relative layer error": f"{metrics['mean_layer_error']:.4f}",
         "format": manifest.format,
+        **_size_rows(metrics.get("size", {})),
         "made with": f"crepe-deploy {manifest.versions['crepe-deploy']}",
         **source.notes,
     }
@@ -55,6 +64,15 @@ def _front_matter(manifest: Manifest) -> list[str]:
     if manifest.source.license:
         lines.append(f"license: {manifest.source.license}")
     return lines
+
+
+def _size_rows(size: dict[str, Any]) -> dict[str, str]:
+    if "file_bytes_over_dense" not in size:
+        return {}
+    return {
+        "bytes of the packed layers, over dense": f"{size['weight_bytes_over_dense']:.4f}",
+        "bytes of all weight files, over dense": f"{size['file_bytes_over_dense']:.4f}",
+    }
 
 
 def _parameters(method: dict[str, object]) -> str:

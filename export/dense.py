@@ -18,22 +18,27 @@ from ..manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha2
 from ..pattern import parse_record
 from ..writing import disk_errors
 from .card import CARD_NAME, write_card
+from .unpack import unpack_checkpoint
 
 
 def export_dense(source: Path, folder: Path, *, link: bool = False) -> Manifest:
     """Copy a pruned checkpoint into the existing, empty `folder`, recount its zeros there and add a model card.
 
+    A packed source is unpacked, bit by bit what was packed.
     link: hard-link the files where the file system can, for a source that is about to be removed.
     Raises VerifyError when the source differs from its manifest or a count differs.
     """
     parent = verify(source)
-    for name in parent.files:
-        if name != CARD_NAME:
-            _place(source / name, folder / name, link=link)
+    if parent.format == "packed":
+        unpack_checkpoint(source, folder, parent)
+    else:
+        for name in parent.files:
+            if name != CARD_NAME:
+                _place(source / name, folder / name, link=link)
     _recount(folder, parent)
-    manifest = parent.model_copy(
-        update={"stage": "export", "parent": sha256_file(source / MANIFEST_NAME), "metrics": _metrics(parent)}
-    )
+    parent_hash = sha256_file(source / MANIFEST_NAME)
+    update = {"stage": "export", "format": "dense", "parent": parent_hash, "metrics": _metrics(parent)}
+    manifest = parent.model_copy(update=update)
     write_card(folder, manifest)
     manifest = manifest.model_copy(update={"files": hash_folder(folder)})
     save_manifest(folder, manifest)
@@ -64,4 +69,5 @@ def _recount(folder: Path, parent: Manifest) -> None:
 
 def _metrics(parent: Manifest) -> dict[str, Any]:
     weight_bytes = {"weight_bytes_over_dense": 1.0}
-    return {**parent.metrics, "size": {**weight_bytes, "what": "zeros are stored; no smaller, no faster by itself"}}
+    kept = {name: value for name, value in parent.metrics.items() if name != "left_dense"}
+    return {**kept, "size": {**weight_bytes, "what": "zeros are stored; no smaller, no faster by itself"}}

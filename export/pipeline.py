@@ -9,16 +9,19 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..manifest import Manifest
+from ..packed_config import packed_config
 from ..progress import Step, silent
 from ..prune import PruneConfig, prune
 from ..sources import Model
 from ..texts import CalibrationSet
 from ..writing import atomic_folder, check_output, write_json
 from .dense import export_dense
+from .packed import export_packed
 
 Exporter = Callable[..., Manifest]
 EXPORTERS: dict[str, Exporter] = {
     "dense": export_dense,
+    "packed": export_packed,
 }
 
 
@@ -52,6 +55,8 @@ def prune_and_export(
 ) -> dict[str, Any]:
     """Prune `model` and write `out/FORMAT/` for each format and `out/report.json`; returns the report."""
     check_formats(formats)
+    if "packed" in formats:
+        packed_config(config.pattern)  # refused before pruning rather than after
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
     with atomic_folder(out, overwrite=overwrite) as folder:
         pruned = folder / "pruned"

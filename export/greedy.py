@@ -1,0 +1,47 @@
+"""The greedy smoke prompt in a manifest: what a server of this checkpoint must answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..families import Decoder
+from ..proof import walk_logits
+from ..texts import load_tokenizer
+
+PROMPT = "The capital of France is"
+GREEDY_TOKENS = 16
+
+
+def record_greedy(source: Path, count: int = GREEDY_TOKENS) -> dict[str, Any]:
+    """Continue the fixed prompt greedily with the dense checkpoint `source`, one block in memory at a time.
+
+    `margins` are the gaps between the two best logits: where a gap is small, another kernel may round to the other
+    token. Without a tokenizer `prompt` is None and the prompt's token ids are 2, 3, 4, 5, 6.
+    """
+    decoder = Decoder(source)
+    prompt, ids = _prompt_ids(source, decoder.vocab_size)
+    tokens = torch.tensor([ids])
+    margins = []
+    for _ in range(min(count, decoder.context_length - len(ids))):
+        best = walk_logits(decoder, tokens)[0, -1].topk(2)
+        margins.append(round(float(best.values[0] - best.values[1]), 4))
+        tokens = torch.cat([tokens, best.indices[:1].view(1, 1)], dim=1)
+    return {
+        "prompt": prompt,
+        "prompt_token_ids": ids,
+        "token_ids": tokens[0, len(ids) :].tolist(),
+        "margins": margins,
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "what": "greedy continuation by the dense checkpoint with zeros, end-of-text tokens included",
+    }
+
+
+def _prompt_ids(source: Path, vocab_size: int) -> tuple[str | None, list[int]]:
+    try:
+        return PROMPT, [int(token) for token in load_tokenizer(source)(PROMPT)["input_ids"]]
+    except CheckpointError:
+        return None, [token % vocab_size for token in range(2, 7)]
