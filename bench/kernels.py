@@ -27,7 +27,7 @@ from torch import Tensor
 
 from crepe_deploy.packed import dispatch, ops
 from crepe_deploy.packed.format import pack
-from crepe_deploy.packed.prepare import Prepared, prepare
+from crepe_deploy.packed.prepare import Prepared, prepare, restore
 
 SHAPES: Final[dict[str, dict[str, tuple[int, int]]]] = {
     "Llama-3.1-8B": {
@@ -96,7 +96,7 @@ def measure_shape(shape: tuple[int, int], batches: list[int], options: argparse.
         x = torch.randn(batch, shape[1]).to(dtype)
         plans = {name: plan_of(weights[0], batch, options.choice) for name, weights in packed.items()}
         variants: dict[str, Variant] = {"torch": lambda x, i: torch.nn.functional.linear(x, dense[i])}
-        if batch <= CONTROL_BATCHES and dtype != torch.float16:
+        if batch <= CONTROL_BATCHES and has_control(dtype):
             variants["control"] = packed_variant(
                 control, torch.full((dispatch.BUCKETS,), CONTROL_CHOICE, dtype=torch.int8)
             )
@@ -118,6 +118,11 @@ def measure_shape(shape: tuple[int, int], batches: list[int], options: argparse.
             }
         )
     return rows
+
+
+def has_control(dtype: torch.dtype) -> bool:
+    """Whether these kernels have a dense control: where they multiply stored values without converting them first."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and dispatch.describe()["isa"] in ("amx", "avx512bf16"))
 
 
 def interleaved(variants: dict[str, Variant], x: Tensor, copies: int, rounds: int) -> dict[str, list[float]]:
@@ -144,8 +149,6 @@ def random_packed(weight: Tensor, group: int) -> Prepared:
 
 def copied(weight: Prepared, copies: int) -> list[Prepared]:
     """The weight and clones of it, each prepared in memory of its own."""
-    from crepe_deploy.packed.prepare import restore
-
     pair = restore(weight)
     return [weight, *(prepare(*pair) for _ in range(copies - 1))]
 

@@ -6,15 +6,9 @@ python -m crepe_deploy.bench.prune_child MODEL OUT
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 from typing import Any
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(model: str, out: str) -> dict[str, Any]:
@@ -25,11 +19,12 @@ def main(model: str, out: str) -> dict[str, Any]:
     from ..methods.presets import resolve_method
     from ..pattern import NM
     from ..prune import PruneConfig, prune
+    from ..quality import peak_rss_bytes
     from ..sources import resolve_model
     from ..texts import CalibrationSet
 
     assert modeling_llama is not None
-    imported = peak_bytes()
+    imported = peak_rss_bytes()
     tokens = torch.randint(32000, (16, 512), generator=torch.Generator().manual_seed(0))
     calibration = CalibrationSet(
         tokens=tokens,
@@ -43,7 +38,7 @@ def main(model: str, out: str) -> dict[str, Any]:
     )
     method, params, preset = resolve_method("crepe", None, {})
     prune(resolve_model(model), Path(out), PruneConfig(method, NM(2, 4), params, preset), calibration)
-    return {"import_bytes": imported, "peak_bytes": peak_bytes()}
+    return {"import_bytes": imported, "peak_bytes": peak_rss_bytes()}
 
 
 if __name__ == "__main__":

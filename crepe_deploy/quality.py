@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import CheckpointError, ConfigError, NumericalError
+from .families import COMPUTE_DTYPES
 from .scoring import (
     LEVEL,
     RESAMPLES,
@@ -34,7 +35,6 @@ from .scoring import (
 from .texts import Text, load_text, load_tokenizer, tokenize, wants_bos_each_window
 
 BOS_MODES = ("auto", "none", "start", "window")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LOGIT_ROWS = 256
 
 Progress = Callable[[int, int], None]
@@ -180,14 +180,14 @@ def load_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"dtype '{dtype}' is not known; known: auto, {', '.join(DTYPES)}")
+    if dtype != "auto" and dtype not in COMPUTE_DTYPES:
+        raise ConfigError(f"dtype '{dtype}' is not known; known: auto, {', '.join(COMPUTE_DTYPES)}")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
-            dtype=DTYPES.get(dtype, "auto"),
+            dtype=COMPUTE_DTYPES.get(dtype, "auto"),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

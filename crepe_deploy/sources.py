@@ -11,7 +11,6 @@ from pathlib import Path
 from .checkpoint import read_json, shard_paths
 from .errors import CheckpointError, ConfigError
 from .manifest import Source, sha256_file
-from .writing import atomic_folder
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = [
@@ -68,8 +67,7 @@ def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:
     folder = cache_dir() / "gguf" / digest
     if not folder.is_dir():
         say(f"dequantising {path.name} (once; kept in {folder})")
-        with atomic_folder(folder) as partial:
-            convert_gguf(path, partial)
+        convert_gguf(path, folder)
     notes = {"gguf": path.name, "gguf_sha256": digest, "weights": "dequantised from GGUF to bfloat16"}
     return Model(folder, "gguf", str(path), None, notes)
 
