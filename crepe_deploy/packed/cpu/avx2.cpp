@@ -35,7 +35,8 @@ template <DType D>
 struct Avx2 : Scalar<D> {
   using Elem = typename Scalar<D>::Elem;
   using X = float;
-  static constexpr int AHEAD = 1024;
+  using Vec = __m256;
+  static constexpr int AHEAD = 1024, STEP = 8, PANEL_BLOCKS = 1;
   struct Acc {
     __m256 v;
   };
@@ -67,6 +68,8 @@ struct Avx2 : Scalar<D> {
     for (int i = 0; i < 4; i++) acc.v = _mm256_fmadd_ps(w.v[i], _mm256_loadu_ps(x + 8 * i), acc.v);
     return acc;
   }
+  static Vec load(const float* x) { return _mm256_loadu_ps(x); }
+  static Acc mac(Acc acc, Vec w, Vec x) { return {_mm256_fmadd_ps(w, x, acc.v)}; }
   static void spill(float* to, const Wide& w) {
     for (int i = 0; i < 4; i++) _mm256_storeu_ps(to + 8 * i, w.v[i]);
   }
@@ -87,7 +90,7 @@ constexpr Kernel stream() {
 }
 template <DType D>
 constexpr Kernel panel() {
-  return {run_panel<Avx2<D>>, ROWS, INPUT_FLOAT, 0};
+  return {run_panel<Avx2<D>>, ROWS * Avx2<D>::PANEL_BLOCKS, INPUT_FLOAT, 0};
 }
 
 }  // namespace

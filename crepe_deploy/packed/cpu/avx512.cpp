@@ -9,7 +9,7 @@ constexpr Kernel stream() {
 }
 template <DType D>
 constexpr Kernel panel() {
-  return {run_panel<Avx512<D>>, ROWS, INPUT_FLOAT, 0};
+  return {run_panel<Avx512<D>>, ROWS * Avx512<D>::PANEL_BLOCKS, INPUT_FLOAT, 0};
 }
 
 }  // namespace

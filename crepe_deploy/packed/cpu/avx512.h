@@ -23,7 +23,8 @@ template <DType D>
 struct Avx512 : Scalar<D> {
   using Elem = typename Scalar<D>::Elem;
   using X = float;
-  static constexpr int AHEAD = 2048;
+  using Vec = __m512;
+  static constexpr int AHEAD = 2048, STEP = 16, PANEL_BLOCKS = 2;
   struct Acc {
     __m512 v;
   };
@@ -46,6 +47,8 @@ struct Avx512 : Scalar<D> {
     acc.v = _mm512_fmadd_ps(w.v[1], _mm512_loadu_ps(x + 16), acc.v);
     return acc;
   }
+  static Vec load(const float* x) { return _mm512_loadu_ps(x); }
+  static Acc mac(Acc acc, Vec w, Vec x) { return {_mm512_fmadd_ps(w, x, acc.v)}; }
   static void spill(float* to, const Wide& w) {
     _mm512_storeu_ps(to, w.v[0]);
     _mm512_storeu_ps(to + 16, w.v[1]);

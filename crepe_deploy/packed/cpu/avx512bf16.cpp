@@ -9,7 +9,7 @@ constexpr Kernel stream(Input input) {
 }
 template <class T>
 constexpr Kernel panel(Input input) {
-  return {run_panel<T>, ROWS, input, 0};
+  return {run_panel<T>, ROWS * T::PANEL_BLOCKS, input, 0};
 }
 
 }  // namespace

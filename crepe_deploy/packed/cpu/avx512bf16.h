@@ -12,7 +12,8 @@ inline __m512i expand32(const uint16_t*& p, uint32_t mask) {
 
 struct Bf16 : Scalar<BF16> {
   using X = uint16_t;
-  static constexpr int AHEAD = 2048;
+  using Vec = __m512i;
+  static constexpr int AHEAD = 2048, STEP = 32, PANEL_BLOCKS = 2;
   struct Acc {
     __m512 v;
   };
@@ -26,6 +27,8 @@ struct Bf16 : Scalar<BF16> {
   static Acc dot(Acc acc, Wide w, const uint16_t* x) {
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_loadu_si512(x))};
   }
+  static Vec load(const uint16_t* x) { return _mm512_loadu_si512(x); }
+  static Acc mac(Acc acc, Vec w, Vec x) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)w, (__m512bh)x)}; }
   static void spill(uint16_t* to, Wide w) { _mm512_storeu_si512(to, w.v); }
   static Wide fill(const uint16_t* from) { return {_mm512_loadu_si512(from)}; }
   static void raw(uint16_t* to, const uint16_t*& p, uint32_t mask) { _mm512_storeu_si512(to, expand32(p, mask)); }

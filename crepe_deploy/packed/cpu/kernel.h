@@ -4,6 +4,7 @@
 // A trait T has: Elem (stored value), X (element of x), Acc, Wide (32 expanded weights in registers), and
 //   expand(const Elem*& p, uint32_t mask) -> Wide, advancing p; reads at most CHUNK elements from p
 //   dot(Acc, Wide, const X* x) -> Acc; spill(X*, Wide); fill(const X*) -> Wide; raw(Elem*, p&, mask)
+//   STEP elements in a Vec: load(const X*) -> Vec, mac(Acc, Vec, Vec) -> Acc
 //   zero() -> Acc; sum(Acc) -> float; to_float(Elem); from_float(float) -> Elem
 #pragma once
 #include <cstring>
@@ -141,46 +142,72 @@ struct Dense : T {
   }
 };
 
-template <class T, int B>
-inline void panel_tokens(const Job& job, int64_t block, int64_t token, const typename T::X* panel) {
-  using X = typename T::X;
-  const X* x = static_cast<const X*>(job.x) + token * job.in;
-  typename T::Acc acc[ROWS][B];
-  for (int r = 0; r < ROWS; r++)
+constexpr int DEEP = 512;  // columns of a panel, so that it stays in the L1 cache
+
+// sums[token][row] += panel (R rows x columns) times B tokens from x, `columns` at a time.
+template <class T, int R, int B>
+inline void panel_tokens(const typename T::X* panel, const typename T::X* x, int64_t in, int64_t columns, float* sums) {
+  typename T::Acc acc[R][B];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
     for (int b = 0; b < B; b++) acc[r][b] = T::zero();
-  for (int64_t c = 0; c < job.in; c += CHUNK) {
+  for (int64_t c = 0; c < columns; c += T::STEP) {
+    typename T::Vec v[B];
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) {
-      typename T::Wide w = T::fill(panel + r * job.in + c);
+    for (int b = 0; b < B; b++) v[b] = T::load(x + b * in + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const typename T::Vec w = T::load(panel + r * DEEP + c);
 #pragma GCC unroll 4
-      for (int b = 0; b < B; b++) acc[r][b] = T::dot(acc[r][b], w, x + b * job.in + c);
+      for (int b = 0; b < B; b++) acc[r][b] = T::mac(acc[r][b], w, v[b]);
     }
   }
-  for (int r = 0; r < ROWS; r++)
-    for (int b = 0; b < B; b++) put<T>(job, token + b, block * ROWS + r, T::sum(acc[r][b]));
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int b = 0; b < B; b++) sums[b * R + r] += T::sum(acc[r][b]);
 }
 
-// Each block is expanded once into a panel (ROWS, in) that serves all tokens.
+// PANEL_BLOCKS blocks at a time are expanded, DEEP columns at a time, into a panel that serves all tokens.
 template <class T>
 bool run_panel(const Job& job, int64_t begin, int64_t end) {
   using Elem = typename T::Elem;
   using X = typename T::X;
-  const int64_t chunks = job.in / CHUNK;
-  X* panel = static_cast<X*>(::operator new(sizeof(X) * ROWS * job.in, std::align_val_t(64)));
+  constexpr int BLOCKS = T::PANEL_BLOCKS, R = BLOCKS * ROWS;
+  const int64_t chunks = job.in / CHUNK, blocks = (job.out + ROWS - 1) / ROWS;
+  alignas(64) X panel[R * DEEP] = {};
+  float* sums = new float[job.tokens * R];
   bool ok = true;
-  for (int64_t block = begin; ok && block < end; block++) {
-    const uint32_t* mask = job.mask + block * chunks * ROWS;
-    const Elem *p, *last;
-    ok = bounds(job, block, p, last);
-    for (int64_t c = 0; ok && c < chunks; c++, mask += ROWS) {
-      if (__builtin_expect(p > last, 0)) ok = false;
-      for (int r = 0; ok && r < ROWS; r++) T::spill(panel + r * job.in + c * CHUNK, T::expand(p, mask[r]));
+  for (int64_t unit = begin; ok && unit < end; unit++) {
+    const int64_t first = unit * BLOCKS;
+    const int here = blocks - first < BLOCKS ? int(blocks - first) : BLOCKS;
+    const Elem *p[BLOCKS], *last;
+    for (int i = 0; i < here; i++) ok &= bounds(job, first + i, p[i], last);
+    std::memset(sums, 0, sizeof(float) * job.tokens * R);
+    for (int64_t start = 0; ok && start < chunks; start += DEEP / CHUNK) {
+      const int64_t depth = chunks - start < DEEP / CHUNK ? chunks - start : DEEP / CHUNK;
+      for (int i = 0; ok && i < here; i++) {
+        const uint32_t* mask = job.mask + ((first + i) * chunks + start) * ROWS;
+        for (int64_t c = 0; c < depth; c++, mask += ROWS) {
+          if (__builtin_expect(p[i] > last, 0)) {
+            ok = false;
+            break;
+          }
+          for (int r = 0; r < ROWS; r++) T::spill(panel + (i * ROWS + r) * DEEP + c * CHUNK, T::expand(p[i], mask[r]));
+        }
+      }
+      const X* x = static_cast<const X*>(job.x) + start * CHUNK;
+      int64_t token = 0;
+      for (; ok && job.tokens - token >= 3; token += 3)
+        panel_tokens<T, R, 3>(panel, x + token * job.in, job.in, depth * CHUNK, sums + token * R);
+      for (; ok && token < job.tokens; token++)
+        panel_tokens<T, R, 1>(panel, x + token * job.in, job.in, depth * CHUNK, sums + token * R);
     }
-    int64_t token = 0;
-    for (; ok && job.tokens - token >= 4; token += 4) panel_tokens<T, 4>(job, block, token, panel);
-    for (; ok && token < job.tokens; token++) panel_tokens<T, 1>(job, block, token, panel);
+    for (int64_t token = 0; ok && token < job.tokens; token++)
+      for (int r = 0; r < R; r++) put<T>(job, token, first * ROWS + r, sums[token * R + r]);
   }
-  ::operator delete(panel, std::align_val_t(64));
+  delete[] sums;
   return ok;
 }
 

@@ -9,13 +9,14 @@ template <DType D>
 struct Portable : Scalar<D> {
   using Elem = typename Scalar<D>::Elem;
   using X = float;
-  static constexpr int AHEAD = 1024;
+  static constexpr int AHEAD = 1024, STEP = 8, PANEL_BLOCKS = 1;
   struct Acc {
     float lane[8];
   };
   struct Wide {
     float lane[CHUNK];
   };
+  using Vec = Acc;
 
   static Acc zero() { return Acc{}; }
   static float sum(const Acc& a) {
@@ -29,6 +30,15 @@ struct Portable : Scalar<D> {
   static Acc dot(Acc acc, const Wide& w, const float* x) {
     for (int i = 0; i < CHUNK; i += 8)
       for (int j = 0; j < 8; j++) acc.lane[j] += w.lane[i + j] * x[i + j];
+    return acc;
+  }
+  static Vec load(const float* x) {
+    Vec v;
+    std::memcpy(v.lane, x, sizeof(v.lane));
+    return v;
+  }
+  static Acc mac(Acc acc, const Vec& w, const Vec& x) {
+    for (int j = 0; j < 8; j++) acc.lane[j] += w.lane[j] * x.lane[j];
     return acc;
   }
   static void spill(float* to, const Wide& w) { std::memcpy(to, w.lane, sizeof(w.lane)); }
@@ -49,7 +59,7 @@ constexpr Kernel stream() {
 }
 template <DType D>
 constexpr Kernel panel() {
-  return {run_panel<Portable<D>>, ROWS, INPUT_FLOAT, 0};
+  return {run_panel<Portable<D>>, ROWS * Portable<D>::PANEL_BLOCKS, INPUT_FLOAT, 0};
 }
 
 }  // namespace
