@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +31,7 @@ from .sources import Model, describe_source
 from .texts import CalibrationSet
 from .writing import CheckpointWriter, Planned, atomic_folder, check_output, require_disk
 
-Feed = Literal["dense", "pruned"]
-FEEDS: tuple[Feed, ...] = ("dense", "pruned")
+FEEDS = ("auto", "dense", "pruned")
 PROBE_TOKENS = 64
 
 
@@ -41,7 +40,8 @@ class PruneConfig:
     """Everything that decides the result, besides the model and the calibration tokens.
 
     include/exclude: regular expressions searched in the tensor's checkpoint name; exclude wins.
-    feed: what the next block is fed while calibrating, the dense block's output or the pruned one's.
+    feed: what the next block is fed while calibrating: "dense" the dense block's output, "pruned" the pruned one's,
+    "auto" the method's own choice.
     dtype: of computation, "auto" = the checkpoint's.
     """
 
@@ -49,7 +49,7 @@ class PruneConfig:
     pattern: Pattern
     params: dict[str, Any] = field(default_factory=dict)
     preset: str | None = None
-    feed: Feed = "dense"
+    feed: Literal["auto", "dense", "pruned"] = "auto"
     include: str | None = None
     exclude: str | None = None
     dtype: str = "auto"
@@ -132,7 +132,8 @@ def _prepare(
         raise ConfigError(
             f"calibration windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
         )
-    return _Run(decoder, config, method, targets), tokens
+    feed = method.feed if config.feed == "auto" else config.feed
+    return _Run(decoder, replace(config, feed=feed), method, targets), tokens
 
 
 def choose_targets(

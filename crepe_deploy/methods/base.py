@@ -1,4 +1,8 @@
-"""What a pruning method is: a frozen dataclass of hyperparameters around a pure tensor function."""
+"""What a pruning method is: a frozen dataclass of hyperparameters around a pure tensor function.
+
+`needs` names the statistics it reads. `feed` is whose output calibrates the next block unless the user says: the dense
+block's (one pass) or the pruned one's (two passes), whichever kept more of a real model (docs/methods.md).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.pattern import Pattern
 
 Need = Literal["col_norm", "hessian"]
+Feed = Literal["dense", "pruned"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class ScoreMethod(Protocol):
     """Scores every weight; mask selection is a separate step (`select.py`)."""
 
     needs: ClassVar[frozenset[Need]]
+    feed: ClassVar[Feed]
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
         """`weight` (out, in), any float dtype -> fp32 score (out, in), higher = keep. Does not mutate."""
@@ -58,6 +64,7 @@ class SolveMethod(Protocol):
     """Chooses the mask and updates the kept weights together."""
 
     needs: ClassVar[frozenset[Need]]
+    feed: ClassVar[Feed]
 
     def solve(self, weight: Tensor, stats: Stats, pattern: Pattern) -> Solution:
         """`weight` (out, in), any float dtype. Does not mutate its arguments. Raises NumericalError."""

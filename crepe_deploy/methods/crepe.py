@@ -22,7 +22,7 @@ from torch import Tensor
 
 from crepe_deploy.errors import ConfigError
 
-from .base import Need, Stats, check_range, need_col_norm
+from .base import Feed, Need, Stats, check_range, need_col_norm
 from .ria import SUM_FLOOR, relative_importance
 
 Neighbourhood = Literal["ratio", "smooth"]
@@ -40,6 +40,7 @@ class Crepe:
     exponent: float = 1.0
     neighbourhood: Neighbourhood = "smooth"
     needs: ClassVar[frozenset[Need]] = frozenset({"col_norm"})
+    feed: ClassVar[Feed] = "dense"
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma", "exponent"):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Need, Stats
+from .base import Feed, Need, Stats
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Magnitude:
     """S = |W|."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    feed: ClassVar[Feed] = "dense"
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
         """`weight` (out, in), any float dtype -> fp32 (out, in). `stats` is not read. Does not mutate."""

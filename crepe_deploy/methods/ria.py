@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Need, Stats, check_range, need_col_norm
+from .base import Feed, Need, Stats, check_range, need_col_norm
 
 # Smallest divisor: an all-zero row, column or window scores 0 instead of 0/0, and its reciprocal stays finite.
 SUM_FLOOR = 1e-30
@@ -20,6 +20,7 @@ class RIA:
 
     exponent: float = 0.5
     needs: ClassVar[frozenset[Need]] = frozenset({"col_norm"})
+    feed: ClassVar[Feed] = "dense"
 
     def __post_init__(self) -> None:
         check_range("exponent", self.exponent, 0)

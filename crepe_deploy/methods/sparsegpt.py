@@ -22,7 +22,7 @@ from crepe_deploy.errors import ConfigError, NumericalError
 from crepe_deploy.pattern import NM, Pattern, Unstructured, check_divides, fraction_of
 from crepe_deploy.select import largest_in_matrix, largest_per_group, largest_per_row
 
-from .base import Need, Solution, Stats, check_range, need_hessian
+from .base import Feed, Need, Solution, Stats, check_range, need_hessian
 
 STRIP = 16  # columns corrected one by one before a matrix product takes over
 DAMPING_STEP = 10
@@ -49,6 +49,7 @@ class SparseGPT:
     block_size: int = 128
     max_damping: float = 1.0
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
+    feed: ClassVar[Feed] = "pruned"
 
     def __post_init__(self) -> None:
         check_range("damping", self.damping, 1e-8)

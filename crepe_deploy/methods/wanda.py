@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Need, Stats, need_col_norm
+from .base import Feed, Need, Stats, need_col_norm
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Wanda:
     """S_ij = |W_ij| * ||X_j||_2."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"col_norm"})
+    feed: ClassVar[Feed] = "dense"
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
         """`weight` (out, in), any float dtype -> fp32 (out, in). Does not mutate.
