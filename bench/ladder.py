@@ -18,7 +18,7 @@ import click
 from ..manifest import versions
 from ..methods.presets import resolve_method
 from ..pattern import parse_record
-from ..prune import PruneConfig, prune
+from ..prune import FEEDS, PruneConfig, prune
 from ..quality import evaluate
 from ..sources import resolve_model
 from ..texts import calibration_windows, load_tokenizer
@@ -30,26 +30,22 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "RIA, a = 1.0": ("ria", {"exponent": 1.0}),
     "Wanda": ("wanda", {}),
     "CRePE, preset default": ("crepe", {}),
+    "SparseGPT": ("sparsegpt", {}),
 }
-SOLVERS = {"SparseGPT, fed pruned": ("sparsegpt", {}, "pruned"), "SparseGPT, fed dense": ("sparsegpt", {}, "dense")}
 WINDOW, WINDOWS = 512, 12
 
 
-def measure(assets_dir: Path, patterns: tuple[str, ...], seed: int) -> dict[str, Any]:
+def measure(assets_dir: Path, patterns: tuple[str, ...], feed: Any, seed: int) -> dict[str, Any]:
     """Perplexity and KL of every method at every pattern; one prune and one evaluation each."""
     assets = ensure_assets(assets_dir, enwiki=True)
     tokens = calibration_windows(assets.text("c4", "train"), load_tokenizer(assets.model), 16, 512, seed=seed)
     text = assets.text("enwiki", "valid")
-    runs = [(label, name, params, "dense") for label, (name, params) in METHODS.items()]
-    runs += [(label, name, params, feed) for label, (name, params, feed) in SOLVERS.items()]
     rows: dict[str, dict[str, Any]] = {}
     report: dict[str, Any] = {}
-    for label, name, params, feed in runs:
+    for label, (name, params) in METHODS.items():
         method, resolved, preset = resolve_method(name, None, params)
         for pattern in patterns:
-            config = PruneConfig(
-                method, parse_record(pattern), resolved, preset, feed="pruned" if feed == "pruned" else "dense"
-            )
+            config = PruneConfig(method, parse_record(pattern), resolved, preset, feed)
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 prune(resolve_model(str(assets.model)), out, config, tokens)
@@ -63,7 +59,7 @@ def measure(assets_dir: Path, patterns: tuple[str, ...], seed: int) -> dict[str,
             }
             click.echo(f"{label} {pattern}: perplexity {report['perplexity']['value']:.1f}", err=True)
     return {
-        "command": f"python -m crepe_deploy.bench.ladder --seed {seed}",
+        "command": f"python -m crepe_deploy.bench.ladder --patterns {','.join(patterns)} --feed {feed} --seed {seed}",
         "model": MODEL_NAME,
         "calibration": tokens.record() | {"source": "c4 train"},
         "convention": report["convention"] | {"text": "enwiki valid"},
@@ -97,10 +93,11 @@ def markdown(result: dict[str, Any]) -> str:
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), default=None)
 @click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
 @click.option("--patterns", default=",".join(PATTERNS), show_default=True)
+@click.option("--feed", type=click.Choice(FEEDS), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(out: Path | None, markdown_path: Path | None, assets_dir: Path, patterns: str, seed: int) -> None:
+def main(out: Path | None, markdown_path: Path | None, assets_dir: Path, patterns: str, feed: str, seed: int) -> None:
     """Measure the ladder and print it."""
-    result = measure(assets_dir, tuple(patterns.split(",")), seed)
+    result = measure(assets_dir, tuple(patterns.split(",")), feed, seed)
     click.echo(markdown(result))
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
