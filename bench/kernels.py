@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from crepe_deploy.packed import dispatch, ops
 from crepe_deploy.packed.format import pack
-from crepe_deploy.packed.prepare import Prepared, prepare, restore
+from crepe_deploy.packed.prepare import Prepared, prepare
 
 SHAPES: Final[dict[str, dict[str, tuple[int, int]]]] = {
     "Llama-3.1-8B": {
@@ -44,6 +45,8 @@ PATTERNS: Final = {"2:4": 4, "8:16": 16, "16:32": 32, "row 50%": 0}
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 512)
 CYCLED_BYTES: Final = 512 << 20
 CONTROL_CHOICE: Final = 5
+DRAWN_ROWS: Final = 64
+MANY_TOKENS: Final = 256  # from here on calls are long, and a third of the rounds will do
 CONTROL_BATCHES: Final = 4
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -67,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     wanted = {tuple(map(int, text.split("x"))) for text in options.shapes.split(",")} if options.shapes else None
     batches = [int(text) for text in options.batches.split(",")]
+    load = os.getloadavg()[0]
     rows: list[dict[str, Any]] = []
     for model, shapes in SHAPES.items():
         for layer, shape in shapes.items():
@@ -75,7 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
                     rows.append({"model": model, "layer": layer, "out": shape[0], "in": shape[1], **row})
                     print_row(rows[-1])
     if options.out:
-        report = {"environment": environment(), "conditions": conditions(options), "rows": rows}
+        report = {
+            "environment": environment(),
+            "conditions": conditions(options, [load, os.getloadavg()[0]]),
+            "rows": rows,
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
@@ -88,9 +96,13 @@ def measure_shape(shape: tuple[int, int], batches: list[int], options: argparse.
     weight = torch.randn(shape).to(dtype)
     copies = -(-CYCLED_BYTES // (weight.numel() * weight.element_size()))
     dense = [weight.clone() for _ in range(copies)]
-    packed = {name: copied(random_packed(weight, PATTERNS[name]), copies) for name in options.patterns.split(",")}
-    everything = torch.ones(shape, dtype=torch.bool)
-    control = copied(prepare(*pack(weight, everything)), copies)
+
+    def prepared(group: int) -> list[Prepared]:
+        pair = random_packed(shape, group, dtype)
+        return [prepare(*pair) for _ in range(copies)]
+
+    packed = {name: prepared(PATTERNS[name]) for name in options.patterns.split(",")}
+    control = prepared(1)
     rows = []
     for batch in batches:
         x = torch.randn(batch, shape[1]).to(dtype)
@@ -102,16 +114,20 @@ def measure_shape(shape: tuple[int, int], batches: list[int], options: argparse.
             )
         for name, weights in packed.items():
             variants[name] = packed_variant(weights, plans[name])
-        times = interleaved(variants, x, copies, options.rounds)
+        times = interleaved(variants, x, copies, options.rounds if batch < MANY_TOKENS else options.rounds // 3)
         medians = {name: statistics.median(values) for name, values in times.items()}
-        quiet = {name: statistics.quantiles(values, n=4)[0] for name, values in times.items()}
+        best = {name: min(values) for name, values in times.items()}
         rows.append(
             {
                 "batch": batch,
                 "kernel": {name: dispatch.NAMES[int(plan[dispatch.bucket(batch)])] for name, plan in plans.items()},
                 "median_ms": rounded(medians),
-                "quartile_ms": rounded(quiet),
+                "best_ms": rounded(best),
                 "against_torch": rounded({name: medians["torch"] / medians[name] for name in packed}),
+                "best_against_torch": rounded({name: best["torch"] / best[name] for name in packed}),
+                "best_against_control": rounded(
+                    {name: best["control"] / best[name] for name in packed if "control" in best}
+                ),
                 "against_control": rounded(
                     {name: medians["control"] / medians[name] for name in packed if "control" in medians}
                 ),
@@ -138,19 +154,17 @@ def interleaved(variants: dict[str, Variant], x: Tensor, copies: int, rounds: in
     return times
 
 
-def random_packed(weight: Tensor, group: int) -> Prepared:
-    """`weight` `(out, in)` with a random half kept in each group of columns (0: the whole row), in kernel layout."""
-    rows, columns = weight.shape
-    scores = torch.rand(rows, columns // (group or columns), group or columns)
-    half = scores.shape[-1] // 2
+def random_packed(shape: tuple[int, int], group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A stored pair of `shape` (out, in) with a random half kept in each group of columns (0: the whole row, 1: all).
+
+    Only some rows are drawn and then repeated: speed does not depend on values.
+    """
+    rows, columns = shape
+    scores = torch.rand(DRAWN_ROWS, columns // (group or columns), group or columns)
+    half = max(scores.shape[-1] // 2, 1)
     mask = torch.zeros(scores.shape, dtype=torch.bool).scatter_(2, scores.topk(half, sorted=False).indices, True)
-    return prepare(*pack(weight, mask.view(rows, columns)))
-
-
-def copied(weight: Prepared, copies: int) -> list[Prepared]:
-    """The weight and clones of it, each prepared in memory of its own."""
-    pair = restore(weight)
-    return [weight, *(prepare(*pair) for _ in range(copies - 1))]
+    values, mask_bytes = pack(torch.randn(DRAWN_ROWS, columns).to(dtype), mask.view(DRAWN_ROWS, columns))
+    return values.repeat(rows // DRAWN_ROWS, 1), mask_bytes.repeat(rows // DRAWN_ROWS, 1)
 
 
 def plan_of(weight: Prepared, batch: int, choice: str | None) -> Tensor:
@@ -178,7 +192,8 @@ def print_row(row: dict[str, Any]) -> None:
         cells.append(f"control {row['median_ms']['control']:7.3f}")
     for name, ratio in row["against_torch"].items():
         own = f"/{row['against_control'][name]:.2f}" if name in row["against_control"] else ""
-        cells.append(f"{name} {row['median_ms'][name]:7.3f} {ratio:.2f}{own} {row['kernel'][name]}")
+        best = f"best {row['best_against_torch'][name]:.2f}"
+        cells.append(f"{name} {row['median_ms'][name]:7.3f} {ratio:.2f}{own} {best} {row['kernel'][name]}")
     print("  ".join(cells), flush=True)
 
 
@@ -192,14 +207,15 @@ def environment() -> dict[str, Any]:
     }
 
 
-def conditions(options: argparse.Namespace) -> dict[str, Any]:
+def conditions(options: argparse.Namespace, load: list[float]) -> dict[str, Any]:
     """How the numbers were taken."""
     return {
         "dtype": options.dtype,
         "rounds": options.rounds,
         "threads": options.threads,
         "cycled_mb": CYCLED_BYTES >> 20,
-        "statistic": "median over interleaved rounds; quartile_ms is the first quartile",
+        "statistic": "median over interleaved rounds; best: the least, which other work on the machine disturbs less",
+        "load_average_before_and_after": load,
         "choice": options.choice or "dispatcher",
     }
 
