@@ -31,13 +31,16 @@ CHUNK = 65536  # entries filtered at a time, so that all passes over them stay i
 
 @dataclass(frozen=True)
 class Crepe:
-    """`alpha` weighs the row term, `beta` the column term, `gamma` the neighbourhood; 1, 1 and 0 make exactly RIA."""
+    """`alpha` weighs the row term, `beta` the column term, `gamma` the neighbourhood.
+
+    The defaults are exactly RIA; what makes it CRePE is data, in presets.
+    """
 
     alpha: float = 1.0
     beta: float = 1.0
-    gamma: float = 0.3
+    gamma: float = 0.0
     kernel_size: int = 7
-    exponent: float = 1.0
+    exponent: float = 0.5
     neighbourhood: Neighbourhood = "smooth"
     needs: ClassVar[frozenset[Need]] = frozenset({"col_norm"})
     feed: ClassVar[Feed] = "dense"
