@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _PARTS = ("_values", "_mask")
 
 
-@register_quantization_config(QUANT_METHOD)  # type: ignore[untyped-decorator]
+@register_quantization_config(QUANT_METHOD)
 class CrepeNmConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of `config.json`, checked. Raises CheckpointError for what this version cannot read."""
 
@@ -38,7 +38,7 @@ class CrepeNmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.packed.to_dict()
 
 
-@register_quantizer(QUANT_METHOD)  # type: ignore[untyped-decorator]
+@register_quantizer(QUANT_METHOD)
 class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
     """Builds a model of packed linear layers on the meta device, checks what was loaded, saves it packed again."""
 
@@ -57,7 +57,7 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_options: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **_options: Any
     ) -> None:
         from torch import nn
 
@@ -75,7 +75,7 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
         # The guards, `P.weight` of shape (0,), have no parameter to go to.
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored_keys}
 
-    def _ignored(self, model: nn.Module, name: str) -> bool:
+    def _ignored(self, model: Any, name: str) -> bool:
         ignore = self.quantization_config.packed.ignore
         return name in ignore or f"{getattr(model, 'base_model_prefix', '')}.{name}" in ignore
 
@@ -89,7 +89,7 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
         has_bias = linear.bias is not None
         return PackedLinear(linear.in_features, linear.out_features, has_bias, n, m, linear.weight.dtype, "meta")
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_options: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> Any:
         from .packed.linear import check_loaded
 
         for name, layer in _packed_layers(model).items():
@@ -97,7 +97,7 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
             layer.prepare(f"{name}.weight")
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The stored tensors, bit-identical to what was loaded, with the guards that stop readers without us."""
         state = model.state_dict()
         for name in _packed_layers(model):
@@ -113,7 +113,7 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+def _packed_layers(model: Any) -> dict[str, PackedLinear]:
     from .packed.linear import PackedLinear
 
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
@@ -128,7 +128,7 @@ def _stored_names(checkpoint_files: list[str] | None) -> set[str]:
     return {name for file in checkpoint_files for name in read_header(Path(file))}
 
 
-def _key(model: nn.Module, name: str, stored: set[str]) -> str:
+def _key(model: Any, name: str, stored: set[str]) -> str:
     """The file's name for the weight `name`. transformers would fill what is missing with noise, so it is refused."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
