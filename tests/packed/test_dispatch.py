@@ -73,7 +73,7 @@ def test_the_fastest_is_chosen_and_remembered(cache: Path) -> None:
 
 
 def test_a_near_tie_goes_to_the_choice_that_allocates_least() -> None:
-    assert dispatch.fastest({"stream": 1.02, "tile": 1.0, "expand": 1.0}) == "stream"
+    assert dispatch.fastest({"stream": 1.07, "tile": 1.0, "expand": 1.0}) == "stream"
     assert dispatch.fastest({"stream": 1.2, "tile": 1.02, "expand": 1.0}) == "tile"
 
 

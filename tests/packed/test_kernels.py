@@ -62,12 +62,12 @@ def test_kernels_match_fp64(rows: int, columns: int, kept: int, group: int, isa:
     assert torch.equal(bits(ops.nm_expand(weight)), bits(dense))
     bias = torch.randn(rows).to(dtype)
     for choice in CHOICES:
-        for tokens in (1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 49, 64, 65, 100):
+        for tokens in (1, 2, 3, 4, 5, 16, 17, 33, 49, 65):
             x = torch.randn(tokens, columns).to(dtype)
             assert_close(ops.nm_linear(x, weight, plan_of(choice), bias), x, dense, bias)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_any_shape_matches_fp64(data: st.DataObject) -> None:
     use(data.draw(st.sampled_from([isa for isa in ISAS if isa != native.TORCH_ISA])))
@@ -105,6 +105,17 @@ def test_long_prefill_spans_blocks_of_tokens_and_rows() -> None:
     x = torch.randn(1100, 1056).to(torch.bfloat16)
     for choice in ("auto", "tile", "expand"):
         assert_close(ops.nm_linear(x, weight, plan_of(choice)), x, dense, None)
+
+
+@pytest.mark.parametrize(("rows", "columns", "tokens"), [(40, 8480, 64), (40, 8480, 50), (1100, 17408, 30)])
+def test_wide_inputs_are_split_into_blocks_of_columns(rows: int, columns: int, tokens: int) -> None:
+    piece, mask = random_weight(10, columns, torch.bfloat16), random_mask(10, columns, 2, 4)
+    values, mask_bytes = pack(piece, mask)
+    weight = prepare(values.repeat(rows // 10, 1), mask_bytes.repeat(rows // 10, 1))
+    x = torch.randn(tokens, columns).bfloat16()
+    y = ops.nm_linear(x, weight, plan_of("tile"))
+    assert_close(y[:, -10:], x, torch.where(mask, piece, piece.new_zeros(())), None)
+    assert torch.equal(y, y[:, :10].repeat(1, rows // 10))
 
 
 def test_input_shapes() -> None:
