@@ -1,0 +1,55 @@
+"""The command `serve`, defined without heavy imports so that `--help` stays quick."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("serve", context_settings={"ignore_unknown_options": True})
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Anything but this machine needs --api-key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", default=None, envvar="VLLM_API_KEY", help="What clients must send; also VLLM_API_KEY.")
+@click.option("--start-timeout", type=click.FloatRange(min=1), default=600, show_default=True, help="Seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout when ready.")
+def serve_command(
+    folder: Path, vllm_options: tuple[str, ...], host: str, port: int, api_key: str | None, start_timeout: float,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Serve the checkpoint FOLDER with vLLM, once its first answer agrees with the manifest.
+
+    Options that are not listed here go to vLLM, e.g. --max-model-len 4096 --enforce-eager. Ctrl-C stops.
+    """
+    from .launcher import ServeOptions, serve
+
+    options = ServeOptions(folder, host, port, api_key, start_timeout, vllm_options)
+
+    def ready(server: dict[str, Any]) -> None:
+        click.echo(json.dumps(server) if as_json else usage(server, has_key=api_key is not None))
+
+    serve(options, lambda message: click.echo(message, err=True), ready)
+    click.echo("stopped", err=True)
+
+
+def usage(server: dict[str, Any], *, has_key: bool) -> str:
+    """How to call a ready server, with curl and with the OpenAI client."""
+    url, model = server["url"], server["model"]
+    header = " -H 'Authorization: Bearer '\"$VLLM_API_KEY\"" if has_key else ""
+    key = "os.environ['VLLM_API_KEY']" if has_key else "'none'"
+    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 16})
+    return "\n".join(
+        [
+            f"ready: {url}/v1 (Ctrl-C stops)",
+            "",
+            f"  curl {url}/v1/completions -H 'Content-Type: application/json'{header} -d '{body}'",
+            "",
+            "  from openai import OpenAI",
+            f"  client = OpenAI(base_url='{url}/v1', api_key={key})",
+            f"  client.completions.create(model='{model}', prompt='The capital of France is', max_tokens=16)",
+        ]
+    )

@@ -1,0 +1,181 @@
+"""The launcher against a stand-in server: readiness, the smoke check, every way to fail, and clean ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from crepe_deploy.serve import launcher
+from crepe_deploy.serve.command import serve_command, usage
+from crepe_deploy.serve.launcher import ServeOptions, check, free_port, run, served_dtype, vllm_command
+from crepe_deploy.serve.smoke import compare, healthy
+
+from crepe_deploy.errors import CheckpointError, ConfigError, ServeError
+
+FAKE = Path(__file__).with_name("fake_server.py")
+GREEDY: dict[str, Any] = {
+    "prompt_token_ids": [1, 2], "token_ids": [5, 6, 7, 8], "margins": [2.0, 3.0, 0.2, 1.0], "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def start(mode: str, folder: Path, *, greedy: dict[str, Any] | None = GREEDY, **options: Any) -> dict[str, Any]:
+    """Run the launcher on the fake server; SIGTERM ourselves when it is ready. Returns what it reported."""
+    found: dict[str, Any] = {"said": []}
+    port = free_port("127.0.0.1")
+
+    def ready(server: dict[str, Any]) -> None:
+        found.update(server)
+        os.kill(os.getpid(), found.get("signal", signal.SIGTERM)) if mode != "quits" else None
+
+    chosen = ServeOptions(folder, start_timeout_s=options.pop("start_timeout_s", 20), **options)
+    run([sys.executable, str(FAKE), str(port), mode], chosen, port, greedy, found["said"].append, ready)
+    assert not healthy(f"http://127.0.0.1:{port}")
+    return found
+
+
+def test_ready_after_an_equal_answer_and_a_clean_end(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    found = start("good", tmp_path)
+    assert found["smoke"] == {"agreed": 4, "total": 4, "dtype": "bfloat16", "tie_gap": None}
+    assert found["model"] == "fake" and "4 of 4 greedy tokens agree" in found["said"][-1]
+    assert not Path(found["log"]).exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_key_reaches_the_server_but_not_its_command_line(tmp_path: Path) -> None:
+    assert start("good", tmp_path, api_key="secret")["smoke"]["agreed"] == 4
+    command = vllm_command(ServeOptions(tmp_path, api_key="secret"), 8000, GREEDY)
+    assert "secret" not in " ".join(command)
+
+
+def test_without_a_recorded_prompt_it_says_so(tmp_path: Path) -> None:
+    found = start("good", tmp_path, greedy=None)
+    assert found["smoke"] is None and "not checked" in found["said"][-1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "match"),
+    [
+        ("dies", "ended with code 1 before it was ready(.|\n)*no room for the model"),
+        ("never", "not ready after 1 s(.|\n)*fake server, mode never"),
+        ("wrong", "token 2 of the recorded prompt differs"),
+        ("quits", "ended by itself with code 7"),
+    ],
+)
+def test_failures_end_with_the_cause(tmp_path: Path, mode: str, match: str) -> None:
+    with pytest.raises(ServeError, match=match):
+        start(mode, tmp_path, start_timeout_s=1 if mode == "never" else 20)
+
+
+def test_a_server_that_ignores_signals_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "STOP_TIMEOUT_S", 0.5)
+    assert start("stubborn", tmp_path)["smoke"]["agreed"] == 4
+
+
+def test_a_signal_while_starting_stops_quietly(tmp_path: Path) -> None:
+    timer = threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    found = start("never", tmp_path)
+    timer.join()
+    assert "smoke" not in found
+
+
+def test_rounding_ties_are_told_apart_from_wrong_answers() -> None:
+    assert str(compare(GREEDY, [5, 6, 9, 9], "bfloat16")).endswith(
+        "token 3 is a rounding tie: its two best logits were 0.2 apart"
+    )
+    with pytest.raises(ServeError, match="leads by 3"):
+        compare(GREEDY, [5, 9, 7, 8], "bfloat16")
+    with pytest.raises(ServeError, match="token 3"):
+        compare({**GREEDY, "dtype": "float32"}, [5, 6, 9, 9], "float32")
+    with pytest.raises(ServeError, match="token 3"):
+        compare(GREEDY, [5, 6], "bfloat16")  # too short an answer is no tie
+
+
+def test_other_hosts_need_a_key(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for host in ("0.0.0.0", "192.168.0.7", "example.org", "::"):
+        with pytest.raises(ConfigError, match="--api-key"):
+            check(ServeOptions(tmp_path, host=host))
+    check(ServeOptions(tmp_path, host="0.0.0.0", port=0, api_key="secret"))
+    for host in ("127.0.0.1", "localhost"):
+        check(ServeOptions(tmp_path, host=host, port=0))
+
+
+def test_what_is_no_model_or_no_free_port_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        check(ServeOptions(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match="cannot be served on"):
+            check(ServeOptions(tmp_path, port=taken.getsockname()[1]))
+
+
+def test_the_users_options_win(tmp_path: Path) -> None:
+    plain = vllm_command(ServeOptions(tmp_path), 8000, GREEDY)
+    assert plain[plain.index("--dtype") + 1] == "bfloat16" and tmp_path.name in plain
+    options = ServeOptions(tmp_path, extra=("--dtype=float32", "--served-model-name", "mine"))
+    command = vllm_command(options, 8000, GREEDY)
+    assert command.count("--served-model-name") == 1 and "--dtype" not in command
+    assert served_dtype(options, GREEDY) == "float32" and served_dtype(ServeOptions(tmp_path), GREEDY) == "bfloat16"
+
+
+def test_the_command_passes_unknown_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ServeOptions] = []
+    monkeypatch.setattr(launcher, "serve", lambda options, say, ready: seen.append(options))
+    arguments = [str(tmp_path), "--port", "9", "--enforce-eager", "--max-model-len", "64"]
+    result = CliRunner().invoke(serve_command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert seen[0].port == 9 and seen[0].extra == ("--enforce-eager", "--max-model-len", "64")
+    CliRunner().invoke(serve_command, [str(tmp_path), "--", "--port", "9"], catch_exceptions=False)
+    assert seen[1].port == 8000 and seen[1].extra == ("--port", "9")
+
+
+def test_usage_shows_curl_and_python() -> None:
+    server = {"url": "http://127.0.0.1:8000", "model": "packed"}
+    text = usage(server, has_key=False)
+    assert "curl http://127.0.0.1:8000/v1/completions" in text and "OpenAI(base_url=" in text
+    assert "VLLM_API_KEY" in usage(server, has_key=True)
+
+
+def test_defining_the_command_imports_nothing_heavy() -> None:
+    code = "import sys, crepe_deploy.serve.command; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.vllm
+def test_vllm_serves_a_packed_model_from_the_command_line(tmp_path: Path) -> None:
+    import torch
+
+    from .models import exports
+
+    packed = exports(tmp_path, "16:32", torch.float32)["packed"]
+    code = "from crepe_deploy.serve.command import serve_command; serve_command()"
+    options = ["--port", "0", "--json", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
+    process = subprocess.Popen([sys.executable, "-c", code, str(packed), *options], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        server = json.loads(process.stdout.readline())
+        assert server["smoke"]["agreed"] == server["smoke"]["total"] == 16
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.stdout.close()
+    for _ in range(40):
+        if not healthy(server["url"]):
+            break
+        time.sleep(0.25)
+    assert not healthy(server["url"])
