@@ -14,6 +14,7 @@ import click
 
 from . import __version__
 from .errors import ConfigError, CrepeError
+from .present import quality_lines, report_lines, tensor_lines
 
 if TYPE_CHECKING:
     from .prune import PruneConfig
@@ -90,7 +91,7 @@ def prune_and_export_command(formats: str, out: Path, overwrite: bool, as_json: 
     model, config, calibration = _prepare(out=out, **options)
     with progress(f"pruning to {config.pattern} with {config.method}") as step:
         report = prune_and_export(model, out, config, calibration, formats=names, overwrite=overwrite, step=step)
-    _print(report, as_json, _report_lines(report, out))
+    _print(report, as_json, report_lines(report))
 
 
 @cli.command("prune")
@@ -144,7 +145,37 @@ def eval_command(as_json: bool, **options: Any) -> None:
     """Measure MODEL: perplexity, KL to a dense model, zero-shot accuracy; each with its convention."""
     _quiet_libraries()
     result = _evaluate(**options)
-    _print(result, as_json, _quality_lines(result))
+    _print(result, as_json, quality_lines(result))
+
+
+@cli.command("plan")
+@click.argument("model")
+@click.option("--sparsity", default="2:4", show_default=True)
+@click.option("--granularity", type=click.Choice(["row", "matrix"]), default="row", show_default=True)
+@click.option("--calib-samples", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--calib-length", type=click.IntRange(2), default=2048, show_default=True)
+@_json_option
+def plan_command(
+    model: str, sparsity: str, granularity: Any, calib_samples: int, calib_length: int, as_json: bool
+) -> None:
+    """Say what pruning MODEL will need and what each target will gain, without reading a weight."""
+    from .pattern import parse_pattern
+    from .plan import lines, plan
+    from .sources import resolve_model
+
+    pattern = parse_pattern(sparsity, granularity)
+    result = plan(resolve_model(model, say=_say).folder, pattern, calib_samples, calib_length)
+    _print(result, as_json, lines(result))
+
+
+@cli.command("doctor")
+@_json_option
+def doctor_command(as_json: bool) -> None:
+    """Say what this machine can run, which kernels will be used, and why."""
+    from .doctor import doctor, lines
+
+    result = doctor()
+    _print(result, as_json, lines(result))
 
 
 @cli.command("inspect")
@@ -155,9 +186,7 @@ def inspect_command(folder: Path, as_json: bool) -> None:
     from .audit import inspect_folder
 
     tensors = inspect_folder(folder)
-    table = [f"{t['sparsity']:8.2%}  {t['pattern'] or '-':>6}  {t['dtype']:>9}  {t['shape']!s:>16}  {t['name']}"
-             for t in tensors]  # fmt: skip
-    _print({"folder": str(folder), "tensors": tensors}, as_json, table)
+    _print({"folder": str(folder), "tensors": tensors}, as_json, tensor_lines(tensors))
 
 
 @cli.command("verify")
@@ -229,31 +258,6 @@ def _evaluate(
     return result
 
 
-def _quality_lines(result: dict[str, Any]) -> list[str]:
-    lines = []
-    if "perplexity" in result:
-        convention = ", ".join(f"{name}={value}" for name, value in result["convention"].items() if name != "sha256")
-        lines += [f"perplexity {_interval(result['perplexity'])}", f"convention: {convention}"]
-    if paired := result.get("paired"):
-        lines.append(f"against {paired['reference']} (perplexity {_interval(paired['reference_perplexity'])}):")
-        names = {
-            "perplexity_ratio": "perplexity ratio",
-            "kl_mean": "mean KL",
-            "kl_p99": "p99 KL",
-            "same_top": "same top token",
-        }
-        lines += [f"  {label} {_interval(paired[name])}" for name, label in names.items()]
-    for name, task in result.get("tasks", {}).items():
-        lines.append(f"{name}: {json.dumps(task)}")
-    return lines
-
-
-def _interval(estimate: dict[str, Any]) -> str:
-    if estimate["low"] is None:
-        return f"{estimate['value']:.4g}"
-    return f"{estimate['value']:.4g} [{estimate['low']:.4g}, {estimate['high']:.4g}]"
-
-
 def _parse_params(params: tuple[str, ...]) -> dict[str, Any]:
     parsed = {}
     for param in params:
@@ -265,16 +269,6 @@ def _parse_params(params: tuple[str, ...]) -> dict[str, Any]:
         except json.JSONDecodeError:
             parsed[name] = value
     return parsed
-
-
-def _report_lines(report: dict[str, Any], out: Path) -> list[str]:
-    seconds = sum(report["seconds"].values())
-    lines = [
-        f"{report['pruned_tensors']} linear layers pruned to {report['pattern']} with {report['method']}: "
-        f"{report['sparsity_of_pruned_tensors']:.2%} zeros counted on disk, {seconds:.1f} s",
-        f"reloaded logits differ by at most {report['parity']['max_abs_logit_difference']:.3g}",
-    ]
-    return lines + [f"{name}: {export['path']}" for name, export in report["formats"].items()]
 
 
 def _print(document: dict[str, Any], as_json: bool, lines: list[str]) -> None:

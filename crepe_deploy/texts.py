@@ -22,6 +22,7 @@ from .errors import CalibrationError, CheckpointError, ConfigError, MissingExtra
 SEPARATOR = "\n\n"
 DATASET_MAX_CHARS = 50_000_000
 CHARS_PER_TOKEN = 16
+MIN_CHARS = 2_000_000
 FILE_KINDS = (".txt", ".jsonl", ".parquet")
 _SPLIT_NAMES = ("train", "valid", "test", "dev")
 
@@ -140,14 +141,14 @@ def calibration_windows(
     """Draw `samples` windows of `length` tokens from a source, at random without overlap, by a generator of its own.
 
     Documents are joined by blank lines and tokenised without special tokens, though each window starts with BOS where
-    the family needs it. A text far longer than wanted is cut to CHARS_PER_TOKEN characters a token beforehand.
+    the family needs it. A text far longer than wanted is cut to CHARS_PER_TOKEN characters a token, or MIN_CHARS, beforehand.
     Raises CalibrationError saying how many tokens are missing, ConfigError, and as `load_text` does.
     """
     if samples < 1 or length < 2:
         raise ConfigError(f"{samples} calibration samples of {length} tokens: at least 1 sample of 2 tokens is needed")
     bos = wants_bos_each_window(tokenizer)
     body = length - 1 if bos else length
-    text = load_text(source, field, max_chars=CHARS_PER_TOKEN * samples * body)
+    text = load_text(source, field, max_chars=max(MIN_CHARS, CHARS_PER_TOKEN * samples * body))
     ids, rule = _enough_tokens(tokenizer, text, samples * body)
     windows = draw_windows(ids, samples, body, seed)
     if bos:
@@ -180,7 +181,7 @@ def draw_windows(ids: Tensor, samples: int, length: int, seed: int) -> Tensor:
 
 def _enough_tokens(tokenizer: Any, text: Text, wanted: int) -> tuple[Tensor, str]:
     whole = text.joined
-    cut = CHARS_PER_TOKEN * wanted
+    cut = max(MIN_CHARS, CHARS_PER_TOKEN * wanted)
     ids = tokenize(tokenizer, whole[:cut])
     used = "the text" if len(whole) <= cut and not text.truncated else f"the first {cut} characters"
     if ids.numel() < wanted and len(whole) > cut:

@@ -61,7 +61,18 @@ def test_every_package_is_listed() -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
         return archive.namelist()
@@ -116,7 +127,9 @@ def test_no_pickle_and_no_remote_code() -> None:
 def test_every_error_has_a_documented_exit_code() -> None:
     from crepe_deploy import errors
 
-    tree = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.CrepeError)]
+    tree = [
+        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.CrepeError)
+    ]
     assert {error.exit_code for error in tree} == {1, 2, 3, 4}
     for error in tree:
         assert error.__name__ in (errors.__doc__ or "")

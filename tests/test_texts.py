@@ -208,6 +208,7 @@ def test_text_that_needs_more_characters_than_the_cut_is_read_whole(
     write: Callable[[str, bytes], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(texts, "CHARS_PER_TOKEN", 1)
+    monkeypatch.setattr(texts, "MIN_CHARS", 1)
     path = write("a.txt", sample_text(3000).encode())
     assert calibration_windows(path, pico_tokenizer(), 4, 32).rule.startswith("the text")
 

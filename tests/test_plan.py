@@ -1,0 +1,53 @@
+"""`plan` predicts what the run then does; `doctor` names what is used."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from crepe_deploy.cli import main
+from crepe_deploy.export.packed import export_packed
+from crepe_deploy.pattern import parse_pattern
+from crepe_deploy.plan import lines, plan
+from crepe_deploy.prune import PruneConfig, prune
+from crepe_deploy.sources import resolve_model
+
+from .pico import make_pico_llama
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "16:32", "0.5"])
+def test_the_predicted_bytes_are_the_written_bytes(tmp_path: Path, pattern: str) -> None:
+    model = make_pico_llama(tmp_path / "model", torch.bfloat16)
+    expected = plan(model, parse_pattern(pattern), 4, 32)
+    prune(resolve_model(str(model)), tmp_path / "pruned", PruneConfig("magnitude", parse_pattern(pattern)), None)
+    (tmp_path / "packed").mkdir()
+    export_packed(tmp_path / "pruned", tmp_path / "packed")
+    header = 8192  # names and offsets
+    written = (tmp_path / "packed" / "model.safetensors").stat().st_size
+    assert expected["packed_checkpoint_bytes"] < written < expected["packed_checkpoint_bytes"] + header
+    if parse_pattern(pattern).sparsity == 0.5:
+        assert expected["pruned_tensors_packed_over_dense"] == 0.5625
+
+
+def test_misfits_are_listed(tmp_path: Path) -> None:
+    model = make_pico_llama(tmp_path / "model", intermediate_size=120)
+    result = plan(model, parse_pattern("16:32"), 4, 32)
+    assert len(result["does_not_divide"]) == 2
+    assert any("does not divide: 2 tensors" in line for line in lines(result))
+    assert plan(model, parse_pattern("2:4"), 4, 32)["not_packable"] == result["does_not_divide"]
+
+
+def test_doctor_says_which_kernels_run_and_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["crepe-deploy", "doctor", "--json"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert not exit_info.value.code
+    packed = json.loads(capsys.readouterr().out)["packed_cpu"]
+    assert packed["isa"] in packed["supported"]
+    assert packed["reason"]
