@@ -114,7 +114,7 @@ def measure_shape(shape: tuple[int, int], batches: list[int], options: argparse.
             )
         for name, weights in packed.items():
             variants[name] = packed_variant(weights, plans[name])
-        times = interleaved(variants, x, copies, options.rounds if batch < MANY_TOKENS else options.rounds // 3)
+        times = interleaved(variants, x, copies, options.rounds if batch < MANY_TOKENS else max(options.rounds // 3, 7))
         medians = {name: statistics.median(values) for name, values in times.items()}
         best = {name: min(values) for name, values in times.items()}
         rows.append(

@@ -82,6 +82,7 @@ def test_dense_only_where_a_copy_is_kept_and_clearly_faster() -> None:
     assert dispatch.fastest(times) == "tile"
     assert dispatch.fastest(times, keep_dense=True) == "dense"
     assert dispatch.fastest({**times, "dense": 0.97}, keep_dense=True) == "tile"
+    assert dispatch.fastest({"tile": 1.0, "expand": 0.8, "dense": 0.99}) == "tile"
 
 
 def test_keep_dense_auto_buys_speed_with_memory(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
