@@ -141,7 +141,7 @@ def calibration_windows(
     """Draw `samples` windows of `length` tokens from a source, at random without overlap, by a generator of its own.
 
     Documents are joined by blank lines and tokenised without special tokens, though each window starts with BOS where
-    the family needs it. A text far longer than wanted is cut to CHARS_PER_TOKEN characters a token, or MIN_CHARS, beforehand.
+    the family needs it. A text far longer than wanted is first cut to CHARS_PER_TOKEN characters a token, or MIN_CHARS.
     Raises CalibrationError saying how many tokens are missing, ConfigError, and as `load_text` does.
     """
     if samples < 1 or length < 2:

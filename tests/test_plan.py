@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from crepe_deploy.export.packed import export_packed
 
 from crepe_deploy.cli import main
-from crepe_deploy.export.packed import export_packed
 from crepe_deploy.pattern import parse_pattern
 from crepe_deploy.plan import lines, plan
 from crepe_deploy.prune import PruneConfig, prune
