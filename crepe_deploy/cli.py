@@ -80,7 +80,7 @@ def cli() -> None:
 
 @cli.command("prune-and-export")
 @_prune_options
-@click.option("--format", "formats", default="dense", show_default=True, help="Comma-separated: dense.")
+@click.option("--format", "formats", default="dense", show_default=True, help="Comma-separated: dense, packed.")
 def prune_and_export_command(formats: str, out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
     _quiet_libraries()
@@ -286,8 +286,16 @@ def _interrupt(_signal: int, _frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def add_outer_commands() -> None:
+    """Add the commands that live outside the core; their modules import nothing heavy."""
+    from .serve.command import serve_command
+
+    cli.add_command(serve_command)
+
+
 def main() -> NoReturn:
     """Run the command line; every known failure is one line on stderr and its exit code."""
+    add_outer_commands()
     signal.signal(signal.SIGTERM, _interrupt)
     # Idle OpenMP threads that spin at barriers slow a busy machine by orders of magnitude; let them sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
