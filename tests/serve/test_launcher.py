@@ -163,8 +163,9 @@ def test_vllm_serves_a_packed_model_from_the_command_line(tmp_path: Path) -> Non
 
     packed = exports(tmp_path, "16:32", torch.float32)["packed"]
     code = "from crepe_deploy.serve.command import serve_command; serve_command()"
+    python = [sys.executable, "-P", "-c", code]
     options = ["--port", "0", "--json", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
-    process = subprocess.Popen([sys.executable, "-c", code, str(packed), *options], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*python, str(packed), *options], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         server = json.loads(process.stdout.readline())
@@ -173,6 +174,7 @@ def test_vllm_serves_a_packed_model_from_the_command_line(tmp_path: Path) -> Non
         assert process.wait(60) == 0
     finally:
         process.kill()
+        process.wait()
         process.stdout.close()
     for _ in range(40):
         if not healthy(server["url"]):
