@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             "rows": rows,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        options.out.write_text(as_text(report))
     return 0
 
 
@@ -179,6 +179,13 @@ def plan_of(weight: Prepared, batch: int, choice: str | None) -> Tensor:
 def packed_variant(weights: list[Prepared], plan: Tensor) -> Variant:
     """A variant that multiplies by copy `i` of a packed weight."""
     return lambda x, i: ops.nm_linear(x, weights[i], plan)
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report as JSON, one line a row."""
+    head = json.dumps({name: value for name, value in report.items() if name != "rows"}, indent=1)
+    rows = ",\n".join("  " + json.dumps(row) for row in report["rows"])
+    return f'{head.removesuffix("}").rstrip()},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
 def rounded(values: dict[str, float]) -> dict[str, float]:
