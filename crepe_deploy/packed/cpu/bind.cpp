@@ -272,7 +272,7 @@ int64_t crepe_relayout(char* stored, uint32_t* stored_mask, const int64_t* row_s
   return bad;
 }
 
-// Asks for huge pages under [start, start + bytes): one stream through them reads faster. Returns 0 when granted.
+// Asks for huge pages under [start, start + bytes), which several threads may read faster. Returns 0 when granted.
 int crepe_huge_pages(void* start, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 1 << 21;
