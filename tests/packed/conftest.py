@@ -14,6 +14,7 @@ from crepe_deploy.packed import dispatch, native
 def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(dispatch.TUNE_VARIABLE, "0")
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tests of threads ask for more; the others need not wait for a busy machine's cores
     yield
     torch.set_num_threads(threads)
     served = native.backend()
