@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .cache import cache_dir
 from .checkpoint import read_json, shard_paths
 from .errors import CheckpointError, ConfigError
 from .manifest import Source, sha256_file
@@ -49,13 +49,6 @@ def resolve_model(model: str, revision: str | None = None, say: Callable[[str], 
     if not _HUB_ID.match(model):
         raise CheckpointError(f"model '{model}' is no folder on this disk and no hub id of the form owner/name")
     return _from_hub(model, revision, say)
-
-
-def cache_dir() -> Path:
-    """The user's cache folder for crepe-deploy; CREPE_DEPLOY_CACHE or XDG_CACHE_HOME move it."""
-    if own := os.environ.get("CREPE_DEPLOY_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crepe-deploy"
 
 
 def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:

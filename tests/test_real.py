@@ -64,7 +64,7 @@ def test_the_wider_group_keeps_more(pruned: dict[str, Path], smollm2: Path, asse
 def test_gguf_source_is_dequantised_and_said_so(assets_dir: Path, tmp_path: Path) -> None:
     gguf = next(assets_dir.glob("*.gguf"))
     command = [sys.executable, "-m", "crepe_deploy", "prune", str(gguf), "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "CREPE_DEPLOY_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     subprocess.run([*command, "--method", "magnitude"], check=True, env=environment)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["source"]["kind"] == "gguf"

@@ -26,8 +26,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from crepe_deploy.cache import cache_dir
+
 from . import ops
-from .native import TORCH_ISA, backend, cache_dir
+from .native import TORCH_ISA, backend
 from .prepare import PAD, Prepared
 
 BUCKETS: Final = 10

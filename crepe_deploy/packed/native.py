@@ -24,6 +24,7 @@ from typing import Final
 
 import torch
 
+from crepe_deploy.cache import cache_dir
 from crepe_deploy.errors import ConfigError, KernelError
 
 ISA_VARIABLE: Final = "CREPE_DEPLOY_CPU_ISA"
@@ -65,12 +66,6 @@ class Backend:
     isa: str
     reason: str
     native: Native | None
-
-
-def cache_dir() -> Path:
-    """The user's cache directory of this package; not created."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "crepe-deploy"
 
 
 @functools.cache
