@@ -53,7 +53,7 @@ $(VENV)/.dev: $(VENV)/.vllm
 assets: $(VENV)/.base
 	@$(BIN)/python -m crepe_deploy.bench.assets
 
-demo: assets
+demo: assets $(VENV)/.vllm
 	@$(BIN)/python -m crepe_deploy.bench.demo
 
 test: $(VENV)/.dev assets

@@ -10,70 +10,99 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .assets import DEFAULT_DIR, ensure_assets
+from ..errors import ServeError
+from .assets import DEFAULT_DIR, MODEL_NAME, ensure_assets
 from .processes import crepe_deploy
 
 RUNS = [
-    ("magnitude", "2:4"),
-    ("wanda", "2:4"),
-    ("ria", "2:4"),
-    ("sparsegpt", "2:4"),
-    ("crepe", "2:4"),
-    ("crepe", "16:32"),
+    ("magnitude", "2:4", "dense"),
+    ("wanda", "2:4", "dense"),
+    ("ria", "2:4", "dense"),
+    ("sparsegpt", "2:4", "dense"),
+    ("crepe", "2:4", "dense,packed"),
+    ("crepe", "16:32", "dense,packed"),
 ]
+SERVED = "crepe-16of32"
 CALIBRATION = ("--calib-samples", "16", "--calib-length", "512", "--seed", "0")
 EVALUATION = ("--window", "512", "--max-tokens", "8192")
 PROMPT = "The capital of France is"
 
 
-def measure(out: Path, assets_dir: Path, say: Any) -> dict[str, Any]:
+def measure(out: Path, assets_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Prune and evaluate every run of `RUNS`; returns rows and the conditions they were measured under."""
     assets = ensure_assets(assets_dir)
-    calib, text = assets.directory / "c4.train.txt", assets.directory / "wiki.test.txt"
+    calib, text = assets.text("c4", "train"), assets.text("wiki", "test")
     dense = crepe_deploy("eval", str(assets.model), "--text", str(text), *EVALUATION)
-    rows = [_row("dense", "-", 0.0, dense.output, None, None)]
-    for index, (method, pattern) in enumerate(RUNS):
+    rows = [{"method": "dense", "pattern": "-", "sparsity": 0.0, **_quality(dense.output), **_size(assets.model)}]
+    for index, (method, pattern, formats) in enumerate(RUNS):
         say(f"[{index + 1}/{len(RUNS)}] {method} {pattern}")
         folder = out / f"{method}-{pattern.replace(':', 'of')}"
         pruned = crepe_deploy(
             "prune-and-export", str(assets.model), "--out", str(folder), "--method", method, "--sparsity", pattern,
-            "--calib", str(calib), *CALIBRATION, "--format", "dense",
+            "--calib", str(calib), *CALIBRATION, "--format", formats,
         )  # fmt: skip
         quality = crepe_deploy(
             "eval", str(folder / "dense"), "--text", str(text), *EVALUATION, "--against", str(assets.model)
         )
-        sparsity = pruned.output["sparsity_of_pruned_tensors"]
-        rows.append(_row(method, pattern, sparsity, quality.output, pruned.seconds, pruned.peak_bytes))
+        row = {"method": method, "pattern": pattern, "sparsity": pruned.output["sparsity_of_pruned_tensors"]}
+        cost = {"seconds": pruned.seconds, "peak_bytes": pruned.peak_bytes}
+        rows.append(row | _quality(quality.output) | cost | _size(folder / formats.split(",")[-1]))
     return {
-        "model": "SmolLM2-135M-Instruct, dequantised Q4_1",
+        "model": MODEL_NAME,
         "calibration": "c4 train, " + " ".join(CALIBRATION),
-        "evaluation": rows[0]["convention"],
+        "evaluation": "wiki test, " + " ".join(EVALUATION),
+        "dtype": dense.output["convention"]["dtype"],
         "cores": os.cpu_count(),
         "rows": rows,
     }
 
 
-def _row(
-    method: str, pattern: str, sparsity: float, quality: dict[str, Any], seconds: float | None, peak: int | None
-) -> dict[str, Any]:
-    paired = quality["paired"]
+def _quality(report: dict[str, Any]) -> dict[str, Any]:
+    paired = report["paired"]
+    return {"perplexity": report["perplexity"]["value"], "kl": paired and paired["kl_mean"]["value"]}
+
+
+def _size(folder: Path) -> dict[str, Any]:
+    files = list(folder.glob("*.safetensors"))
     return {
-        "method": method,
-        "pattern": pattern,
-        "sparsity": sparsity,
-        "perplexity": quality["perplexity"]["value"],
-        "kl": None if paired is None else paired["kl_mean"]["value"],
-        "seconds": seconds,
-        "peak_bytes": peak,
-        "convention": quality["convention"],
+        "format": folder.name if folder.name == "packed" else "dense",
+        "file_bytes": sum(f.stat().st_size for f in files),
     }
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "method": lambda row: str(row["method"]),
+    "pattern": lambda row: str(row["pattern"]),
+    "zeros counted": lambda row: f"{row['sparsity']:.2%}",
+    "PPL": lambda row: f"{row['perplexity']:.2f}",
+    "KL to dense": lambda row: f"{row['kl']:.3f}" if row["kl"] is not None else "",
+    "prune s": lambda row: f"{row['seconds']:.1f}" if "seconds" in row else "",
+    "peak MB": lambda row: f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
+    "file MB": lambda row: f"{row['file_bytes'] / 1e6:.0f} {row['format']}",
+}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The rows as a Markdown table, conditions below."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+    lines += ["| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in result["rows"]]
+    conditions = (
+        f"{result['model']}, {result['dtype']}, {result['cores']} cores. Calibration: {result['calibration']}. "
+        f"Evaluation: {result['evaluation']}, windows without overlap. Seconds and peak resident memory are those of "
+        "the whole `prune-and-export` process, imports, proof and hashing included."
+    )
+    return "\n".join([*lines, "", conditions]) + "\n"
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -82,15 +111,11 @@ def print_table(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{result['model']} ({result['cores']} cores)")
-    for column in ("method", "pattern", "zeros counted", "PPL", "KL to dense", "prune s", "peak MB"):
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column in {"method", "pattern"} else "right")
     for row in result["rows"]:
-        measured = [] if row["seconds"] is None else [f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}"]
-        kl = [] if row["kl"] is None else [f"{row['kl']:.3f}"]
-        table.add_row(
-            row["method"], row["pattern"], f"{row['sparsity']:.2%}", f"{row['perplexity']:.2f}", *kl, *measured
-        )
-    Console(width=100).print(table)
+        table.add_row(*(cell(row) for cell in COLUMNS.values()))
+    Console(width=110).print(table)
 
 
 def generate(folder: Path) -> str:
@@ -103,24 +128,49 @@ def generate(folder: Path) -> str:
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
+def serve_once(folder: Path) -> str:
+    """Start `crepe-deploy serve` on a packed folder, take one completion over HTTP, and stop it."""
+    command = [sys.executable, "-m", "crepe_deploy", "serve", str(folder), "--port", "0", "--json", "--enforce-eager"]
+    with subprocess.Popen([*command, "--max-model-len", "512"], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        if not line:
+            raise ServeError(f"'{' '.join(command)}' did not get ready; its messages are above")
+        ready = json.loads(line)
+        body = {"model": ready["model"], "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+        request = urllib.request.Request(
+            f"{ready['url']}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=120) as answer:
+                return PROMPT + str(json.load(answer)["choices"][0]["text"])
+        finally:
+            server.send_signal(signal.SIGINT)
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
 @click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), default=None, help="Also write the rows here.")
-def main(out: Path, assets_dir: Path, json_path: Path | None) -> None:
+@click.option("--serve/--no-serve", default=True, show_default=True, help="Serve the packed checkpoint with vLLM.")
+def main(out: Path, assets_dir: Path, json_path: Path | None, serve: bool) -> None:
     """Prune a real model with every method and print what each costs and keeps."""
     start = time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
     result = measure(out, assets_dir, lambda line: click.echo(line, err=True))
-    best = out / "crepe-16of32" / "dense"
-    click.echo(f"generated by transformers from {best}:\n  {generate(best)}\n")
+    dense, packed = out / SERVED / "dense", out / SERVED / "packed"
+    click.echo(f"transformers, from {dense}:\n  {generate(dense)!r}\n")
+    if serve:
+        click.echo(f"vLLM, from {packed}:\n  {serve_once(packed)!r}\n")
     print_table(result)
-    click.echo(f"calibration: {result['calibration']}\nevaluation: {json.dumps(result['evaluation'])}")
+    click.echo(markdown(result).split("\n\n")[-1])
     if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        json_path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
     click.echo(f"done in {time.perf_counter() - start:.0f} s; the checkpoints are in {out}/", err=True)
 
 
 if __name__ == "__main__":
     main()
-    sys.exit(0)
