@@ -19,10 +19,11 @@ GREEDY_TOKENS = 16
 def record_greedy(source: Path, count: int = GREEDY_TOKENS) -> dict[str, Any]:
     """Continue the fixed prompt greedily with the dense checkpoint `source`, one block in memory at a time.
 
-    `margins` are the gaps between the two best logits: where a gap is small, another kernel may round to the other
-    token. Without a tokenizer `prompt` is None and the prompt's token ids are 2, 3, 4, 5, 6.
+    Computed in float32, so that `margins`, the gaps between the two best logits, say where a coarser dtype may round
+    to the other token. Without a tokenizer `prompt` is None and the prompt's token ids are 2, 3, 4, 5, 6.
     """
-    decoder = Decoder(source)
+    stored = Decoder(source).dtype
+    decoder = Decoder(source, "float32")
     prompt, ids = _prompt_ids(source, decoder.vocab_size)
     tokens = torch.tensor([ids])
     margins = []
@@ -35,7 +36,8 @@ def record_greedy(source: Path, count: int = GREEDY_TOKENS) -> dict[str, Any]:
         "prompt_token_ids": ids,
         "token_ids": tokens[0, len(ids) :].tolist(),
         "margins": margins,
-        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "dtype": "float32",
+        "checkpoint_dtype": str(stored).removeprefix("torch."),
         "what": "greedy continuation by the dense checkpoint with zeros, end-of-text tokens included",
     }
 

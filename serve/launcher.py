@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import ipaddress
@@ -27,6 +28,7 @@ from .smoke import compare, complete, healthy, model_name
 STOP_TIMEOUT_S: Final = 30.0
 POLL_S: Final = 0.25
 TAIL_LINES: Final = 25
+GREEDY_KEYS: Final = frozenset({"prompt_token_ids", "token_ids", "margins", "checkpoint_dtype"})
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 Say = Callable[[str], None]
@@ -98,7 +100,7 @@ def recorded_greedy(folder: Path) -> dict[str, Any] | None:
     if not (folder / MANIFEST_NAME).is_file():
         return None
     greedy: dict[str, Any] | None = load_manifest(folder).metrics.get("greedy")
-    if greedy is not None and not {"prompt_token_ids", "token_ids", "margins", "dtype"} <= greedy.keys():
+    if greedy is not None and not greedy.keys() >= GREEDY_KEYS:
         raise CheckpointError(f"{folder / MANIFEST_NAME}: its greedy prompt is incomplete; export the checkpoint again")
     return greedy
 
@@ -111,7 +113,7 @@ def vllm_command(options: ServeOptions, port: int, greedy: dict[str, Any] | None
     if not _given(options, "--served-model-name"):
         command += ["--served-model-name", options.folder.resolve().name]
     if greedy is not None and not _given(options, "--dtype"):
-        command += ["--dtype", greedy["dtype"]]
+        command += ["--dtype", greedy["checkpoint_dtype"]]
     return [*command, *options.extra]
 
 
@@ -126,7 +128,7 @@ def served_dtype(options: ServeOptions, greedy: dict[str, Any]) -> str:
             return part.removeprefix("--dtype=")
         if part == "--dtype" and index + 1 < len(options.extra):
             return options.extra[index + 1]
-    return str(greedy["dtype"])
+    return str(greedy["checkpoint_dtype"])
 
 
 def environment(api_key: str | None) -> dict[str, str]:
@@ -173,8 +175,8 @@ def _smoke(url: str, options: ServeOptions, greedy: dict[str, Any] | None, say: 
     if greedy is None:
         say("not checked: the folder records no greedy prompt")
         return None
-    found = complete(url, greedy["prompt_token_ids"], len(greedy["token_ids"]), options.api_key)
-    agreement = compare(greedy, found, served_dtype(options, greedy))
+    ask = functools.partial(complete, url, options.api_key)
+    agreement = compare(greedy, served_dtype(options, greedy), ask)
     say(f"checked: {agreement}")
     return vars(agreement)
 

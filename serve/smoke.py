@@ -2,59 +2,69 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ..errors import ServeError
 
-# Gaps between the two best logits within which other kernels may round to the other token.
+# Gaps between the two best float32 logits within which a server that computes in this dtype may choose the other.
 ROUNDING: Final = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 _OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a local server needs no proxy
 
 
+Ask = Callable[[Sequence[int], int], Sequence[int]]
+
+
 @dataclass(frozen=True)
 class Agreement:
-    """How many tokens agree before the first difference, of how many; `tie_gap` is the logit gap there, if any."""
+    """How many served tokens are the recorded ones. `ties`: for each that is not, how far the best logit led there."""
 
     agreed: int
     total: int
     dtype: str
-    tie_gap: float | None = None
+    ties: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         counted = f"{self.agreed} of {self.total} greedy tokens agree with the manifest ({self.dtype})"
-        if self.tie_gap is None:
+        if not self.ties:
             return counted
-        return f"{counted}; token {self.agreed + 1} is a rounding tie: its two best logits were {self.tie_gap:g} apart"
+        gaps = ", ".join(f"{gap:g}" for gap in self.ties)
+        return f"{counted}; {len(self.ties)} fell to rounding, where the two best logits were {gaps} apart"
 
 
-def compare(greedy: dict[str, Any], found: Sequence[int], dtype: str) -> Agreement:
-    """Compare served tokens with the recorded ones. Raises ServeError for a difference that rounding cannot explain.
+def compare(greedy: dict[str, Any], dtype: str, ask: Ask) -> Agreement:
+    """Compare a server's greedy tokens with the recorded ones, which were computed in float32.
 
-    dtype: what the server computes in. After a tie the texts differ, so nothing behind the first one is compared.
+    dtype: what the server computes in. ask: (prompt token ids, count) -> the server's tokens. Where it differs within
+    that dtype's rounding, it is asked again from the recorded token on, so that every token is compared. Raises
+    ServeError for a difference that rounding cannot explain.
     """
-    expected, margins = greedy["token_ids"], greedy["margins"]
-    agreed = next(
-        (i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]),
-        min(len(expected), len(found)),
-    )
-    if agreed == len(expected):
-        return Agreement(agreed, len(expected), dtype)
-    allowed = max(ROUNDING.get(name, 0.0) for name in (dtype, greedy["dtype"]))
-    if agreed < len(found) and margins[agreed] <= allowed:
-        return Agreement(agreed, len(expected), dtype, margins[agreed])
-    raise ServeError(
-        f"the server's answer is not this checkpoint's: token {agreed + 1} of the recorded prompt differs "
-        f"(expected {expected[agreed : agreed + 4]}, got {list(found[agreed : agreed + 4])}), though the best logit "
-        f"leads by {margins[agreed]:g}"
-    )
+    prompt, expected, margins = list(greedy["prompt_token_ids"]), greedy["token_ids"], greedy["margins"]
+    place, ties = 0, []
+    while place < len(expected):
+        found = ask([*prompt, *expected[:place]], len(expected) - place)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected[place:], found, strict=False))
+        step = sum(1 for _ in same)
+        place += step
+        if place == len(expected):
+            break
+        if step == len(found) or margins[place] > ROUNDING.get(dtype, 0.0):
+            raise ServeError(
+                f"the server's answer is not this checkpoint's: token {place + 1} of the recorded prompt differs "
+                f"(expected {expected[place : place + 4]}, got {list(found[step : step + 4])}), though the best logit "
+                f"leads by {margins[place]:g} and {dtype} is compared within {ROUNDING.get(dtype, 0.0):g}"
+            )
+        ties.append(margins[place])
+        place += 1
+    return Agreement(len(expected) - len(ties), len(expected), dtype, tuple(ties))
 
 
-def complete(url: str, prompt_token_ids: Sequence[int], count: int, api_key: str | None) -> list[int]:
+def complete(url: str, api_key: str | None, prompt_token_ids: Sequence[int], count: int) -> list[int]:
     """Greedy token ids from the OpenAI completions API at `url`. Raises ServeError."""
     body = {
         "model": model_name(url, api_key),

@@ -121,7 +121,7 @@ def test_the_greedy_prompt_is_what_transformers_answers(tmp_path: Path) -> None:
     ids = torch.tensor([greedy["prompt_token_ids"]])
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     expected = model.generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
-    assert greedy["dtype"] == "float32" and len(greedy["margins"]) == 16
+    assert greedy["dtype"] == greedy["checkpoint_dtype"] == "float32" and len(greedy["margins"]) == 16
     free = greedy["token_ids"].index(1) if 1 in greedy["token_ids"] else 16  # generate suppresses end-of-text
     assert greedy["token_ids"][:free] == expected.tolist()[:free]
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from crepe_deploy.errors import CheckpointError, ConfigError, ServeError
 
 FAKE = Path(__file__).with_name("fake_server.py")
 GREEDY: dict[str, Any] = {
-    "prompt_token_ids": [1, 2], "token_ids": [5, 6, 7, 8], "margins": [2.0, 3.0, 0.2, 1.0], "dtype": "bfloat16",
-}  # fmt: skip
+    "prompt_token_ids": [1, 2],
+    "token_ids": [5, 6, 7, 8],
+    "margins": [2.0, 3.0, 0.2, 1.0],
+    "checkpoint_dtype": "bfloat16",
+}
 
 
 def start(mode: str, folder: Path, *, greedy: dict[str, Any] | None = GREEDY, **options: Any) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def start(mode: str, folder: Path, *, greedy: dict[str, Any] | None = GREEDY, **
 def test_ready_after_an_equal_answer_and_a_clean_end(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     found = start("good", tmp_path)
-    assert found["smoke"] == {"agreed": 4, "total": 4, "dtype": "bfloat16", "tie_gap": None}
+    assert found["smoke"] == {"agreed": 4, "total": 4, "dtype": "bfloat16", "ties": ()}
     assert found["model"] == "fake" and "4 of 4 greedy tokens agree" in found["said"][-1]
     assert not Path(found["log"]).exists()
     assert signal.getsignal(signal.SIGTERM) is before
@@ -90,16 +94,23 @@ def test_a_signal_while_starting_stops_quietly(tmp_path: Path) -> None:
     assert "smoke" not in found
 
 
+def answers(*tokens: int) -> Callable[[Sequence[int], int], Sequence[int]]:
+    """A server that says `tokens` to the recorded prompt, and what is recorded once it is set right."""
+    return lambda prompt, count: tokens if len(prompt) == 2 else [5, 6, 7, 8][len(prompt) - 2 :]
+
+
 def test_rounding_ties_are_told_apart_from_wrong_answers() -> None:
-    assert str(compare(GREEDY, [5, 6, 9, 9], "bfloat16")).endswith(
-        "token 3 is a rounding tie: its two best logits were 0.2 apart"
-    )
+    tie = compare(GREEDY, "bfloat16", answers(5, 6, 9, 9))
+    assert (tie.agreed, tie.total, tie.ties) == (3, 4, (0.2,))
+    assert str(tie).endswith("1 fell to rounding, where the two best logits were 0.2 apart")
     with pytest.raises(ServeError, match="leads by 3"):
-        compare(GREEDY, [5, 9, 7, 8], "bfloat16")
+        compare(GREEDY, "bfloat16", answers(5, 9, 7, 8))
     with pytest.raises(ServeError, match="token 3"):
-        compare({**GREEDY, "dtype": "float32"}, [5, 6, 9, 9], "float32")
+        compare(GREEDY, "float32", answers(5, 6, 9, 9))
     with pytest.raises(ServeError, match="token 3"):
-        compare(GREEDY, [5, 6], "bfloat16")  # too short an answer is no tie
+        compare(GREEDY, "bfloat16", answers(5, 6))  # too short an answer is no tie
+    with pytest.raises(ServeError, match="token 4"):  # after a tie, the rest is compared too
+        compare(GREEDY, "bfloat16", lambda prompt, _: [5, 6, 9, 9] if len(prompt) == 2 else [1])
 
 
 def test_other_hosts_need_a_key(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""Does the packed checkpoint say what the dense one with the same zeros says, token by token, in every reader?
+
+    python -m crepe_deploy.bench.packed_parity DENSE PACKED [--out bench/results/packed_parity.json]
+
+DENSE and PACKED are the two exports of one pruning. Eight prompts are continued greedily for 64 tokens in float32,
+each reader in a process of its own; the reference is transformers on DENSE.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..manifest import load_manifest, versions
+from .processes import run_json
+
+TOKENS = 64
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "Once upon a time, there was a small village",
+    "The main difference between a virus and a bacterium is",
+    "In 1969, the first humans",
+    "To make bread, you need",
+    "def fibonacci(n):",
+    "The quick brown fox",
+)
+READERS = ("transformers", "vllm", "vllm-tp2", "vllm-compiled")
+
+
+def transformers_tokens(folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    """Greedy tokens, end-of-text included, with the gap between the two best logits at each."""
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens, gaps = [], []
+    with torch.inference_mode():
+        for prompt in prompts:
+            found: list[int] = []
+            apart: list[float] = []
+            cache, ids = DynamicCache(config=model.config), torch.tensor([prompt])
+            while len(found) < TOKENS:
+                best = model(ids, past_key_values=cache, use_cache=True).logits[0, -1].topk(2)
+                found.append(int(best.indices[0]))
+                apart.append(float(best.values[0] - best.values[1]))
+                ids = best.indices[:1].view(1, 1)
+            tokens.append(found)
+            gaps.append(apart)
+    return {"tokens": tokens, "gaps": gaps}
+
+
+def vllm_tokens(folder: Path, prompts: list[list[int]], reader: str) -> dict[str, Any]:
+    """Greedy tokens from vLLM, all prompts in one batch."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(folder),
+        dtype="float32",
+        enforce_eager=reader != "vllm-compiled",
+        tensor_parallel_size=2 if reader == "vllm-tp2" else 1,
+        max_model_len=512,
+        max_num_seqs=len(prompts),
+        block_size=32,
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
+    return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+
+
+def child(reader: str, folder: Path, prompts: list[list[int]]) -> None:
+    """Run one reader and print its tokens; everything else it prints goes to stderr."""
+    real = os.dup(1)
+    os.dup2(2, 1)
+    found = transformers_tokens(folder, prompts) if reader == "transformers" else vllm_tokens(folder, prompts, reader)
+    with os.fdopen(real, "w") as stdout:
+        json.dump(found, stdout)
+
+
+def run_reader(reader: str, folder: Path, prompts: list[list[int]]) -> Any:
+    """The tokens of one reader in a fresh process, away from the working folder."""
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    code = "import sys, json; from pathlib import Path; from crepe_deploy.bench.packed_parity import child"
+    main = "if __name__ == '__main__': child(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))"
+    with tempfile.TemporaryDirectory() as scratch:
+        script = Path(scratch) / "child.py"  # a file, because vLLM's processes import their parent's main module
+        script.write_text(f"{code}\n{main}\n", encoding="utf-8")
+        command = [sys.executable, str(script), reader, str(folder.resolve()), json.dumps(prompts)]
+        return run_json(command, env=settings).output
+
+
+def agreement(reference: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Prompts that agree in every token, and for the others where they part and how close the choice was there."""
+    parts = []
+    for index, (expected, got) in enumerate(zip(reference["tokens"], found["tokens"], strict=True)):
+        if expected != got:
+            place = next(i for i, pair in enumerate(zip(expected, got, strict=True)) if pair[0] != pair[1])
+            parts.append({"prompt": index, "token": place, "logit_gap": reference["gaps"][index][place]})
+    return {"equal_prompts": len(reference["tokens"]) - len(parts), "prompts": len(PROMPTS), "differences": parts}
+
+
+@click.command()
+@click.argument("dense", type=click.Path(path_type=Path, exists=True))
+@click.argument("packed", type=click.Path(path_type=Path, exists=True))
+@click.option("--readers", default=",".join(READERS), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the results here as JSON.")
+def main(dense: Path, packed: Path, readers: str, out: Path | None) -> None:
+    """Compare greedy tokens of PACKED in every reader with those of DENSE."""
+    from ..texts import load_tokenizer
+
+    tokenizer, manifest = load_tokenizer(dense), load_manifest(packed)
+    prompts = [[int(token) for token in tokenizer(text)["input_ids"]] for text in PROMPTS]
+    reference = run_reader("transformers", dense, prompts)
+    results = {}
+    for reader in readers.split(","):
+        start = time.perf_counter()
+        results[reader] = agreement(reference, run_reader(reader, packed, prompts))
+        results[reader]["seconds_with_start"] = round(time.perf_counter() - start, 1)
+        click.echo(f"{reader}: {results[reader]}", err=True)
+    report = {
+        "command": "python -m crepe_deploy.bench.packed_parity DENSE PACKED",
+        "model": Path(manifest.source.id).name,
+        "pattern": manifest.config["pattern"],
+        "method": manifest.config["resolved_method"],
+        "size": manifest.metrics["size"],
+        "what": f"{TOKENS} greedy tokens in float32 against transformers on the dense export",
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), **versions()},
+        "readers": results,
+    }
+    text = json.dumps(report, indent=2)
+    click.echo(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
