@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .packed.linear import PackedLinear
 
 _PARTS = ("_values", "_mask")
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -48,6 +49,7 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
         """Raise ConfigError for what cannot work: packing while loading, devices other than the CPU."""
         if not self.pre_quantized:
             raise ConfigError(f"'{QUANT_METHOD}' loads packed checkpoints; make one with: crepe-deploy export")
+        device_map = self.update_device_map(device_map)
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         wrong = sorted({str(place) for place in places} - {"None", "cpu"})
         if wrong:
@@ -55,6 +57,13 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"device_map asks for {', '.join(wrong)}: packed layers run on the CPU; load with device_map='cpu', or "
                 "use crepe-deploy export --format dense for other devices"
             )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """ "auto" and its like mean the CPU where there is nothing else; elsewhere they stay, and are refused."""
+        import torch
+
+        automatic = isinstance(device_map, str) and device_map in _AUTOMATIC
+        return {"": "cpu"} if automatic and not torch.accelerator.is_available() else device_map
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_options: Any

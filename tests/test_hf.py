@@ -99,6 +99,18 @@ def test_a_loaded_model_takes_another_dtype(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), logits(load(dense, dtype=torch.float32)), rtol=0, atol=1e-4)
 
 
+def test_automatic_placement_is_the_cpu_where_there_is_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, packed = folders(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="auto: packed layers run on the CPU"):
+        load(packed, device_map="auto")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    quantizer = load(packed, device_map="cpu").hf_quantizer
+    assert quantizer.update_device_map("auto") == {"": "cpu"} and quantizer.update_device_map(None) is None
+
+
 def test_damage_is_refused_by_name(tmp_path: Path) -> None:
     _, packed = folders(tmp_path)
     name, file = "model.layers.1.mlp.up_proj.weight", packed / "model.safetensors"
