@@ -33,29 +33,29 @@ PROMPTS = (
     "def fibonacci(n):",
     "The quick brown fox",
 )
-READERS = ("transformers", "vllm", "vllm-tp2", "vllm-compiled")
+READERS = ("transformers", "vllm", "vllm-compiled", "vllm-tp3")  # SmolLM2 has 9 heads and 3 KV heads
 
 
 def transformers_tokens(folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
-    """Greedy tokens, end-of-text included, with the gap between the two best logits at each."""
+    """Greedy tokens, end-of-text included, with the gap between the two best logits at each; one left-padded batch."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens, gaps = [], []
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    cache, tokens, gaps = DynamicCache(config=model.config), [], []
     with torch.inference_mode():
-        for prompt in prompts:
-            found: list[int] = []
-            apart: list[float] = []
-            cache, ids = DynamicCache(config=model.config), torch.tensor([prompt])
-            while len(found) < TOKENS:
-                best = model(ids, past_key_values=cache, use_cache=True).logits[0, -1].topk(2)
-                found.append(int(best.indices[0]))
-                apart.append(float(best.values[0] - best.values[1]))
-                ids = best.indices[:1].view(1, 1)
-            tokens.append(found)
-            gaps.append(apart)
-    return {"tokens": tokens, "gaps": gaps}
+        for _ in range(TOKENS):
+            places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            output = model(ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
+            best = output.logits[:, -1].topk(2)
+            ids = best.indices[:, :1]
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            tokens.append(ids[:, 0])
+            gaps.append(best.values[:, 0] - best.values[:, 1])
+    return {"tokens": torch.stack(tokens, 1).tolist(), "gaps": torch.stack(gaps, 1).tolist()}
 
 
 def vllm_tokens(folder: Path, prompts: list[list[int]], reader: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def vllm_tokens(folder: Path, prompts: list[list[int]], reader: str) -> dict[str
         str(folder),
         dtype="float32",
         enforce_eager=reader != "vllm-compiled",
-        tensor_parallel_size=2 if reader == "vllm-tp2" else 1,
+        tensor_parallel_size=int(reader.removeprefix("vllm-tp")) if reader.startswith("vllm-tp") else 1,
         max_model_len=512,
         max_num_seqs=len(prompts),
         block_size=32,
@@ -121,16 +121,25 @@ def main(dense: Path, packed: Path, readers: str, out: Path | None) -> None:
     """Compare greedy tokens of PACKED in every reader with those of DENSE."""
     from ..texts import load_tokenizer
 
-    tokenizer, manifest = load_tokenizer(dense), load_manifest(packed)
+    tokenizer = load_tokenizer(dense)
     prompts = [[int(token) for token in tokenizer(text)["input_ids"]] for text in PROMPTS]
     reference = run_reader("transformers", dense, prompts)
-    results = {}
+    report = describe(packed)
     for reader in readers.split(","):
         start = time.perf_counter()
-        results[reader] = agreement(reference, run_reader(reader, packed, prompts))
-        results[reader]["seconds_with_start"] = round(time.perf_counter() - start, 1)
-        click.echo(f"{reader}: {results[reader]}", err=True)
-    report = {
+        result = agreement(reference, run_reader(reader, packed, prompts))
+        report["readers"][reader] = {**result, "seconds_with_start": round(time.perf_counter() - start, 1)}
+        click.echo(f"{reader}: {result}", err=True)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    click.echo(json.dumps(report, indent=2))
+
+
+def describe(packed: Path) -> dict[str, Any]:
+    """What is compared, and where."""
+    manifest = load_manifest(packed)
+    return {
         "command": "python -m crepe_deploy.bench.packed_parity DENSE PACKED",
         "model": Path(manifest.source.id).name,
         "pattern": manifest.config["pattern"],
@@ -138,13 +147,8 @@ def main(dense: Path, packed: Path, readers: str, out: Path | None) -> None:
         "size": manifest.metrics["size"],
         "what": f"{TOKENS} greedy tokens in float32 against transformers on the dense export",
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), **versions()},
-        "readers": results,
+        "readers": {},
     }
-    text = json.dumps(report, indent=2)
-    click.echo(text)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
