@@ -41,15 +41,16 @@ def usage(server: dict[str, Any], *, has_key: bool) -> str:
     url, model = server["url"], server["model"]
     header = " -H 'Authorization: Bearer '\"$VLLM_API_KEY\"" if has_key else ""
     key = "os.environ['VLLM_API_KEY']" if has_key else "'none'"
-    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 16})
+    body = {"model": model, "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}
+    arguments = ", ".join(f"{name}={value!r}" for name, value in body.items())
     return "\n".join(
         [
             f"ready: {url}/v1 (Ctrl-C stops)",
             "",
-            f"  curl {url}/v1/completions -H 'Content-Type: application/json'{header} -d '{body}'",
+            f"  curl {url}/v1/completions -H 'Content-Type: application/json'{header} -d '{json.dumps(body)}'",
             "",
             "  from openai import OpenAI",
             f"  client = OpenAI(base_url='{url}/v1', api_key={key})",
-            f"  client.completions.create(model='{model}', prompt='The capital of France is', max_tokens=16)",
+            f"  client.completions.create({arguments})",
         ]
     )

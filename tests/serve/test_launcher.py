@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,11 @@ GREEDY: dict[str, Any] = {
     "margins": [2.0, 3.0, 0.2, 1.0],
     "checkpoint_dtype": "bfloat16",
 }
+
+
+@pytest.fixture(autouse=True)
+def _logs_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def start(mode: str, folder: Path, *, greedy: dict[str, Any] | None = GREEDY, **options: Any) -> dict[str, Any]:
