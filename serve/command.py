@@ -49,7 +49,7 @@ def usage(server: dict[str, Any], *, has_key: bool) -> str:
             "",
             f"  curl {url}/v1/completions -H 'Content-Type: application/json'{header} -d '{json.dumps(body)}'",
             "",
-            "  from openai import OpenAI",
+            f"  {'import os; ' if has_key else ''}from openai import OpenAI",
             f"  client = OpenAI(base_url='{url}/v1', api_key={key})",
             f"  client.completions.create({arguments})",
         ]
