@@ -189,6 +189,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def rounded(values: dict[str, float]) -> dict[str, float]:
+    """Four decimals are more than the measurements are worth."""
     return {name: round(value, 4) for name, value in values.items()}
 
 
