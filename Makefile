@@ -66,8 +66,15 @@ lint: $(VENV)/.dev
 	@rm -rf .types build && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target .types . 2>/dev/null
 	@rm -rf build && cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p crepe_deploy
 
+# The measurements of bench/results/; about an hour on two cores, best with nothing else running.
 bench: $(VENV)/.dev assets
 	@$(BIN)/python -m crepe_deploy.bench.pruning --out bench/results/pruning.json
+	@$(BIN)/python -m crepe_deploy.bench.ladder --out bench/results/ladder.json
+	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4,16:32 --feed pruned --out bench/results/ladder-pruned.json
+	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4,16:32 --feed dense --out bench/results/ladder-dense.json
+	@$(BIN)/python -m crepe_deploy.bench.preset_grid --seeds 0,1,2 --out bench/results/preset_grid.json
+	@$(BIN)/python -m crepe_deploy.bench.kernels --out bench/results/kernels.json
+	@$(BIN)/python -m crepe_deploy.bench.decode --out bench/results/decode.json
 
 clean:
 	rm -rf $(VENV) .types build *.egg-info .pytest_cache .mypy_cache .ruff_cache
