@@ -44,7 +44,8 @@ class TensorRecord(_Record):
 
     transposed: stored (in, out), as GPT-2 does. shape: as stored.
     layer_error: ||(W - W')D||_F / ||W D||_F, with D the norms of the input channels where the method collected
-    them (`layer_error_weighting` "input-norm") and the identity otherwise ("none").
+    them (`layer_error_weighting` "input-norm") and the identity otherwise ("none"). None where it was pruned elsewhere
+    ("unknown").
     """
 
     shape: tuple[int, int]
@@ -52,7 +53,7 @@ class TensorRecord(_Record):
     pattern: str
     zeros: int
     sparsity: float
-    layer_error: float
+    layer_error: float | None = None
     layer_error_weighting: str
     notes: dict[str, float] = Field(default_factory=dict)
 

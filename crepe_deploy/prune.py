@@ -297,7 +297,7 @@ def _manifest(
         metrics={
             "sparsity_of_pruned_tensors": pruned / size,
             "pruned_tensors": len(run.records),
-            "mean_layer_error": sum(record.layer_error for record in run.records.values()) / len(run.records),
+            "mean_layer_error": sum(record.layer_error or 0.0 for record in run.records.values()) / len(run.records),
             "seconds": {name: round(value, 3) for name, value in run.phases.seconds.items()},
             "parity": parity,
         },

@@ -35,24 +35,26 @@ def card_text(manifest: Manifest) -> str:
     """The card as Markdown with Hugging Face front matter."""
     source, config, metrics = manifest.source, manifest.config, manifest.metrics
     front = ["---", *_front_matter(manifest), "---", ""]
-    calibration = manifest.calibration
+    method = config["method"] or "an unknown method"
+    known = config["method"] is not None
+    calibration, error = manifest.calibration, metrics["mean_layer_error"]
     rows = {
         "base model": source.id + (f" @ {source.revision}" if source.revision else ""),
         "licence": source.license or "not stated by the base model; its terms apply",
-        "method": f"{config['method']} {_parameters(config['resolved_method'])}",
+        "method": f"{method} {_parameters(config['resolved_method'])}".rstrip(),
         "pattern": f"{config['pattern']} in {metrics['pruned_tensors']} linear layers",
         "zeros counted in those layers": f"{metrics['sparsity_of_pruned_tensors']:.4%}",
-        "calibration": "none"
+        "calibration": ("none" if known else "unknown")
         if calibration is None
         else f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}",
-        "mean relative layer error": f"{metrics['mean_layer_error']:.4f}",
+        "mean relative layer error": "unknown" if error is None else f"{error:.4f}",
         "format": manifest.format,
         **_size_rows(metrics.get("size", {})),
         "made with": f"crepe-deploy {manifest.versions['crepe-deploy']}",
         **source.notes,
     }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    title = f"# {Path(source.id).name}, pruned to {config['pattern']} with {config['method']}"
+    title = f"# {Path(source.id).name}, pruned to {config['pattern']} with {method}"
     closing = ["", _TRUTH.get(manifest.format, ""), "", "`manifest.json` holds every tensor's counts and hashes."]
     return "\n".join([*front, title, "", *table, *closing]) + "\n"
 

@@ -15,6 +15,7 @@ from ..prune import PruneConfig, prune
 from ..sources import Model
 from ..texts import CalibrationSet
 from ..writing import atomic_folder, check_output, write_json
+from .bitmask24 import pruned_folder
 from .dense import export_dense
 from .packed import export_packed
 
@@ -36,11 +37,14 @@ def check_formats(formats: Sequence[str]) -> list[str]:
 
 
 def export_checkpoint(source: Path, out: Path, format: str, *, overwrite: bool = False) -> Manifest:
-    """Export the pruned checkpoint `source` into the folder `out`. Raises ConfigError, OutputError, VerifyError."""
+    """Export the pruned checkpoint `source` into the folder `out`. Raises ConfigError, OutputError, VerifyError.
+
+    A `sparse-24-bitmask` checkpoint of compressed-tensors is unpacked first, see `bitmask24`.
+    """
     check_formats([format])
     check_output(out, overwrite=overwrite, inputs=(source,))
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        return EXPORTERS[format](source, folder)
+    with atomic_folder(out, overwrite=overwrite) as folder, pruned_folder(source, out) as pruned:
+        return EXPORTERS[format](pruned, folder, link=pruned != source)
 
 
 def prune_and_export(
