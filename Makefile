@@ -8,7 +8,6 @@ SPEC   := pyproject.toml constraints.txt Makefile
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup demo test lint bench assets clean
 .DELETE_ON_ERROR:

@@ -83,7 +83,7 @@ def cli() -> None:
 @click.option("--format", "formats", default="dense", show_default=True, help="Comma-separated: dense, packed.")
 def prune_and_export_command(formats: str, out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
-    _quiet_libraries()
+    _prepare_libraries()
     from .export.pipeline import check_formats, prune_and_export
     from .progress import progress
 
@@ -98,7 +98,7 @@ def prune_and_export_command(formats: str, out: Path, overwrite: bool, as_json: 
 @_prune_options
 def prune_command(out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Prune MODEL into the Hugging Face folder OUT, with its manifest."""
-    _quiet_libraries()
+    _prepare_libraries()
     from .progress import progress
     from .prune import prune
 
@@ -117,7 +117,7 @@ def prune_command(out: Path, overwrite: bool, as_json: bool, **options: Any) -> 
 @_json_option
 def export_command(source: Path, out: Path | None, format_name: str, overwrite: bool, as_json: bool) -> None:
     """Export the pruned checkpoint SOURCE into another format."""
-    _quiet_libraries()
+    _prepare_libraries()
     from .export.pipeline import export_checkpoint
 
     target = out if out is not None else source.resolve().parent / format_name
@@ -143,7 +143,7 @@ def export_command(source: Path, out: Path | None, format_name: str, overwrite: 
 @_json_option
 def eval_command(as_json: bool, **options: Any) -> None:
     """Measure MODEL: perplexity, KL to a dense model, zero-shot accuracy; each with its convention."""
-    _quiet_libraries()
+    _prepare_libraries()
     result = _evaluate(**options)
     _print(result, as_json, quality_lines(result))
 
@@ -275,8 +275,13 @@ def _print(document: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     click.echo(json.dumps(document, indent=2) if as_json else "\n".join(lines))
 
 
-def _quiet_libraries() -> None:
-    """Keep transformers' own bars and chatter out of the way of ours; warnings and errors still show."""
+def _prepare_libraries() -> None:
+    """Before torch is imported: threads that sleep at barriers, and no progress bars but ours.
+
+    OpenMP threads that spin there make a machine with other work on it slower by orders of magnitude, and an idle one
+    faster by a tenth. Servers and measurements keep the library's own setting.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -297,8 +302,6 @@ def main() -> NoReturn:
     """Run the command line; every known failure is one line on stderr and its exit code."""
     add_outer_commands()
     signal.signal(signal.SIGTERM, _interrupt)
-    # Idle OpenMP threads that spin at barriers slow a busy machine by orders of magnitude; let them sleep.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         cli(standalone_mode=False)
         code = 0
