@@ -18,8 +18,8 @@ def main(model: str, out: str) -> dict[str, Any]:
 
     from ..methods.presets import resolve_method
     from ..pattern import NM
+    from ..memory import peak_rss_bytes
     from ..prune import PruneConfig, prune
-    from ..quality import peak_rss_bytes
     from ..sources import resolve_model
     from ..texts import CalibrationSet
 

@@ -222,6 +222,7 @@ def _prune_linear(run: _Run, weight: Tensor, spec: LinearSpec, stats: Stats) -> 
             score = run.method.score(weight, stats)
         with run.phases("select"):
             mask = select(score, run.config.pattern)
+        with run.phases("update"):
             pruned = weight.masked_fill(~mask, 0)
     with run.phases("error"):
         norms = input_norms(stats)

@@ -5,8 +5,6 @@ Folders are loaded by stock transformers, never with remote code. The maths is i
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, ConfigError, NumericalError
 from .families import COMPUTE_DTYPES
+from .memory import peak_rss_bytes
 from .scoring import (
     LEVEL,
     RESAMPLES,
@@ -241,12 +240,6 @@ def plan_windows(
         stride=step,
         tokens=spans[-1].end,
     )
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resolve_device(device: str) -> str:
