@@ -16,9 +16,9 @@ def main(model: str, out: str) -> dict[str, Any]:
     import torch
     from transformers.models.llama import modeling_llama
 
+    from ..memory import peak_rss_bytes
     from ..methods.presets import resolve_method
     from ..pattern import NM
-    from ..memory import peak_rss_bytes
     from ..prune import PruneConfig, prune
     from ..sources import resolve_model
     from ..texts import CalibrationSet
