@@ -259,3 +259,14 @@ def test_stopping_leaves_nothing(tmp_path: Path, calib: Path, stop: signal.Signa
     assert "nothing was left behind" in error
     assert "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_hub_that_does_not_answer(
+    tmp_path: Path, prune_to: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert prune_to(tmp_path / "out", model="nobody/nothing-of-this-name") == 2
+    assert "the hub did not give it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
