@@ -68,9 +68,9 @@ lint: $(VENV)/.dev
 # The measurements of bench/results/; about an hour on two cores, best with nothing else running.
 bench: $(VENV)/.dev assets
 	@$(BIN)/python -m crepe_deploy.bench.pruning --out bench/results/pruning.json
-	@$(BIN)/python -m crepe_deploy.bench.ladder --out bench/results/ladder.json
-	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4,16:32 --feed pruned --out bench/results/ladder-pruned.json
-	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4,16:32 --feed dense --out bench/results/ladder-dense.json
+	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4,16:32 --out bench/results/ladder.json
+	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4 --feed pruned --only 'RIA|Wanda|CRePE' --out bench/results/ladder-pruned.json
+	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4 --feed dense --only SparseGPT --out bench/results/ladder-dense.json
 	@$(BIN)/python -m crepe_deploy.bench.preset_grid --seeds 0,1,2 --out bench/results/preset_grid.json
 	@$(BIN)/python -m crepe_deploy.bench.kernels --out bench/results/kernels.json
 	@$(BIN)/python -m crepe_deploy.bench.decode --out bench/results/decode.json

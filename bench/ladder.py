@@ -1,6 +1,6 @@
 """Quality by pattern and score on a real model: the N:M ladder.
 
-    python -m crepe_deploy.bench.ladder [--out bench/results/ladder.json] [--markdown docs/ladder.md]
+    python -m crepe_deploy.bench.ladder [--patterns 2:4,16:32] [--out bench/results/ladder.json]
 
 SmolLM2-135M-Instruct (dequantised Q4_1) in bf16, calibrated on 16 x 512 tokens of c4 train, scored on the first
 12 x 512 tokens of enwiki valid, KL against the dense model on the same tokens.
@@ -9,6 +9,7 @@ SmolLM2-135M-Instruct (dequantised Q4_1) in bf16, calibrated on 16 x 512 tokens 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 WINDOW, WINDOWS = 512, 12
 
 
-def measure(assets_dir: Path, patterns: tuple[str, ...], feed: Any, seed: int) -> dict[str, Any]:
+def measure(assets_dir: Path, patterns: tuple[str, ...], feed: Any, seed: int, only: str) -> dict[str, Any]:
     """Perplexity and KL of every method at every pattern; one prune and one evaluation each."""
     assets = ensure_assets(assets_dir, enwiki=True)
     tokens = calibration_windows(assets.text("c4", "train"), load_tokenizer(assets.model), 16, 512, seed=seed)
@@ -43,6 +44,8 @@ def measure(assets_dir: Path, patterns: tuple[str, ...], feed: Any, seed: int) -
     rows: dict[str, dict[str, Any]] = {}
     report: dict[str, Any] = {}
     for label, (name, params) in METHODS.items():
+        if not re.search(only, label):
+            continue
         method, resolved, preset = resolve_method(name, None, params)
         for pattern in patterns:
             config = PruneConfig(method, parse_record(pattern), resolved, preset, feed)
@@ -59,7 +62,8 @@ def measure(assets_dir: Path, patterns: tuple[str, ...], feed: Any, seed: int) -
             }
             click.echo(f"{label} {pattern}: perplexity {report['perplexity']['value']:.1f}", err=True)
     return {
-        "command": f"python -m crepe_deploy.bench.ladder --patterns {','.join(patterns)} --feed {feed} --seed {seed}",
+        "command": f"python -m crepe_deploy.bench.ladder --patterns {','.join(patterns)} --feed {feed} --seed {seed}"
+        + (f" --only '{only}'" if only else ""),
         "model": MODEL_NAME,
         "calibration": tokens.record() | {"source": "c4 train"},
         "convention": report["convention"] | {"text": "enwiki valid"},
@@ -93,11 +97,14 @@ def markdown(result: dict[str, Any]) -> str:
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), default=None)
 @click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
 @click.option("--patterns", default=",".join(PATTERNS), show_default=True)
+@click.option("--only", default="", metavar="REGEX", help="Measure only the rows whose label matches.")
 @click.option("--feed", type=click.Choice(FEEDS), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(out: Path | None, markdown_path: Path | None, assets_dir: Path, patterns: str, feed: str, seed: int) -> None:
+def main(
+    out: Path | None, markdown_path: Path | None, assets_dir: Path, patterns: str, feed: str, seed: int, only: str
+) -> None:
     """Measure the ladder and print it."""
-    result = measure(assets_dir, tuple(patterns.split(",")), feed, seed)
+    result = measure(assets_dir, tuple(patterns.split(",")), feed, seed, only)
     click.echo(markdown(result))
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
