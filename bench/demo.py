@@ -100,7 +100,7 @@ def markdown(result: dict[str, Any]) -> str:
     conditions = (
         f"{result['model']}, {result['dtype']}, {result['cores']} cores. Calibration: {result['calibration']}. "
         f"Evaluation: {result['evaluation']}, windows without overlap. Seconds and peak resident memory are those of "
-        "the whole `prune-and-export` process, imports, proof and hashing included."
+        "the whole `prune-and-export` process, imports, proof and hashing included, and for the crepe rows packing."
     )
     return "\n".join([*lines, "", conditions]) + "\n"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cache import cache_dir
-from .checkpoint import read_json, shard_paths
+from .checkpoint import shard_paths
 from .errors import CheckpointError, ConfigError
 from .manifest import Source, sha256_file
 
@@ -109,8 +109,3 @@ def require_pinned(revision: str | None, model: Model) -> None:
     """Refuse a revision for a model that has none. Raises ConfigError."""
     if revision is not None and model.kind != "hub":
         raise ConfigError(f"--revision {revision} applies to hub ids only, and {model.id} is a {model.kind}")
-
-
-def model_name(folder: Path) -> str:
-    """A short name for messages and model cards."""
-    return str(read_json(folder / "config.json").get("_name_or_path") or folder.name)
