@@ -7,9 +7,8 @@ from typing import Any
 
 from .checkpoint import CheckpointReader
 from .families import Decoder, LinearSpec
-from .pattern import NM, Pattern, Unstructured, fraction_of
-
-PACKED_MULTIPLE = 32  # input columns of a packed tensor come in multiples of this
+from .packed_config import PackedConfig
+from .pattern import NM, Pattern, Unstructured
 
 # Per target: does it load, is it smaller, is it faster. Ratios are not repeated here: they depend on the machine.
 TARGETS: dict[str, str] = {
@@ -55,17 +54,15 @@ def plan(folder: Path, pattern: Pattern, samples: int, length: int) -> dict[str,
 
 
 def packable(spec: LinearSpec, pattern: Pattern) -> bool:
-    """Whether the packed format holds this tensor: row-wise pattern, stored (out, in), in a multiple of 32."""
+    """Whether the packed format holds this tensor: counted by group or row, stored (out, in)."""
     by_matrix = isinstance(pattern, Unstructured) and pattern.granularity == "matrix"
-    return not spec.transposed and not by_matrix and spec.in_features % PACKED_MULTIPLE == 0
+    return not spec.transposed and not by_matrix and PackedConfig(pattern).fits(spec.in_features)
 
 
 def packed_bytes(reader: CheckpointReader, spec: LinearSpec, pattern: Pattern) -> int:
     """Bytes of the packed values and mask of one tensor."""
-    if isinstance(pattern, NM):
-        kept = spec.in_features * pattern.n // pattern.m
-    else:
-        kept = spec.in_features - fraction_of(spec.in_features, pattern.sparsity)
+    n, m = PackedConfig(pattern).geometry(spec.in_features)
+    kept = spec.in_features // m * n
     return spec.out_features * (kept * reader.info(spec.key).dtype.itemsize + spec.in_features // 8)
 
 
