@@ -119,9 +119,11 @@ def export_command(source: Path, out: Path | None, format_name: str, overwrite: 
     """Export the pruned checkpoint SOURCE into another format."""
     _prepare_libraries()
     from .export.pipeline import export_checkpoint
+    from .progress import progress
 
     target = out if out is not None else source.resolve().parent / format_name
-    manifest = export_checkpoint(source, target, format_name, overwrite=overwrite)
+    with progress(f"exporting as {format_name}") as step:
+        manifest = export_checkpoint(source, target, format_name, overwrite=overwrite, step=step)
     summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}
     _print(summary, as_json, [f"{target}: {manifest.format}, verified"])
 
@@ -169,12 +171,13 @@ def plan_command(
 
 
 @cli.command("doctor")
+@click.option("--retune", is_flag=True, help="Forget kernel speeds measured here, perhaps while it was busy.")
 @_json_option
-def doctor_command(as_json: bool) -> None:
+def doctor_command(retune: bool, as_json: bool) -> None:
     """Say what this machine can run, which kernels will be used, and why."""
     from .doctor import doctor, lines
 
-    result = doctor()
+    result = doctor(retune)
     _print(result, as_json, lines(result))
 
 

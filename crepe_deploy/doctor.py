@@ -18,18 +18,23 @@ OPTIONAL = {
 }
 
 
-def doctor() -> dict[str, Any]:
-    """Versions, hardware, and the kernels that serve packed layers on this machine. Builds the kernels if needed."""
+def doctor(retune: bool = False) -> dict[str, Any]:
+    """Versions, hardware, and the kernels that serve packed layers on this machine. Builds the kernels if needed.
+
+    retune: forget the kernel speeds measured here; the next use of each layer shape measures it again.
+    """
     import torch
 
     from .packed import dispatch
 
+    if retune:
+        dispatch.forget()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cores": os.cpu_count(),
         "cuda": _cuda(torch),
-        "packed_cpu": dispatch.describe(),
+        "packed_cpu": dispatch.describe() | {"choices": dispatch.choices()},
         "installed": {name: _version(name) for name in OPTIONAL},
         "disk_free_bytes": shutil.disk_usage(".").free,
     }
@@ -54,6 +59,22 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def choice_lines(choices: list[dict[str, Any]]) -> list[str]:
+    """Measured kernels, one line for each layer shape: the choice by batch size and its gain over dense."""
+    shapes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for entry in choices:
+        shapes.setdefault((entry["dtype"], *entry["shape"], entry["kept"], entry["threads"]), []).append(entry)
+    text = []
+    for (dtype, rows, columns, kept, threads), entries in sorted(shapes.items()):
+        found = (
+            f"{entry['batch']}: {entry['choice']}"
+            + (f" {entry['gain_over_dense']:.2f}x" if entry["gain_over_dense"] else "")
+            for entry in sorted(entries, key=lambda entry: int(entry["batch"]))
+        )
+        text.append(f"  {rows}x{columns} {dtype}, {kept:.0%} kept, {threads} threads, by batch: {', '.join(found)}")
+    return text
+
+
 def lines(result: dict[str, Any]) -> list[str]:
     """The findings for a reader at a terminal."""
     cpu, cuda = result["packed_cpu"], result["cuda"]
@@ -61,6 +82,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"python {result['python']}, torch {result['torch']}, {result['cores']} cores, {cpu['threads']} threads",
         f"packed layers on the CPU: {cpu['isa']} ({cpu['reason']}); this machine can run {', '.join(cpu['supported'])}",
         f"  compiler {cpu['compiler'] or 'none'}; speed measurements are kept in {cpu['measurements']}",
+        *choice_lines(cpu["choices"]),
         "CUDA: none" if cuda is None else f"CUDA: {cuda['device']}, capability {cuda['capability']}",
     ]
     if cuda is not None:

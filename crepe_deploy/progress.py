@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -19,6 +19,18 @@ class Step(Protocol):
 
 def silent(done: int, total: int) -> None:
     """A step that shows nothing."""
+
+
+def ticker(step: Step, total: int) -> Callable[[], None]:
+    """A call for each finished piece of work, `total` of them in all the phases that share it."""
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        step(min(done, total), total)
+
+    return tick
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,19 @@ from ..checkpoint import CheckpointReader
 from ..errors import VerifyError
 from ..manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify
 from ..pattern import parse_record
+from ..progress import Step, silent, ticker
 from ..writing import disk_errors
 from .card import CARD_NAME, write_card
+from .greedy import GREEDY_TOKENS, greedy_of
 from .unpack import unpack_checkpoint
 
 
-def export_dense(source: Path, folder: Path, *, link: bool = False) -> Manifest:
+def export_dense(source: Path, folder: Path, *, link: bool = False, step: Step = silent) -> Manifest:
     """Copy a pruned checkpoint into the existing, empty `folder`, recount its zeros there and add a model card.
 
     A packed source is unpacked, bit by bit what was packed.
     link: hard-link the files where the file system can, for a source that is about to be removed.
+    step: told of every piece of work done.
     Raises VerifyError when the source differs from its manifest or a count differs.
     """
     parent = verify(source)
@@ -35,9 +39,11 @@ def export_dense(source: Path, folder: Path, *, link: bool = False) -> Manifest:
         for name in parent.files:
             if name != CARD_NAME:
                 _place(source / name, folder / name, link=link)
-    _recount(folder, parent)
+    tick = ticker(step, len(parent.tensors) + GREEDY_TOKENS)
+    _recount(folder, parent, tick)
+    greedy = greedy_of(folder, parent, tick)
     parent_hash = sha256_file(source / MANIFEST_NAME)
-    update = {"stage": "export", "format": "dense", "parent": parent_hash, "metrics": _metrics(parent)}
+    update = {"stage": "export", "format": "dense", "parent": parent_hash, "metrics": _metrics(parent, greedy)}
     manifest = parent.model_copy(update=update)
     write_card(folder, manifest)
     manifest = manifest.model_copy(update={"files": hash_folder(folder)})
@@ -57,7 +63,7 @@ def _place(source: Path, target: Path, *, link: bool) -> None:
         shutil.copyfile(source, target)
 
 
-def _recount(folder: Path, parent: Manifest) -> None:
+def _recount(folder: Path, parent: Manifest, tick: Callable[[], None]) -> None:
     reader = CheckpointReader(folder)
     for name, record in parent.tensors.items():
         stored = reader.load(name)
@@ -65,9 +71,14 @@ def _recount(folder: Path, parent: Manifest) -> None:
         zeros = check_pattern(name, weight, parse_record(record.pattern))
         if zeros != record.zeros:
             raise VerifyError(f"{folder / name}: {zeros} zeros were counted and the manifest says {record.zeros}")
+        tick()
 
 
-def _metrics(parent: Manifest) -> dict[str, Any]:
+def _metrics(parent: Manifest, greedy: dict[str, Any]) -> dict[str, Any]:
     weight_bytes = {"weight_bytes_over_dense": 1.0}
     kept = {name: value for name, value in parent.metrics.items() if name != "left_dense"}
-    return {**kept, "size": {**weight_bytes, "what": "zeros are stored; no smaller, no faster by itself"}}
+    return {
+        **kept,
+        "greedy": greedy,
+        "size": {**weight_bytes, "what": "zeros are stored; no smaller, no faster by itself"},
+    }

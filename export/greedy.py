@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..families import Decoder
+from ..manifest import Manifest
 from ..proof import walk_logits
 from ..texts import load_tokenizer
 
@@ -16,7 +18,18 @@ PROMPT = "The capital of France is"
 GREEDY_TOKENS = 16
 
 
-def record_greedy(source: Path, count: int = GREEDY_TOKENS) -> dict[str, Any]:
+def greedy_of(source: Path, manifest: Manifest, tick: Callable[[], None]) -> dict[str, Any]:
+    """What the manifest of `source` records, or, where it does not, `record_greedy` of it; GREEDY_TOKENS ticks."""
+    recorded: dict[str, Any] | None = manifest.metrics.get("greedy")
+    return record_greedy(source, tick=tick) if recorded is None else recorded
+
+
+def with_greedy(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest of the dense checkpoint in `folder`, its greedy prompt recorded."""
+    return manifest.model_copy(update={"metrics": {**manifest.metrics, "greedy": record_greedy(folder)}})
+
+
+def record_greedy(source: Path, count: int = GREEDY_TOKENS, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Continue the fixed prompt greedily with the dense checkpoint `source`, one block in memory at a time.
 
     Computed in float32, so that `margins`, the gaps between the two best logits, say where a coarser dtype may round
@@ -31,6 +44,7 @@ def record_greedy(source: Path, count: int = GREEDY_TOKENS) -> dict[str, Any]:
         best = walk_logits(decoder, tokens)[0, -1].topk(2)
         margins.append(round(float(best.values[0] - best.values[1]), 4))
         tokens = torch.cat([tokens, best.indices[:1].view(1, 1)], dim=1)
+        tick()
     return {
         "prompt": prompt,
         "prompt_token_ids": ids,

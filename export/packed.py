@@ -7,6 +7,7 @@ weight with random numbers. Tensors stream through one at a time; the model is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,23 @@ from ..manifest import MANIFEST_NAME, Manifest, TensorRecord, hash_folder, save_
 from ..packed.format import DTYPES, MASK_SUFFIX, VALUES_SUFFIX, mask_from_weight, pack, unpack, validate
 from ..packed_config import COLUMN_MULTIPLE, PackedConfig, packed_config
 from ..pattern import Pattern, parse_record
+from ..progress import Step, silent, ticker
 from ..writing import CheckpointWriter, Planned, require_disk, write_json
 from .card import write_card
-from .greedy import record_greedy
+from .greedy import GREEDY_TOKENS, greedy_of
 
 GUARD_SHAPE = (0,)
 _BITS = {2: torch.int16, 4: torch.int32}
 
+Tick = Callable[[], None]
 
-def export_packed(source: Path, folder: Path, *, link: bool = False) -> Manifest:
+
+def export_packed(source: Path, folder: Path, *, link: bool = False, step: Step = silent) -> Manifest:
     """Pack a pruned checkpoint into the existing, empty `folder`, re-read and compare every bit, and record the size.
 
-    link: nothing to do here; weights are always rewritten. Raises VerifyError when the source differs from its
-    manifest, ConfigError when its pattern cannot be packed, CheckpointError, ParityError.
+    link: nothing to do here; weights are always rewritten. step: told of every piece of work done.
+    Raises VerifyError when the source differs from its manifest, ConfigError when its pattern cannot be packed,
+    CheckpointError, ParityError.
     """
     parent = verify(source)
     if parent.format != "dense":
@@ -49,13 +54,14 @@ def export_packed(source: Path, folder: Path, *, link: bool = False) -> Manifest
     config = packed_config(config.pattern, _dense_modules(Decoder(source), packed))
     plan = _plan(reader, packed, config)
     require_disk(folder, sum(planned.size_bytes for planned in plan.values()))
-    _write(reader, folder, plan, packed, config)
+    tick = ticker(step, len(list(reader)) + len(packed) + GREEDY_TOKENS)
+    _write(reader, folder, plan, packed, config, tick)
     copy_companions(source, folder)
     content = read_json(folder / "config.json")
     write_json(folder / "config.json", {**content, "quantization_config": config.to_dict()})
-    _compare(reader, folder, packed, config)
+    _compare(reader, folder, packed, config, tick)
     metrics = {**parent.metrics, "size": _size(reader, folder, packed), "left_dense": left}
-    metrics["greedy"] = record_greedy(source)
+    metrics["greedy"] = greedy_of(source, parent, tick)
     update = {"stage": "export", "format": "packed", "parent": sha256_file(source / MANIFEST_NAME), "metrics": metrics}
     manifest = parent.model_copy(update=update)
     write_card(folder, manifest)
@@ -124,7 +130,12 @@ def _plan(reader: CheckpointReader, packed: list[str], config: PackedConfig) -> 
 
 
 def _write(
-    reader: CheckpointReader, folder: Path, plan: dict[str, Planned], packed: list[str], config: PackedConfig
+    reader: CheckpointReader,
+    folder: Path,
+    plan: dict[str, Planned],
+    packed: list[str],
+    config: PackedConfig,
+    tick: Tick,
 ) -> None:
     chosen = set(packed)
     with CheckpointWriter(folder, plan) as writer:
@@ -137,9 +148,10 @@ def _write(
                 writer.write(info.name + MASK_SUFFIX, mask)
                 tensor = torch.empty(GUARD_SHAPE, dtype=info.dtype)
             writer.write(info.name, tensor)
+            tick()
 
 
-def _compare(reader: CheckpointReader, folder: Path, packed: list[str], config: PackedConfig) -> None:
+def _compare(reader: CheckpointReader, folder: Path, packed: list[str], config: PackedConfig, tick: Tick) -> None:
     """Re-read every packed tensor and compare it bit by bit with the source's. Raises ParityError, CheckpointError."""
     written = CheckpointReader(folder)
     for name in packed:
@@ -147,6 +159,7 @@ def _compare(reader: CheckpointReader, folder: Path, packed: list[str], config: 
         values, mask = load_packed(written, name, config)
         if not same_bits(unpack(values, mask), weight):
             raise ParityError(f"{folder}: '{name}' unpacks to other bits than {reader.root} holds")
+        tick()
 
 
 def load_packed(reader: CheckpointReader, name: str, config: PackedConfig) -> tuple[Tensor, Tensor]:

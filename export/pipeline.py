@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..manifest import Manifest
+from ..manifest import Manifest, save_manifest
 from ..packed_config import packed_config
 from ..progress import Step, silent
 from ..prune import PruneConfig, prune
@@ -17,6 +17,7 @@ from ..texts import CalibrationSet
 from ..writing import atomic_folder, check_output, write_json
 from .bitmask24 import pruned_folder
 from .dense import export_dense
+from .greedy import with_greedy
 from .packed import export_packed
 
 Exporter = Callable[..., Manifest]
@@ -36,7 +37,9 @@ def check_formats(formats: Sequence[str]) -> list[str]:
     return list(formats)
 
 
-def export_checkpoint(source: Path, out: Path, format: str, *, overwrite: bool = False) -> Manifest:
+def export_checkpoint(
+    source: Path, out: Path, format: str, *, overwrite: bool = False, step: Step = silent
+) -> Manifest:
     """Export the pruned checkpoint `source` into the folder `out`. Raises ConfigError, OutputError, VerifyError.
 
     A `sparse-24-bitmask` checkpoint of compressed-tensors is unpacked first, see `bitmask24`.
@@ -44,7 +47,7 @@ def export_checkpoint(source: Path, out: Path, format: str, *, overwrite: bool =
     check_formats([format])
     check_output(out, overwrite=overwrite, inputs=(source,))
     with atomic_folder(out, overwrite=overwrite) as folder, pruned_folder(source, out) as pruned:
-        return EXPORTERS[format](pruned, folder, link=pruned != source)
+        return EXPORTERS[format](pruned, folder, link=pruned != source, step=step)
 
 
 def prune_and_export(
@@ -65,6 +68,7 @@ def prune_and_export(
     with atomic_folder(out, overwrite=overwrite) as folder:
         pruned = folder / "pruned"
         manifest = prune(model, pruned, config, calibration, step=step)
+        save_manifest(pruned, with_greedy(pruned, manifest))  # once, for every format
         exports = {}
         for name in formats:
             target = folder / name

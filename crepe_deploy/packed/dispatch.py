@@ -19,7 +19,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,14 +40,15 @@ TUNE_VARIABLE: Final = "CREPE_DEPLOY_TUNE"
 CACHE_VERSION: Final = 1
 
 _STREAM_TOKENS: Final = 16  # registers are not worth trying beyond this batch
-_BUDGET_S: Final = 0.01  # spent on one choice, if one run does not take longer
+_TURNS: Final = (3, 12)  # least and most runs of each choice
+_AGREE: Final = 1.03  # a best time counts as seen twice when another is within this
 _TIE: Final = 1.08  # within this, which noise may make of nothing, the choice that allocates less wins
 _DENSE_GAIN: Final = 0.95  # a dense copy is worth its memory below this fraction of the best packed time
 
 _LOG: Final = logging.getLogger("crepe_deploy")
 
-Timer = Callable[[Callable[[], object]], float]
 Times = dict[str, float]
+Timer = Callable[[Mapping[str, Callable[[], object]]], Times]
 
 
 def bucket(tokens: int) -> int:
@@ -94,7 +95,7 @@ def tune(
         name = key(weight, index)
         times = measured().get(name)
         if times is None:
-            times = new[name] = measure(weight, 1 << index, timer or best_time)
+            times = new[name] = measure(weight, 1 << index, timer or best_times)
         choice = fastest(times, keep_dense)
         wants_dense |= choice == "dense"
         plan[index] = CHOICES[choice]
@@ -110,21 +111,31 @@ def measure(weight: Prepared, tokens: int, timer: Timer) -> Times:
     names = ["tile", "expand", "dense"]
     if tokens <= _STREAM_TOKENS:
         names.insert(0, "stream")
-    times = {}
+    runs: dict[str, Callable[[], object]] = {}
     for name in names:
         plan = torch.full((BUCKETS,), CHOICES[name], dtype=torch.int8)
-        times[name] = 1e3 * timer(functools.partial(ops.nm_linear, x, weight, plan, None, dense))
-    return times
+        runs[name] = functools.partial(ops.nm_linear, x, weight, plan, None, dense)
+    return {name: 1e3 * seconds for name, seconds in timer(runs).items()}
 
 
-def best_time(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs; fewer when they take longer than the budget."""
-    times: list[float] = []
-    while len(times) < 8 and (len(times) < 3 or sum(times) < _BUDGET_S):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def best_times(runs: Mapping[str, Callable[[], object]]) -> Times:
+    """Seconds of each run at its best. They take turns until every best was seen twice, or for so many turns: what
+    other work on the machine disturbs is then neither one choice alone nor, unless it lasts, any best."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    least, most = _TURNS
+    for turn in range(most):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+        if turn + 1 >= least and all(_seen_twice(found) for found in times.values()):
+            break
+    return {name: min(found) for name, found in times.items()}
+
+
+def _seen_twice(times: list[float]) -> bool:
+    best, second = sorted(times)[:2]
+    return second <= _AGREE * best
 
 
 def fastest(times: Times, keep_dense: bool = False) -> str:
@@ -198,6 +209,14 @@ def remember(new: dict[str, Times]) -> None:
         _LOG.warning("kernel measurements cannot be kept in %s: %s", path, error)
 
 
+def forget() -> Path:
+    """Drop all measurements of this machine, so that the next use of each shape measures anew; returns their file."""
+    path = cache_path()
+    path.unlink(missing_ok=True)
+    measured.cache_clear()
+    return path
+
+
 def describe_plan(weight: Prepared, plan: Tensor) -> dict[str, dict[str, Any]]:
     """For each bucket, by its largest batch: the choice, and measured times in ms with the gain over dense."""
     report: dict[str, dict[str, Any]] = {}
@@ -208,6 +227,27 @@ def describe_plan(weight: Prepared, plan: Tensor) -> dict[str, dict[str, Any]]:
             entry["gain_over_dense"] = times["dense"] / times.get(NAMES[code], times["dense"])
         report[str(1 << index) if index < BUCKETS - 1 else f"above {1 << (index - 1)}"] = entry
     return report
+
+
+def choices() -> list[dict[str, Any]]:
+    """Every measured shape and batch on this machine: the choice, and how many times as fast as dense it is."""
+    found = []
+    for name, times in sorted(measured().items()):
+        isa, dtype, shape, kept, threads, index = name.split("/")
+        choice = fastest(times)
+        found.append(
+            {
+                "isa": isa,
+                "dtype": dtype,
+                "shape": [int(size) for size in shape.split("x")],
+                "kept": float(kept.removeprefix("kept")),
+                "threads": int(threads.removeprefix("threads")),
+                "batch": 1 << int(index.removeprefix("bucket")),
+                "choice": choice,
+                "gain_over_dense": times["dense"] / times[choice] if "dense" in times else None,
+            }
+        )
+    return found
 
 
 def describe() -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
+from crepe_deploy.doctor import choice_lines
 from crepe_deploy.packed import dispatch
 from crepe_deploy.packed.format import pack
 from crepe_deploy.packed.linear import PackedLinear
@@ -35,14 +37,15 @@ def fake_timer(*seconds: float) -> dispatch.Timer:
     """Answers these times in order, after running what it is asked to time; fails when asked more often."""
     left = list(seconds)
 
-    def timer(run: Callable[[], object]) -> float:
-        run()
-        return left.pop(0)
+    def timer(runs: Mapping[str, Callable[[], object]]) -> dispatch.Times:
+        for run in runs.values():
+            run()
+        return {name: left.pop(0) for name in runs}
 
     return timer
 
 
-def never(run: Callable[[], object]) -> float:
+def never(runs: Mapping[str, Callable[[], object]]) -> dispatch.Times:
     raise AssertionError("measured again")
 
 
@@ -91,7 +94,7 @@ def test_keep_dense_auto_buys_speed_with_memory(cache: Path, monkeypatch: pytest
     layer.keep_dense = "auto"
     x = torch.randn(64, 64).bfloat16()
     before = layer(x)
-    monkeypatch.setattr(dispatch, "best_time", fake_timer(3, 2, 1))
+    monkeypatch.setattr(dispatch, "best_times", fake_timer(3, 2, 1))
     layer.tune((32,))
     assert layer.describe()["dense_copy"]
     assert layer.describe()["plan"]["32"]["choice"] == "dense"
@@ -159,6 +162,17 @@ def test_a_cache_that_cannot_be_written_is_no_error(cache: Path, caplog: pytest.
     assert "cannot be kept" in caplog.text
 
 
+def test_measured_choices_are_listed_for_doctor(cache: Path) -> None:
+    w = weight()
+    dispatch.tune(w, dispatch.plan_for(w), (1, 64), timer=fake_timer(3, 2, 4, 6, 3, 5, 1.5))
+    first, second = dispatch.choices()
+    assert (first["shape"], first["batch"], first["choice"], first["gain_over_dense"]) == ([24, 64], 1, "tile", 3.0)
+    assert (second["batch"], second["choice"], second["gain_over_dense"]) == (64, "tile", 0.5)
+    (line,) = choice_lines([first, second])
+    assert "24x64 bfloat16, 50% kept" in line
+    assert "by batch: 1: tile 3.00x, 64: tile 0.50x" in line
+
+
 def test_describe_says_what_was_chosen_and_why() -> None:
     report = dispatch.describe()
     assert report["isa"] in report["supported"]
@@ -166,12 +180,38 @@ def test_describe_says_what_was_chosen_and_why() -> None:
     assert report["machine"]["torch"] == torch.__version__
 
 
-def test_measuring_is_quick() -> None:
-    runs = 0
+def test_choices_take_turns_until_each_best_was_seen_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = [0.0], []
+    costs = {"tile": iter([5.0, 9.0, 2.0, 3.0, 2.01]), "dense": iter([4.0] * 9)}  # other work hits tile at first
 
-    def slow() -> None:
-        nonlocal runs
-        runs += 1
+    def run(name: str) -> None:
+        order.append(name)
+        clock[0] += next(costs[name])
 
-    assert dispatch.best_time(slow) < 1
-    assert 2 <= runs <= 8
+    monkeypatch.setattr(dispatch.time, "perf_counter", lambda: clock[0])
+    found = dispatch.best_times({name: functools.partial(run, name) for name in costs})
+    assert found == {"tile": pytest.approx(2.0), "dense": pytest.approx(4.0)}
+    assert order == ["tile", "dense"] * 5
+
+
+def test_measuring_ends_where_times_never_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, runs = [0.0], []
+
+    def run() -> None:
+        runs.append(None)
+        clock[0] += 1.5 ** len(runs)
+
+    monkeypatch.setattr(dispatch.time, "perf_counter", lambda: clock[0])
+    dispatch.best_times({"tile": run})
+    assert len(runs) == 12
+
+
+def test_forgetting_measures_anew(cache: Path) -> None:
+    w = weight()
+    dispatch.tune(w, dispatch.plan_for(w), (1,), timer=fake_timer(3, 2, 4, 1))
+    path = dispatch.forget()
+    assert not path.exists()
+    assert plan_of(w) == [0] * dispatch.BUCKETS
+    dispatch.tune(w, dispatch.plan_for(w), (1,), timer=fake_timer(1, 2, 4, 1))
+    dispatch.forget()
+    dispatch.forget()  # nothing there is no error
