@@ -42,12 +42,17 @@ def gaps(visit: Visit) -> list[float]:
 
 def by_round(series: Series, metric: Metric) -> list[float]:
     """One figure a round, its visits' mean; rounds without one are left out."""
+    return list(rounds_of(series, metric).values())
+
+
+def rounds_of(series: Series, metric: Metric) -> dict[int, float]:
+    """The same by the number of the round, in order: what two arms are paired by."""
     rounds: dict[int, list[float]] = {}
     for visit in series.visits:
         value = metric.of(visit)
         if value is not None:
             rounds.setdefault(visit.round, []).append(value)
-    return [float(np.mean(rounds[index])) for index in sorted(rounds)]
+    return {index: float(np.mean(rounds[index])) for index in sorted(rounds)}
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -1,38 +1,112 @@
-"""Comparing noisy samples: paired log-ratios over rounds, percentiles with intervals, the noise floor of a machine.
+"""Comparing noisy samples: log-ratios over rounds, percentiles with intervals, noise floors, several tests at once.
 
 The unit of independence is the round, not the request: both arms of a round met the same neighbours on the machine.
+
+Few rounds are the rule here, and a plain percentile bootstrap of five values covers 83 % where it says 95 %. Its two
+half-widths are therefore stretched by what Student's t and the lost degree of freedom ask for; with normal samples
+the result is the t interval, with skewed ones it keeps the bootstrap's asymmetry, and any level can be read off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from .result import Interval
+from .metrics import METRICS, rounds_of
+from .result import Interval, Series
 
 RESAMPLES: Final = 2000
 LEVEL: Final = 0.95
+POWER: Final = 0.8
+_Z: Final = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 Array = npt.NDArray[np.float64]
 
 
-def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], seed: int = 0) -> Interval:
-    """Geometric mean over rounds of numerator / denominator, with its bootstrap interval over rounds.
+@dataclass(frozen=True)
+class Estimate:
+    """A mean of logarithms with its standard error on either side (they differ where the samples are skewed).
+
+    `freedom` is infinite for what is known exactly, and 0 where one value says nothing about its spread.
+    """
+
+    mean: float
+    below: float
+    above: float
+    freedom: float
+
+    def interval(self, level: float = LEVEL) -> Interval:
+        """The ratio, no longer its logarithm, with its two-sided interval; without bounds where there is no spread."""
+        if self.freedom < 1:
+            return Interval(value=math.exp(self.mean))
+        t = student_quantile((1 + level) / 2, self.freedom)
+        low, high = self.mean - t * self.below, self.mean + t * self.above
+        return Interval(value=math.exp(self.mean), low=_exp(low), high=_exp(high))
+
+    def p_above(self, limit: float) -> float:
+        """One-sided p-value against "the ratio is at most `limit`"; 1 where there is no spread to judge by."""
+        if self.freedom < 1:
+            return 1.0
+        excess = self.mean - math.log(limit)
+        if self.below == 0 or excess <= 0:
+            return 0.0 if excess > 0 else 1.0
+        return 1 - student_cdf(excess / self.below, self.freedom)
+
+    def inverse(self) -> Estimate:
+        """Of one over the ratio."""
+        return Estimate(-self.mean, self.above, self.below, self.freedom)
+
+    def over(self, other: Estimate) -> Estimate:
+        """Of the ratio of two independent ones, with Welch and Satterthwaite's degrees of freedom."""
+        below, above = math.hypot(self.below, other.above), math.hypot(self.above, other.below)
+        parts = [(max(part.below, part.above) ** 2, part.freedom) for part in (self, other)]
+        if any(freedom < 1 for _, freedom in parts):
+            return Estimate(self.mean - other.mean, below, above, 0)
+        share = sum(variance**2 / freedom for variance, freedom in parts)
+        freedom = sum(variance for variance, _ in parts) ** 2 / share if share else math.inf
+        return Estimate(self.mean - other.mean, below, above, freedom)
+
+
+def log_mean(values: Sequence[float], seed: int = 0) -> Estimate:
+    """The mean of the logarithms of independent values. Raises ValueError for none, or any that is not positive."""
+    found = np.asarray(values, dtype=np.float64)
+    if not found.size or not np.isfinite(found).all() or found.min() <= 0:
+        raise ValueError("a ratio needs positive, finite samples, at least one")
+    logs = np.log(found)
+    mean = float(logs.mean())
+    if len(logs) < 2:
+        return Estimate(mean, 0.0, 0.0, 0)
+    if logs.min() == logs.max():
+        return Estimate(mean, 0.0, 0.0, len(logs) - 1)
+    low, high = bootstrap(logs, lambda draws: np.asarray(draws.mean(-1)), seed) or (mean, mean)
+    stretch = math.sqrt(len(logs) / (len(logs) - 1)) / _Z
+    return Estimate(mean, max(mean - low, 0.0) * stretch, max(high - mean, 0.0) * stretch, len(logs) - 1)
+
+
+def paired_estimate(numerator: Sequence[float], denominator: Sequence[float], seed: int = 0) -> Estimate:
+    """Of numerator / denominator, round by round. Raises ValueError for samples that do not pair."""
+    if len(numerator) != len(denominator):
+        raise ValueError(f"{len(numerator)} and {len(denominator)} samples do not pair")
+    if any(not value > 0 for value in denominator):
+        raise ValueError("a ratio needs positive, finite samples, at least one")
+    return log_mean([above / below for above, below in zip(numerator, denominator, strict=True)], seed)
+
+
+def paired_ratio(
+    numerator: Sequence[float], denominator: Sequence[float], seed: int = 0, level: float = LEVEL
+) -> Interval:
+    """Geometric mean over rounds of numerator / denominator, with its interval over rounds.
 
     Raises ValueError for samples that do not pair or are not positive.
     """
-    if len(numerator) != len(denominator) or not numerator:
-        raise ValueError(f"{len(numerator)} and {len(denominator)} samples do not pair")
-    arms = [np.asarray(values, dtype=np.float64) for values in (numerator, denominator)]
-    if any(not np.isfinite(arm).all() or arm.min() <= 0 for arm in arms):
-        raise ValueError("a ratio needs positive, finite samples")
-    logs = np.log(arms[0]) - np.log(arms[1])
-    interval = bootstrap(logs, lambda draws: np.asarray(draws.mean(-1)), seed)
-    low, high = (None, None) if interval is None else np.exp(interval)
-    return Interval(value=float(np.exp(logs.mean())), low=low, high=high)
+    return paired_estimate(numerator, denominator, seed).interval(level)
 
 
 def quantile(values: Sequence[float], level: float, seed: int = 0) -> Interval:
@@ -45,6 +119,20 @@ def quantile(values: Sequence[float], level: float, seed: int = 0) -> Interval:
     return Interval(value=float(np.quantile(found, level)), low=low, high=high)
 
 
+def pooled_quantile(rounds: Sequence[Sequence[float]], level: float, seed: int = 0) -> Interval:
+    """The quantile of all requests, its interval by resampling whole rounds. Raises ValueError for no samples."""
+    arrays = [np.asarray(values, dtype=np.float64) for values in rounds if len(values)]
+    if not arrays:
+        raise ValueError("no samples")
+    value = float(np.quantile(np.concatenate(arrays), level))
+    if len(arrays) < 2:
+        return Interval(value=value)
+    picks = np.random.default_rng(seed).integers(len(arrays), size=(RESAMPLES, len(arrays)))
+    drawn = [float(np.quantile(np.concatenate([arrays[i] for i in pick]), level)) for pick in picks]
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value=value, low=float(low), high=float(high))
+
+
 def bootstrap(
     values: Array, statistic: Callable[[Array], npt.NDArray[Any]], seed: int = 0, level: float = LEVEL
 ) -> tuple[float, float] | None:
@@ -54,3 +142,89 @@ def bootstrap(
     draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.quantile(statistic(values[draws]), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def noise_floor(first: Series, second: Series) -> dict[str, float]:
+    """What two equal candidates differ by: "POINT/METRIC" -> half-width of the 95 % interval of their log-ratio.
+
+    Metrics that fewer than two rounds of both have are left out. Raises ValueError for series of two points.
+    """
+    if first.point != second.point:
+        raise ValueError(f"series of two points do not pair: {first.point} and {second.point}")
+    floors = {}
+    for name, metric in METRICS.items():
+        arms = [rounds_of(series, metric) for series in (first, second)]
+        common = sorted(arms[0].keys() & arms[1].keys())
+        if len(common) >= 2:
+            estimate = paired_estimate(*([arm[index] for index in common] for arm in arms))
+            floors[f"{first.point}/{name}"] = half_width(estimate)
+    return floors
+
+
+def half_width(estimate: Estimate, level: float = LEVEL) -> float:
+    """Half the width of the interval, of the logarithm."""
+    return student_quantile((1 + level) / 2, estimate.freedom) * (estimate.below + estimate.above) / 2
+
+
+def detectable(noise: float, power: float = POWER) -> float:
+    """The least budget, as a fraction, that an unchanged candidate passes with this probability at this noise.
+
+    The interval's upper end must stay within the budget: half-width + z(power) standard errors. A change is caught
+    with the same probability once it exceeds the budget by as much again.
+    """
+    return math.expm1(noise * (1 + NormalDist().inv_cdf(power) / _Z))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values: rejecting those at most alpha keeps the chance of any false one at most alpha."""
+    adjusted: dict[str, float] = {}
+    worst = 0.0
+    for index, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        worst = max(worst, min(1.0, (len(p_values) - index) * p_values[name]))
+        adjusted[name] = worst
+    return adjusted
+
+
+def student_cdf(t: float, freedom: float) -> float:
+    """Student's t distribution; the normal one for infinitely many degrees of freedom."""
+    if math.isinf(freedom):
+        return NormalDist().cdf(t)
+    tail = _incomplete_beta(freedom / (freedom + t * t), freedom / 2, 0.5) / 2
+    return 1 - tail if t > 0 else tail
+
+
+@lru_cache(maxsize=4096)
+def student_quantile(p: float, freedom: float) -> float:
+    """The inverse of `student_cdf`, by bisection, for p of at least one half."""
+    low, high = 0.0, 1.0
+    while student_cdf(high, freedom) < p:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_cdf(middle, freedom) < p else (low, middle)
+    return (low + high) / 2
+
+
+def _incomplete_beta(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function, by Lentz's continued fraction."""
+    if x in (0.0, 1.0):
+        return x
+    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly, its mirror image converges fast
+        return 1 - _incomplete_beta(1 - x, b, a)
+    front = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    fraction = d
+    for m in range(1, 300):
+        for term in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d, c = 1 / (1 + term * d), 1 + term / c
+            fraction *= c * d
+        if abs(c * d - 1) < 1e-14:
+            break
+    return math.exp(front) * fraction / a
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))

@@ -15,6 +15,7 @@ CrepeError                 1  the tool failed
 ├── VerifyError            1  a file differs from its manifest
 ├── KernelError            1  a native kernel could not be built or run
 ├── ServeError             1  a server did not start, answer or agree
+├── GateInvalid            1  what a regression gate was given cannot be compared
 ├── GateFailed             3  a regression gate failed
 └── GateInconclusive       4  a regression gate could not decide
 
@@ -92,6 +93,10 @@ class KernelError(CrepeError):
 
 class ServeError(CrepeError):
     """A server did not start, answer or agree."""
+
+
+class GateInvalid(CrepeError):
+    """What a regression gate was given cannot be compared: errors, mismatches, budgets below the noise."""
 
 
 class GateFailed(CrepeError):
