@@ -15,7 +15,7 @@ from ..proof import walk_logits
 from ..texts import load_tokenizer
 
 PROMPT = "The capital of France is"
-GREEDY_TOKENS = 16
+GREEDY_TOKENS = 8  # each costs a walk through the files
 
 
 def greedy_of(source: Path, manifest: Manifest, tick: Callable[[], None]) -> dict[str, Any]:
@@ -38,41 +38,22 @@ def record_greedy(source: Path, count: int = GREEDY_TOKENS, tick: Callable[[], N
     stored = Decoder(source).dtype
     decoder = Decoder(source, "float32")
     prompt, ids = _prompt_ids(source, decoder.vocab_size)
-    token_ids, margins = continue_greedily(decoder, ids, min(count, decoder.context_length - len(ids)), tick)
+    tokens = torch.tensor([ids])
+    margins = []
+    for _ in range(min(count, decoder.context_length - len(ids))):
+        best = walk_logits(decoder, tokens)[0, -1].topk(2)
+        margins.append(round(float(best.values[0] - best.values[1]), 4))
+        tokens = torch.cat([tokens, best.indices[:1].view(1, 1)], dim=1)
+        tick()
     return {
         "prompt": prompt,
         "prompt_token_ids": ids,
-        "token_ids": token_ids,
+        "token_ids": tokens[0, len(ids) :].tolist(),
         "margins": margins,
         "dtype": "float32",
         "checkpoint_dtype": str(stored).removeprefix("torch."),
         "what": "greedy continuation by the dense checkpoint with zeros, end-of-text tokens included",
     }
-
-
-def continue_greedily(
-    decoder: Decoder, ids: list[int], count: int, tick: Callable[[], None] = lambda: None
-) -> tuple[list[int], list[float]]:
-    """The `count` tokens that follow `ids` greedily, and the gap between the two best logits at each.
-
-    Jacobi decoding (arXiv:2305.10427): a walk through the files reads the settled tokens and a guess of all later ones,
-    and settles those up to the first wrong guess; each walk settles one or more.
-    """
-    settled: list[int] = []
-    margins: list[float] = []
-    guess = ids[-1:] * (count - 1)
-    while len(settled) < count:
-        logits = walk_logits(decoder, torch.tensor([ids + settled + guess]))[0, len(ids) + len(settled) - 1 :]
-        best = logits.topk(2)
-        tokens = best.indices[:, 0].tolist()
-        wrong = (index for index, (guessed, token) in enumerate(zip(guess, tokens, strict=False)) if guessed != token)
-        right = next(wrong, len(guess)) + 1
-        settled += tokens[:right]
-        margins += [round(float(gap), 4) for gap in best.values[:right, 0] - best.values[:right, 1]]
-        guess = tokens[right:-1]
-        for _ in range(right):
-            tick()
-    return settled, margins
 
 
 def _prompt_ids(source: Path, vocab_size: int) -> tuple[str | None, list[int]]:

@@ -1,4 +1,4 @@
-"""The recorded greedy prompt: the same tokens as one walk a token would give."""
+"""The recorded greedy prompt: what the checkpoint says, in float32, and how sure it is."""
 
 from __future__ import annotations
 
@@ -6,34 +6,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from crepe_deploy.export.greedy import continue_greedily, record_greedy
+from crepe_deploy.export.greedy import GREEDY_TOKENS, record_greedy
+from transformers import AutoModelForCausalLM
 
 from crepe_deploy.families import Decoder
-from crepe_deploy.proof import walk_logits
 
 from ..pico import make_pico_llama
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 16])
-def test_guessing_ahead_changes_no_token(tmp_path: Path, count: int) -> None:
-    make_pico_llama(tmp_path, seed=3)
-    decoder = Decoder(tmp_path, "float32")
-    ids = [5, 9, 2]
-    expected, gaps = list(ids), []
-    for _ in range(count):
-        best = walk_logits(decoder, torch.tensor([expected]))[0, -1].topk(2)
-        expected.append(int(best.indices[0]))
-        gaps.append(float(best.values[0] - best.values[1]))
-    ticks = []
-    tokens, margins = continue_greedily(decoder, ids, count, lambda: ticks.append(None))
-    assert tokens == expected[3:]
-    assert margins == pytest.approx(gaps, abs=1e-3)
-    assert len(ticks) == count
+def test_it_is_what_transformers_says(tmp_path: Path) -> None:
+    make_pico_llama(tmp_path, torch.bfloat16)
+    ticks: list[None] = []
+    greedy = record_greedy(tmp_path, tick=lambda: ticks.append(None))
+    ids = torch.tensor([greedy["prompt_token_ids"]])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    found = model.generate(
+        ids, max_new_tokens=GREEDY_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    assert found.sequences[0, ids.shape[1] :].tolist() == greedy["token_ids"]
+    best = [logits[0].topk(2).values for logits in found.logits]
+    assert greedy["margins"] == pytest.approx([float(pair[0] - pair[1]) for pair in best], abs=1e-3)
+    assert greedy["checkpoint_dtype"] == "bfloat16"
+    assert len(ticks) == GREEDY_TOKENS
 
 
 def test_the_context_bounds_the_continuation(tmp_path: Path) -> None:
     make_pico_llama(tmp_path, max_position_embeddings=32)
-    decoder = Decoder(tmp_path)
-    greedy = record_greedy(tmp_path, count=decoder.context_length)
-    assert len(greedy["prompt_token_ids"]) + len(greedy["token_ids"]) == decoder.context_length
+    greedy = record_greedy(tmp_path, count=Decoder(tmp_path).context_length)
+    assert len(greedy["prompt_token_ids"]) + len(greedy["token_ids"]) == 32
     assert len(greedy["margins"]) == len(greedy["token_ids"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from crepe_deploy.export.greedy import GREEDY_TOKENS
 from crepe_deploy.serve import launcher
 from crepe_deploy.serve.command import serve_command, usage
 from crepe_deploy.serve.launcher import ServeOptions, check, free_port, run, served_dtype, vllm_command
@@ -186,7 +187,7 @@ def test_vllm_serves_a_packed_model_from_the_command_line(tmp_path: Path) -> Non
     assert process.stdout is not None
     try:
         server = json.loads(process.stdout.readline())
-        assert server["smoke"]["agreed"] == server["smoke"]["total"] == 16
+        assert server["smoke"]["agreed"] == server["smoke"]["total"] == GREEDY_TOKENS
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     finally:
