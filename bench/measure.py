@@ -1,0 +1,253 @@
+"""Measuring a scenario: every candidate in a process of its own, one working at a time, in the order A B C C B A.
+
+All candidates stay loaded, so that a round's visits to a point follow one another within seconds and meet the same
+neighbours on the machine. Nothing is written here: a run exists when every visit was made.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Final
+
+from ..errors import CheckpointError, ConfigError
+from ..progress import Step, silent
+from ..serve.engines import get_engine
+from ..serve.engines.base import Settings
+from .candidate import (
+    describe_folder,
+    kv_token_bytes,
+    limits,
+    manifest_of,
+    model_sha256,
+    step_bytes,
+    weight_files,
+    weights_bytes,
+)
+from .environment import load_average, record_environment
+from .result import Candidate, Memory, Point, Quality, Run, Series, Visit
+from .scenario import AGAIN, CandidateSpec, Scenario
+from .statistics import noise_floor
+from .worker import OfflineWorker, Turn, Worker, offline_command
+
+_GIB: Final = 1 << 30
+
+Start = Callable[[CandidateSpec, Scenario], Worker]
+Qualities = dict[str, Quality]
+
+
+def check(scenario: Scenario) -> None:
+    """Refuse what cannot be measured, before anything is loaded. Raises ConfigError, CheckpointError, MissingExtra."""
+    points = [spec.point() for spec in scenario.points]
+    vocabularies: dict[str, int | None] = {}
+    for arm in scenario.arms():
+        engine = get_engine(str(arm.engine))
+        _check_folder(arm, scenario)
+        _check_context(arm, points)
+        engine.require(arm.options)
+        vocabularies[arm.name] = limits(arm.folder)[0]
+    if len(set(vocabularies.values())) > 1:
+        sizes = ", ".join(f"{name} {size}" for name, size in vocabularies.items())
+        raise ConfigError(f"candidates get the same prompts, and their vocabularies differ: {sizes}")
+    if scenario.quality is not None and not scenario.quality.text.is_file():
+        raise ConfigError(f"quality.text {scenario.quality.text} is no file{_remedy(scenario)}")
+
+
+def _check_folder(arm: CandidateSpec, scenario: Scenario) -> None:
+    if not (arm.folder / "config.json").is_file():
+        raise CheckpointError(f"candidate '{arm.name}': {arm.folder} is no model folder{_remedy(scenario)}")
+    if not weight_files(arm.folder):
+        raise CheckpointError(f"candidate '{arm.name}': {arm.folder} holds no weights{_remedy(scenario)}")
+
+
+def _check_context(arm: CandidateSpec, points: list[Point]) -> None:
+    context = limits(arm.folder)[1]
+    for point in points:
+        needed = point.prompt_tokens + point.output_tokens
+        if context is not None and needed > context:
+            raise ConfigError(
+                f"point {point.name} needs {needed} tokens, and the context of '{arm.name}' holds {context}"
+            )
+
+
+def _remedy(scenario: Scenario) -> str:
+    return f"; make it with: {scenario.made_by}" if scenario.made_by else ""
+
+
+class Session:
+    """A scenario with every candidate loaded; more rounds can be added before asking for the run.
+
+    Use it in `with`, after `check`: on leaving, every process that it started has ended. `step` is told of the visits
+    made.
+    """
+
+    def __init__(self, scenario: Scenario, command: str, start: Start | None = None) -> None:
+        self.scenario, self.command = scenario, command
+        self.arms = scenario.arms()
+        self.points = [spec.point() for spec in scenario.points]
+        self.visits: dict[tuple[str, str], list[Visit]] = {}
+        self.rounds = 0
+        self._start = start or start_worker
+        self._workers: dict[str, Worker] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Session:
+        self._began, self._load = time.perf_counter(), load_average()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def load(self, step: Step = silent) -> None:
+        """Start every candidate, one after the other."""
+        for index, arm in enumerate(self.arms):
+            worker = self._start(arm, self.scenario)
+            self._stack.callback(worker.close)
+            self._workers[arm.name] = worker
+            step(index + 1, len(self.arms))
+
+    def warm_up(self, step: Step = silent) -> None:
+        """Rounds of which nothing is kept."""
+        for _ in self._turns(range(-self.scenario.warmup, 0), step):
+            pass
+
+    def measure(self, rounds: int, step: Step = silent) -> None:
+        """Add `rounds` rounds."""
+        for name, point, visit in self._turns(range(self.rounds, self.rounds + rounds), step):
+            self.visits.setdefault((name, point.name), []).append(visit)
+        self.rounds += rounds
+
+    def _turns(self, rounds: range, step: Step) -> Iterator[tuple[str, Point, Visit]]:
+        order = [*self._workers, *reversed(self._workers)]
+        vocabulary = int(limits(self.arms[0].folder)[0] or 0)
+        total, done = len(rounds) * len(self.points) * len(order), 0
+        for index in rounds:
+            for point in self.points:
+                turn = Turn(point, index, self.scenario.seed, vocabulary)
+                for name in order:
+                    yield name, point, self._workers[name].visit(turn)
+                    done += 1
+                    step(done, total)
+
+    def run(self, qualities: Qualities | None = None) -> Run:
+        """What was measured so far."""
+        candidates = [self._candidate(arm, (qualities or {}).get(arm.name.removesuffix(AGAIN))) for arm in self.arms]
+        threads = self.scenario.thread_count()
+        return Run(
+            name=self.scenario.name,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            command=self.command,
+            seconds=time.perf_counter() - self._began,
+            environment=record_environment(threads, self._load, child_variables(self.scenario)),
+            workload=self.scenario.workload(),
+            baseline=self.scenario.baseline_name,
+            candidates=candidates,
+            noise=self._noise(candidates) if self.scenario.aa else None,
+        )
+
+    def _candidate(self, arm: CandidateSpec, quality: Quality | None) -> Candidate:
+        worker = self._workers[arm.name]
+        return Candidate(
+            **_facts(arm, self.scenario),
+            quality=quality,
+            load_s=[worker.ready["load_s"]],
+            memory=_memory(arm, worker),
+            series=[Series(point=point.name, visits=self.visits[arm.name, point.name]) for point in self.points],
+            notes=self._notes(arm, worker),
+        )
+
+    def _notes(self, arm: CandidateSpec, worker: Worker) -> dict[str, Any]:
+        notes: dict[str, Any] = {key: worker.ready[key] for key in ("dtype", "linears", "kernels") if key in worker.ready}
+        notes |= {"options": arm.options} if arm.options else {}
+        notes |= {"aa_of": self.scenario.baseline_name} if _is_again(arm, self.scenario) else {}
+        if any(arm.folder.glob("*.safetensors")):
+            notes["step_bytes"] = step_bytes(arm.folder)
+        return notes
+
+    def _noise(self, candidates: list[Candidate]) -> dict[str, float]:
+        first, again = candidates[:2]
+        found: dict[str, float] = {}
+        for one, other in zip(first.series, again.series, strict=True):
+            found |= noise_floor(one, other)
+        return found
+
+
+def _is_again(arm: CandidateSpec, scenario: Scenario) -> bool:
+    return scenario.aa and arm.name == scenario.baseline_name + AGAIN
+
+
+def _facts(arm: CandidateSpec, scenario: Scenario) -> dict[str, Any]:
+    known = describe_folder(arm.folder)
+    return {
+        **known,
+        "name": arm.name,
+        "engine": arm.engine,
+        "folder": str(arm.folder),
+        "model_sha256": _hashed(arm.folder.resolve()),
+        "kind": known["kind"] + (", measured again" if _is_again(arm, scenario) else ""),
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _hashed(folder: Any) -> str:
+    return model_sha256(folder, manifest_of(folder))
+
+
+def _memory(arm: CandidateSpec, worker: Worker) -> Memory:
+    return Memory(
+        weights_bytes=weights_bytes(arm.folder),
+        linears_bytes=worker.ready.get("linear_bytes"),
+        loaded_bytes=worker.ready.get("loaded_bytes"),
+        peak_bytes=worker.peak_bytes(),
+        kv_token_bytes=kv_token_bytes(arm.folder, str(worker.ready.get("dtype"))),
+    )
+
+
+def start_worker(arm: CandidateSpec, scenario: Scenario) -> Worker:
+    """The candidate's process, loaded."""
+    command = offline_command(str(arm.engine), arm.folder, settings(arm, scenario))
+    return OfflineWorker(arm.name, command, child_variables(scenario))
+
+
+def settings(arm: CandidateSpec, scenario: Scenario) -> Settings:
+    """How the engine is to be loaded: room for the longest sequence and the largest batch, and not more."""
+    points = [spec.point() for spec in scenario.points]
+    longest = max(point.prompt_tokens + point.output_tokens for point in points)
+    rounded = 32 * math.ceil((longest + 1) / 32)
+    context = limits(arm.folder)[1]
+    return Settings(
+        max_tokens=rounded if context is None else min(rounded, context),
+        max_batch=max(point.batch for point in points),
+        dtype=str(arm.dtype),
+        options=arm.options,
+    )
+
+
+def child_variables(scenario: Scenario) -> dict[str, str]:
+    """Environment of a candidate: vLLM in one process, nothing bound to a core, a key-value cache that is enough."""
+    threads = str(scenario.thread_count())
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(_cache_gib(scenario)),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _cache_gib(scenario: Scenario) -> int:
+    arms = scenario.arms()
+    needed = [
+        (kv_token_bytes(arm.folder, "float32") or 0) * options.max_tokens * options.max_batch
+        for arm, options in ((arm, settings(arm, scenario)) for arm in arms)
+    ]
+    return max(1, math.ceil(max(needed) / _GIB))
