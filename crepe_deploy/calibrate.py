@@ -60,17 +60,23 @@ def _embed_one(run: Any, tokens: Tensor) -> Stream:
 
 @dataclass
 class _Accumulator:
-    """Sums over the calibration tokens of one linear input: squares (in,), Gram matrix (in, in); fp32."""
+    """Sums over the calibration tokens of one linear input: squares and values (in,), Gram matrix (in, in); fp32."""
 
     needs: frozenset[Need]
     squares: Tensor | None = None
+    total: Tensor | None = None
+    tokens: int = 0
     gram: Tensor | None = None
     _stats: Stats | None = None
 
     def add(self, batch: Tensor) -> None:
         """`batch` (..., in), any float dtype."""
         rows = batch.reshape(-1, batch.shape[-1])
-        if "col_norm" in self.needs:
+        if "moments" in self.needs:
+            total = rows.sum(0, dtype=torch.float32)
+            self.total = total if self.total is None else self.total.add_(total)
+            self.tokens += len(rows)
+        if self.needs & {"col_norm", "moments"}:
             squares = rows.to(torch.float32, copy=True).square_().sum(0)  # ten times faster than vector_norm here
             self.squares = squares if self.squares is None else self.squares.add_(squares)
         if "hessian" in self.needs:
@@ -86,8 +92,15 @@ class _Accumulator:
             self._stats = Stats(
                 col_norm=None if self.squares is None else (self.squares / sequences).sqrt_(),
                 hessian=None if self.gram is None else self.gram.mul_(2 / sequences),
+                total=None if self.total is None else self.total / sequences,
+                variance=self._variance(),
             )
         return self._stats
+
+    def _variance(self) -> Tensor | None:
+        if self.total is None or self.squares is None:
+            return None
+        return (self.squares / self.tokens).sub_((self.total / self.tokens).square_()).clamp_(min=0)
 
 
 @dataclass

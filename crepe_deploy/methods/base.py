@@ -16,7 +16,7 @@ from torch import Tensor
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.pattern import Pattern
 
-Need = Literal["col_norm", "hessian"]
+Need = Literal["col_norm", "hessian", "moments"]
 Feed = Literal["dense", "pruned"]
 
 
@@ -26,12 +26,16 @@ class Stats:
 
     col_norm: (in,) fp32, ||X_j||_2 with ||X_j||^2 averaged over calibration sequences.
     hessian: (in, in) fp32, (2/n) * sum over the n calibration sequences of X^T X.
+    total, variance ("moments"): (in,) fp32, the sum of X_j over a sequence's tokens, averaged over the sequences, and
+        the variance of X_j over all tokens.
     memo: what a method derived from these statistics, so that layers which share one input (q, k and v; gate and up)
         share the work when they are given the same `Stats`. It must not be reused once the tensors change.
     """
 
     col_norm: Tensor | None = None
     hessian: Tensor | None = None
+    total: Tensor | None = None
+    variance: Tensor | None = None
     memo: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
@@ -79,6 +83,13 @@ def need_col_norm(stats: Stats, weight: Tensor) -> Tensor:
 def need_hessian(stats: Stats, weight: Tensor) -> Tensor:
     """`stats.hessian` (in, in) on the weight's device. Raises CalibrationError if it is missing or misshapen."""
     return _need(stats.hessian, "hessian", (weight.shape[1], weight.shape[1])).to(weight.device)
+
+
+def need_moments(stats: Stats, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`stats.total` and `stats.variance`, both (in,), on the weight's device. Raises CalibrationError as the others."""
+    shape = (weight.shape[1],)
+    total, variance = _need(stats.total, "moments", shape), _need(stats.variance, "moments", shape)
+    return total.to(weight.device), variance.to(weight.device)
 
 
 def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:

@@ -66,7 +66,7 @@ class SparseGPT:
         cannot be factorised or the result is not finite.
         """
         check_divides(pattern, "weight", weight.shape[1])
-        factor = self._factor(stats, weight)
+        factor = self.factor(stats, weight)
         columns = weight.detach().t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         columns[factor.dead] = 0
         mask = torch.empty_like(columns, dtype=torch.bool)
@@ -77,7 +77,7 @@ class SparseGPT:
             raise NumericalError("SparseGPT's updated weight is not finite: the weight or its hessian is damaged")
         return Solution(columns.t().contiguous(), mask.t().contiguous(), {"damping": factor.damping})
 
-    def _factor(self, stats: Stats, weight: Tensor) -> Factor:
+    def factor(self, stats: Stats, weight: Tensor) -> Factor:
         """The factor of the hessian, computed once per `Stats` and so once per shared input."""
         hessian = need_hessian(stats, weight)
         key = (Factor, self.damping, self.max_damping, hessian.device)
@@ -85,6 +85,17 @@ class SparseGPT:
         if not isinstance(found, Factor):
             stats.memo[key] = found = factorise(hessian, self.damping, self.max_damping)
         return found
+
+
+def sweep(weight: Tensor, mask: Tensor, factor: Factor, block_size: int) -> Tensor:
+    """SparseGPT's update for a mask (out, in) that is given: `weight` (out, in) -> fp32 (out, in). Does not mutate."""
+    columns = weight.detach().t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    columns[factor.dead] = 0
+    keep = mask.t().contiguous()
+    for start, end in _spans(0, len(columns), block_size, None):
+        error = _prune_block(columns, keep, factor.upper, start, end, None)
+        columns[end:].addmm_(factor.upper[start:end, end:].t(), error, alpha=-1)
+    return columns.t().contiguous()
 
 
 def factorise(hessian: Tensor, damping: float, max_damping: float) -> Factor:
@@ -118,15 +129,18 @@ def factorise(hessian: Tensor, damping: float, max_damping: float) -> Factor:
     )
 
 
-def _spans(start: int, end: int, size: int, pattern: Pattern) -> Iterator[tuple[int, int]]:
+def _spans(start: int, end: int, size: int, pattern: Pattern | None) -> Iterator[tuple[int, int]]:
     """Cut start..end into spans of `size` columns, or the nearest whole number of N:M groups below (at least one)."""
     step = pattern.m * max(1, size // pattern.m) if isinstance(pattern, NM) else size
     for left in range(start, end, step):
         yield left, min(left + step, end)
 
 
-def _prune_block(columns: Tensor, mask: Tensor, upper: Tensor, start: int, end: int, pattern: Pattern) -> Tensor:
-    """Prune `columns[start:end]`, fill `mask[start:end]` (both (in, out)) and return the errors (block, out)."""
+def _prune_block(columns: Tensor, mask: Tensor, upper: Tensor, start: int, end: int, pattern: Pattern | None) -> Tensor:
+    """Prune `columns[start:end]`, fill `mask[start:end]` (both (in, out)) and return the errors (block, out).
+
+    Without a pattern the mask is given and not touched.
+    """
     error = torch.empty_like(columns[start:end])
     if isinstance(pattern, Unstructured):
         mask[start:end] = _block_mask(columns, upper, start, end, pattern)
@@ -137,7 +151,7 @@ def _prune_block(columns: Tensor, mask: Tensor, upper: Tensor, start: int, end: 
     return error
 
 
-def _prune_strip(columns: Tensor, mask: Tensor, upper: Tensor, error: Tensor, pattern: Pattern) -> None:
+def _prune_strip(columns: Tensor, mask: Tensor, upper: Tensor, error: Tensor, pattern: Pattern | None) -> None:
     """Prune `columns` (strip, out) in place given `upper` (strip, strip); fill `error` and, for N:M, `mask`."""
     pivots = upper.diagonal().tolist()
     for i, pivot in enumerate(pivots):
