@@ -1,6 +1,6 @@
 """Does the packed checkpoint say what the dense one with the same zeros says, token by token, in every reader?
 
-    python -m crepe_deploy.bench.packed_parity DENSE PACKED [--out bench/results/packed_parity.json]
+    python -m crepe_deploy.bench.packed_parity DENSE PACKED [--out bench/results/packed_parity-2of4.json]
 
 DENSE and PACKED are the two exports of one pruning. Eight prompts are continued greedily for 64 tokens in float32,
 each reader in a process of its own; the reference is transformers on DENSE.
