@@ -5,10 +5,10 @@ i over the calibration tokens, averaged over sequences), pruning shifts output i
 
 - `dsnot` (Zhang et al., ICLR 2024) swaps, row by row, a pruned weight that brings err_i towards zero (the largest
   m_ij / var(x_j)^power of err_i's sign) for the kept weight of its group with the lowest Wanda score; where a row is
-  one group, for the lowest that moves err_i towards zero as well. `dsnot-ria` orders the kept ones by RIA's score instead
-  (our reading of the relative-importance variant of Yi and Richtarik, arXiv 2501.18980, whose formula is not public).
-  A swap is made only where |err_i| falls and, in groups, keeps its sign. What is guaranteed: |err_i| of no row rises.
-  That is the mean shift of an output, not its squared error, which may rise.
+  one group, for the lowest that moves err_i towards zero as well. `dsnot-ria` orders the kept ones by RIA's score
+  instead (our reading of the relative-importance variant of Yi and Richtarik, arXiv 2501.18980, whose formula is not
+  public). A swap is made only where |err_i| falls and, in groups, keeps its sign. What is guaranteed: |err_i| of no row
+  rises. That is the mean shift of an output, not its squared error, which may rise.
 - `swaps` (after arXiv 2512.10922) works on the squared error itself, e = sum_i d_i H d_i^T with d the pruned part of W
   and H the Gram matrix: sweeping over the groups, each row makes the swap that lowers e most, if any does. What is
   guaranteed: the squared output error on the calibration tokens of no row rises.
