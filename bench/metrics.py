@@ -73,10 +73,11 @@ def _ttft(visit: Visit) -> float | None:
 
 
 def _tpot(visit: Visit) -> float | None:
-    return _median([_time_per_token(request) for request in succeeded(visit)])
+    return _median([time_per_token(request) for request in succeeded(visit)])
 
 
-def _time_per_token(request: Request) -> float | None:
+def time_per_token(request: Request) -> float | None:
+    """Seconds for each output token after the first; None where there is none."""
     if request.latency_s is None or request.ttft_s is None or request.output_tokens < 2:
         return None
     return (request.latency_s - request.ttft_s) / (request.output_tokens - 1)
@@ -96,7 +97,7 @@ def _prefill(visit: Visit) -> float | None:
 
 
 def _decode(visit: Visit) -> float | None:
-    times = [(request, _time_per_token(request)) for request in succeeded(visit)]
+    times = [(request, time_per_token(request)) for request in succeeded(visit)]
     return _median([request.sequences / time for request, time in times if time])
 
 

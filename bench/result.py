@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError
-from ..writing import write_json
+from .files import write_text
 
 SCHEMA_VERSION: Final = 1
 
@@ -205,8 +205,7 @@ def workload_sha256(workload: Workload) -> str:
 
 def save_run(run: Run, path: Path) -> None:
     """Write a run as JSON, in one atomic step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, run.model_dump())
+    write_text(path, run.model_dump_json(indent=2) + "\n")
 
 
 def load_run(path: Path) -> Run:

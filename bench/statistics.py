@@ -119,17 +119,17 @@ def quantile(values: Sequence[float], level: float, seed: int = 0) -> Interval:
     return Interval(value=float(np.quantile(found, level)), low=low, high=high)
 
 
-def pooled_quantile(rounds: Sequence[Sequence[float]], level: float, seed: int = 0) -> Interval:
-    """The quantile of all requests, its interval by resampling whole rounds. Raises ValueError for no samples."""
+def pooled_quantile(rounds: Sequence[Sequence[float]], at: float, level: float = LEVEL, seed: int = 0) -> Interval:
+    """The quantile `at` of all requests, its interval by resampling whole rounds. Raises ValueError for no samples."""
     arrays = [np.asarray(values, dtype=np.float64) for values in rounds if len(values)]
     if not arrays:
         raise ValueError("no samples")
-    value = float(np.quantile(np.concatenate(arrays), level))
+    value = float(np.quantile(np.concatenate(arrays), at))
     if len(arrays) < 2:
         return Interval(value=value)
     picks = np.random.default_rng(seed).integers(len(arrays), size=(RESAMPLES, len(arrays)))
-    drawn = [float(np.quantile(np.concatenate([arrays[i] for i in pick]), level)) for pick in picks]
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    drawn = [float(np.quantile(np.concatenate([arrays[i] for i in pick]), at)) for pick in picks]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value=value, low=float(low), high=float(high))
 
 
@@ -156,7 +156,7 @@ def noise_floor(first: Series, second: Series) -> dict[str, float]:
         arms = [rounds_of(series, metric) for series in (first, second)]
         common = sorted(arms[0].keys() & arms[1].keys())
         if len(common) >= 2:
-            estimate = paired_estimate(*([arm[index] for index in common] for arm in arms))
+            estimate = paired_estimate([arms[0][index] for index in common], [arms[1][index] for index in common])
             floors[f"{first.point}/{name}"] = half_width(estimate)
     return floors
 

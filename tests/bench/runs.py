@@ -55,7 +55,7 @@ def quality(ppl: float, ratio: tuple[float, float, float] = (1.0, 1.0, 1.0), **c
 def candidate(name: str, tpots_s: Sequence[float], **changes: Any) -> Candidate:
     """A candidate at POINT with these times per output token, one a round."""
     fields = {
-        "name": name, "engine": "vllm", "kind": name, "folder": f"/models/{name}", "model_sha256": name, "load_s": [1.0],
+        "name": name, "engine": "vllm", "kind": name, "folder": f"/m/{name}", "model_sha256": name, "load_s": [1.0],
         "memory": Memory(weights_bytes=1000, loaded_bytes=2000, peak_bytes=3000), "series": [series("p", tpots_s)],
     }  # fmt: skip
     return Candidate(**(fields | changes))
