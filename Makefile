@@ -46,7 +46,7 @@ $(VENV)/.vllm: $(VENV)/.base
 
 $(VENV)/.dev: $(VENV)/.vllm
 	@echo "setup, tests: development tools (a minute)"
-	@$(PIP) -e '.[gguf,eval,bench,dev]'
+	@$(PIP) -e '.[gguf,eval,bench,onnx,dev]'
 	@touch $@
 
 assets: $(VENV)/.base
@@ -73,7 +73,10 @@ bench: $(VENV)/.dev assets
 	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4 --feed dense --only SparseGPT --out bench/results/ladder-dense.json
 	@$(BIN)/python -m crepe_deploy.bench.preset_grid --seeds 0,1,2 --out bench/results/preset_grid.json
 	@$(BIN)/python -m crepe_deploy.bench.kernels --out bench/results/kernels.json
-	@$(BIN)/python -m crepe_deploy.bench.decode --out bench/results/decode.json
+	@$(BIN)/python -m crepe_deploy.bench.smollm2
+	@$(BIN)/crepe-deploy bench configs/bench-smollm2.yaml --out bench/results/smollm2.json --overwrite
+	@$(BIN)/python -m crepe_deploy.bench.llama_1b
+	@$(BIN)/crepe-deploy bench configs/bench-llama-1b.yaml --out bench/results/llama-1b.json --overwrite
 
 clean:
 	rm -rf $(VENV) .types build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,52 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from dataclasses import dataclass
 
+from ..errors import ConfigError
 from ..progress import progress
+from .gate import Limits, decide, gate_pruned
 from .measure import Session, Start, check
+from .outcome import Verdict
 from .result import Run
 from .scenario import Scenario
 
-MIN_MORE: Final = 2
 
-Undecided = Callable[[Run], bool]
+@dataclass(frozen=True)
+class Gating:
+    """Candidates are judged against the baseline by `limits`; while inconclusive, with up to `max_rounds` rounds."""
+
+    limits: Limits
+    max_rounds: int
 
 
 def bench(
-    scenario: Scenario,
-    command: str,
-    *,
-    undecided: Undecided | None = None,
-    max_rounds: int | None = None,
-    start: Start | None = None,
-    quiet: bool = False,
-) -> Run:
-    """Measure a scenario. Raises ConfigError and its kin before anything slow, CrepeError when a candidate dies.
+    scenario: Scenario, command: str, *, gating: Gating | None = None, start: Start | None = None, quiet: bool = False
+) -> tuple[Run, Verdict | None]:
+    """Measure a scenario, and judge it where a gate is given.
 
-    undecided: asked at each look of `schedule`, until it says no. command: what the run says it was made with. start:
-    makes a candidate's process; for tests.
+    command: what the run says it was made with. start: makes a candidate's process; for tests. Raises ConfigError and
+    its kin before anything slow, CrepeError when a candidate dies.
     """
     check(scenario)
+    names = [c.name for c in scenario.candidates if c.name != scenario.baseline_name]
+    if gating is not None and not names:
+        raise ConfigError("a gate needs a candidate besides the baseline")
     with Session(scenario, command, start) as session:
         with progress("loading candidates", quiet=quiet) as step:
             session.load(step)
         if scenario.warmup:
             with progress("warming up", quiet=quiet) as step:
                 session.warm_up(step)
-        for rounds in schedule(scenario.rounds, max_rounds):
-            with progress(f"measuring up to round {rounds}", quiet=quiet) as step:
-                session.measure(rounds - session.rounds, step)
-            run = session.run()
-            if undecided is None or not undecided(run):
-                break
-    return run
 
+        def more_rounds(rounds: int) -> Run:
+            label = f"undecided after round {session.rounds}, measuring" if session.rounds else "measuring"
+            with progress(label, quiet=quiet) as step:
+                session.measure(rounds, step)
+            return session.run()
 
-def schedule(rounds: int, max_rounds: int | None) -> list[int]:
-    """After how many rounds a gate looks at the samples: at first, then each time half as many were added."""
-    looks = [rounds]
-    while max_rounds is not None and looks[-1] < max_rounds:
-        looks.append(min(looks[-1] + max(MIN_MORE, looks[-1] // 2), max_rounds))
-    return looks
+        if gating is None:
+            return more_rounds(scenario.rounds), None
+        limits = gating.limits
+        verdict = decide(
+            more_rounds, lambda run, looks: gate_pruned(run, names, limits, looks), scenario.rounds, gating.max_rounds
+        )
+        return session.run(), verdict

@@ -13,6 +13,7 @@ import click
 from ..errors import ConfigError, CrepeError
 
 if TYPE_CHECKING:
+    from .benchmark import Gating
     from .scenario import Scenario
 
 DEFAULT_POINTS: Final = "1x64+32,4x64+32,1x512+1*2"
@@ -60,7 +61,7 @@ def bench_command() -> None:
     help="Judge the candidates by these budgets, against the baseline.",
 )
 @click.option("--max-rounds", type=click.IntRange(1), default=None, help="With --gate: add rounds while undecided.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="Print the run, or with --gate the verdict, as JSON.")
 def run_command(
     targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None, max_rounds: int | None,
     as_json: bool, **options: Any,
@@ -71,19 +72,37 @@ def run_command(
     workflow is written by `crepe-deploy bench init-ci`.
     """
     from .benchmark import bench
+    from .gate import raise_for
+    from .gate_command import show
     from .result import save_run
     from .summary import failures, summary_lines
 
     scenario = build_scenario(targets, **options)
     path = check_output(out if out is not None else Path(f"{scenario.name}.json"), overwrite)
-    if max_rounds is not None and budgets is None:
-        raise ConfigError("--max-rounds adds rounds while a gate cannot decide: give --gate BUDGETS too")
-    run = bench(scenario, shlex.join(["crepe-deploy", *sys.argv[1:]]))
+    gating = _gating(budgets, max_rounds, scenario.rounds)
+    run, verdict = bench(scenario, shlex.join(["crepe-deploy", *sys.argv[1:]]), gating=gating)
     save_run(run, path)
-    click.echo(run.model_dump_json(indent=2) if as_json else "\n".join([*summary_lines(run), f"written: {path}"]))
+    if not as_json:
+        click.echo("\n".join([*summary_lines(run), f"written: {path}"]))
+    elif verdict is None:
+        click.echo(run.model_dump_json(indent=2))
+    if verdict is not None:
+        show(verdict, as_json)
+        raise_for(verdict)
     failed = failures(run)
     if failed:
         raise CrepeError(f"{len(failed)} requests failed and were left out; the first: {failed[0]}")
+
+
+def _gating(budgets: Path | None, max_rounds: int | None, rounds: int) -> Gating | None:
+    from .benchmark import Gating
+    from .budgets import load_budgets
+
+    if budgets is not None:
+        return Gating(load_budgets(budgets), max_rounds or rounds)
+    if max_rounds is not None:
+        raise ConfigError("--max-rounds adds rounds while a gate cannot decide: give --gate BUDGETS too")
+    return None
 
 
 def check_output(path: Path, overwrite: bool) -> Path:

@@ -17,8 +17,9 @@ from typing import Any, Final
 
 from ..errors import CheckpointError, ConfigError
 from ..progress import Step, silent
-from ..serve.engines import get_engine
+from ..serve.engines import ENGINES
 from ..serve.engines.base import Settings
+from . import served_worker
 from .candidate import (
     describe_folder,
     kv_token_bytes,
@@ -32,6 +33,7 @@ from .candidate import (
 from .environment import load_average, record_environment
 from .result import Candidate, Memory, Point, Quality, Run, Series, Visit
 from .scenario import AGAIN, CandidateSpec, Scenario
+from .served_worker import SERVED, ServedWorker
 from .statistics import noise_floor
 from .worker import OfflineWorker, Turn, Worker, offline_command
 
@@ -46,10 +48,10 @@ def check(scenario: Scenario) -> None:
     points = [spec.point() for spec in scenario.points]
     vocabularies: dict[str, int | None] = {}
     for arm in scenario.arms():
-        engine = get_engine(str(arm.engine))
+        _require(arm)
         _check_folder(arm, scenario)
-        _check_context(arm, points)
-        engine.require(arm.options)
+        for point in points:
+            _check_point(arm, point)
         vocabularies[arm.name] = limits(arm.folder)[0]
     if len(set(vocabularies.values())) > 1:
         sizes = ", ".join(f"{name} {size}" for name, size in vocabularies.items())
@@ -65,14 +67,26 @@ def _check_folder(arm: CandidateSpec, scenario: Scenario) -> None:
         raise CheckpointError(f"candidate '{arm.name}': {arm.folder} holds no weights{_remedy(scenario)}")
 
 
-def _check_context(arm: CandidateSpec, points: list[Point]) -> None:
-    context = limits(arm.folder)[1]
-    for point in points:
-        needed = point.prompt_tokens + point.output_tokens
-        if context is not None and needed > context:
-            raise ConfigError(
-                f"point {point.name} needs {needed} tokens, and the context of '{arm.name}' holds {context}"
-            )
+def _require(arm: CandidateSpec) -> None:
+    name = str(arm.engine)
+    if name == SERVED:
+        served_worker.require(arm.options)
+    elif name in ENGINES:
+        ENGINES[name].require(arm.options)
+    else:
+        raise ConfigError(f"candidate '{arm.name}': no engine '{name}'; there are {', '.join([*ENGINES, SERVED])}")
+
+
+def _check_point(arm: CandidateSpec, point: Point) -> None:
+    context, needed = limits(arm.folder)[1], point.prompt_tokens + point.output_tokens
+    if context is not None and needed > context:
+        raise ConfigError(f"point {point.name} needs {needed} tokens, and the context of '{arm.name}' holds {context}")
+    if arm.engine == SERVED and (point.concurrency is None or point.batch != 1):
+        raise ConfigError(f"point {point.name} is in lock step: engine {SERVED} of '{arm.name}' takes a concurrency")
+    if arm.engine != SERVED and point.concurrency is not None:
+        raise ConfigError(
+            f"point {point.name} has a concurrency: engine {arm.engine} of '{arm.name}' serves none, {SERVED} does"
+        )
 
 
 def _remedy(scenario: Scenario) -> str:
@@ -164,7 +178,9 @@ class Session:
         )
 
     def _notes(self, arm: CandidateSpec, worker: Worker) -> dict[str, Any]:
-        notes: dict[str, Any] = {key: worker.ready[key] for key in ("dtype", "linears", "kernels") if key in worker.ready}
+        notes: dict[str, Any] = {
+            key: worker.ready[key] for key in ("dtype", "linears", "kernels") if key in worker.ready
+        }
         notes |= {"options": arm.options} if arm.options else {}
         notes |= {"aa_of": self.scenario.baseline_name} if _is_again(arm, self.scenario) else {}
         if any(arm.folder.glob("*.safetensors")):
@@ -212,8 +228,13 @@ def _memory(arm: CandidateSpec, worker: Worker) -> Memory:
 
 def start_worker(arm: CandidateSpec, scenario: Scenario) -> Worker:
     """The candidate's process, loaded."""
-    command = offline_command(str(arm.engine), arm.folder, settings(arm, scenario))
-    return OfflineWorker(arm.name, command, child_variables(scenario))
+    found, variables = settings(arm, scenario), child_variables(scenario)
+    if arm.engine != SERVED:
+        return OfflineWorker(arm.name, offline_command(str(arm.engine), arm.folder, found), variables)
+    extra = ["--max-model-len", str(found.max_tokens), "--max-num-seqs", str(max(8, found.max_batch))]
+    dtype = ["--dtype", found.dtype] if found.dtype != "auto" else []
+    del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    return ServedWorker(arm.name, arm.folder, [*extra, "--block-size", "32", *dtype], arm.options, variables)
 
 
 def settings(arm: CandidateSpec, scenario: Scenario) -> Settings:
@@ -224,7 +245,7 @@ def settings(arm: CandidateSpec, scenario: Scenario) -> Settings:
     context = limits(arm.folder)[1]
     return Settings(
         max_tokens=rounded if context is None else min(rounded, context),
-        max_batch=max(point.batch for point in points),
+        max_batch=max(point.concurrency or point.batch for point in points),
         dtype=str(arm.dtype),
         options=arm.options,
     )

@@ -15,7 +15,7 @@ _SCALE: Final = {"s": (1e3, "ms"), "tokens/s": (1.0, "tokens/s")}
 
 def summary_lines(run: Run) -> list[str]:
     """For each point and metric a line a candidate; memory and quality below; conditions last."""
-    lines = []
+    lines: list[str] = []
     for point in run.workload.points:
         for name in SHOWN:
             lines += _metric_lines(run, point.name, name)
@@ -47,8 +47,8 @@ def gain(run: Run, candidate: Candidate, point: str, metric: str) -> Interval | 
     common = sorted(ours.keys() & base.keys())
     if not common or candidate.name == run.baseline:
         return None
-    arms = [[base[index] for index in common], [ours[index] for index in common]]
-    return paired_ratio(*(arms if kind.better == "lower" else arms[::-1]))
+    before, after = [base[index] for index in common], [ours[index] for index in common]
+    return paired_ratio(before, after) if kind.better == "lower" else paired_ratio(after, before)
 
 
 def series_at(candidate: Candidate, point: str) -> Series:

@@ -110,7 +110,7 @@ class OfflineWorker:
 
     def _request(self, point: Point, prompts: list[list[int]]) -> Request:
         answer = self._ask({"prompts": prompts, "tokens": point.output_tokens})
-        shape = {"sequences": len(prompts), "prompt_tokens": point.prompt_tokens}
+        shape: dict[str, Any] = {"sequences": len(prompts), "prompt_tokens": point.prompt_tokens}
         if "error" in answer:
             return Request(**shape, output_tokens=0, error=str(answer["error"]))
         times = answer["times"]
