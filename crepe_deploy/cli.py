@@ -296,8 +296,10 @@ def _interrupt(_signal: int, _frame: Any) -> NoReturn:
 
 def add_outer_commands() -> None:
     """Add the commands that live outside the core; their modules import nothing heavy."""
+    from .bench.command import bench_command
     from .serve.command import serve_command
 
+    cli.add_command(bench_command)
     cli.add_command(serve_command)
 
 
