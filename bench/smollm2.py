@@ -6,11 +6,13 @@ type. What is there already is kept.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Final
 
 import click
 
+from ..errors import ConfigError, CrepeError
 from .assets import DEFAULT_DIR, ensure_assets
 from .processes import crepe_deploy
 
@@ -18,32 +20,37 @@ RUNS: Final = (("ria", "2:4", "dense"), ("crepe", "2:4", "dense,packed"), ("crep
 CALIBRATION: Final = ("--calib-samples", "16", "--calib-length", "512", "--seed", "0")
 
 
-def build(root: Path, assets_dir: Path) -> list[Path]:
-    """Prune and export what is missing below `root`; returns the folders made."""
+def build(root: Path, assets_dir: Path, only: str | None = None) -> list[Path]:
+    """Prune and export what is missing below `root`, or only the folder of this name; returns what was made."""
     assets = ensure_assets(assets_dir)
-    made = []
-    for method, pattern, formats in RUNS:
-        folder = root / f"{method}-{pattern.replace(':', 'of')}"
-        if not folder.is_dir():
-            crepe_deploy(
-                "prune-and-export", str(assets.model), "--out", str(folder), "--method", method, "--sparsity", pattern,
-                "--calib", str(assets.text("c4", "train")), *CALIBRATION, "--format", formats,
-            )  # fmt: skip
-            made.append(folder)
-    int8 = root / "int8"
-    if not int8.is_dir():
-        crepe_deploy("export", str(assets.model), "--out", str(int8), "--format", "int8")
-        made.append(int8)
-    return made
+    commands = {
+        f"{method}-{pattern.replace(':', 'of')}": (
+            "prune-and-export", str(assets.model), "--method", method, "--sparsity", pattern,
+            "--calib", str(assets.text("c4", "train")), *CALIBRATION, "--format", formats,
+        )
+        for method, pattern, formats in RUNS
+    }  # fmt: skip
+    commands["int8"] = ("export", str(assets.model), "--format", "int8")
+    if only is not None and only not in commands:
+        raise ConfigError(f"--only {only}: there are {', '.join(commands)}")
+    wanted = [name for name in commands if only in (None, name) and not (root / name).is_dir()]
+    for name in wanted:
+        crepe_deploy(*commands[name], "--out", str(root / name))
+    return [root / name for name in wanted]
 
 
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("out/bench/smollm2"), show_default=True)
 @click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
-def main(folder: Path, assets_dir: Path) -> None:
+@click.option("--only", default=None, help="One of the folders, such as crepe-2of4.")
+def main(folder: Path, assets_dir: Path, only: str | None) -> None:
     """Build the folders and print what was made."""
-    for made in build(folder, assets_dir):
-        click.echo(made)
+    try:
+        for made in build(folder, assets_dir, only):
+            click.echo(made)
+    except CrepeError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
