@@ -247,6 +247,7 @@ def settings(arm: CandidateSpec, scenario: Scenario) -> Settings:
         max_tokens=rounded if context is None else min(rounded, context),
         max_batch=max(point.concurrency or point.batch for point in points),
         dtype=str(arm.dtype),
+        threads=scenario.thread_count(),
         options=arm.options,
     )
 

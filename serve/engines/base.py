@@ -17,12 +17,14 @@ class Settings:
     """How an engine is to be loaded.
 
     max_tokens: of the longest sequence, prompt and output. max_batch: sequences in lock step. dtype: to compute in;
-    auto: the engine's choice for this checkpoint. options: the engine's own, such as `compiled` of vLLM.
+    auto: the engine's choice for this checkpoint. threads: for an engine that is not steered by OMP_NUM_THREADS; 0:
+    its own choice. options: the engine's own, such as `compiled` of vLLM.
     """
 
     max_tokens: int = 1024
     max_batch: int = 4
     dtype: str = "auto"
+    threads: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
 
