@@ -1,0 +1,1 @@
+"""Benchmark runs as one offline page, PNG figures and a Markdown summary."""

@@ -1,0 +1,220 @@
+"""Figures of points and curves: trade-offs, throughput against latency, distributions, paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..metrics import METRICS, by_round
+from ..result import Interval, Point
+from .compare import Arm, Comparison, in_flight, series_at
+from .content import Figure
+from .numbers import digits, interval, si
+from .samples import LATENCIES, Pool, pool
+from .style import BAND, INK, drawing, legend_below, look, ratio_axis, render, short
+
+CURVE_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One candidate in a trade-off: x and y as ratios to the baseline, with intervals where there are any."""
+
+    arm: Arm
+    x: Interval
+    y: Interval
+
+
+@dataclass(frozen=True)
+class Words:
+    """The texts of a figure."""
+
+    name: str
+    title: str
+    x: str
+    y: str
+    conditions: str
+    table: str
+
+
+def frontier(spots: Sequence[Spot], higher_x: bool) -> list[Spot]:
+    """The spots that no other beats in both directions, from the best x to the worst; y is better lower."""
+    sign = -1.0 if higher_x else 1.0
+    best: list[Spot] = []
+    for spot in sorted(spots, key=lambda spot: (sign * spot.x.value, spot.y.value)):
+        if not best or spot.y.value < best[-1].y.value:
+            best.append(spot)
+    return best
+
+
+def trade_off(spots: Sequence[Spot], words: Words, higher_x: bool) -> Figure | None:
+    """A Pareto chart: the frontier as a line, every candidate with its marker; None for fewer than two spots."""
+    if len(spots) < 2:
+        return None
+    best = frontier(spots, higher_x)
+    with drawing(height=4.2) as (drawn, [axes]):
+        axes.plot([s.x.value for s in best], [s.y.value for s in best], color=INK, linewidth=1, linestyle=":", zorder=1)
+        handles = []
+        for spot in spots:
+            style = look(spot.arm)
+            handles.append(
+                axes.errorbar(
+                    spot.x.value,
+                    spot.y.value,
+                    xerr=_arms_of(spot.x),
+                    yerr=_arms_of(spot.y),
+                    fmt=style.marker,
+                    color=style.colour,
+                    markersize=8,
+                    elinewidth=1.4,
+                    capsize=3,
+                )
+            )
+        ratio_axis(axes, "x", _ends([spot.x for spot in spots]))
+        ratio_axis(axes, "y", _ends([spot.y for spot in spots]))
+        axes.set(xlabel=words.x, ylabel=words.y)
+        legend_below(drawn, handles, [look(spot.arm).label for spot in spots])
+        svg, png = render(drawn, words.name)
+    names = ", ".join(f"“{spot.arm.name}”" for spot in best)
+    spots_said = "; ".join(f"“{s.arm.name}” at {interval(s.x, '×')} and {interval(s.y, '×')}" for s in spots)
+    alternative = f"{words.x} against {words.y}: {spots_said}. On the frontier (dotted line): {names}."
+    return Figure(words.name, words.title, alternative, words.conditions, words.table, svg, png)
+
+
+def _arms_of(found: Interval) -> list[list[float]] | None:
+    if found.low is None or found.high is None:
+        return None
+    return [[max(found.value - found.low, 0.0)], [max(found.high - found.value, 0.0)]]
+
+
+def _ends(intervals: Sequence[Interval]) -> list[float]:
+    return [end for found in intervals for end in (found.value, found.low, found.high) if end is not None]
+
+
+def load_curve(comparison: Comparison, points: Sequence[Point], words: Words) -> Figure | None:
+    """Time per token against throughput, one curve a candidate, over points that differ in sequences at once only."""
+    curves = {arm.index: curve(arm, points) for arm in comparison.arms}
+    shown = [arm for arm in comparison.arms if len(curves[arm.index]) > 1]
+    if not shown:
+        return None
+    with drawing(height=4.2) as (drawn, [axes]):
+        handles = []
+        for arm in shown:
+            style = look(arm)
+            xs = [x for _, x, _ in curves[arm.index]]
+            ys = [1e3 * y for _, _, y in curves[arm.index]]
+            line = axes.plot(xs, ys, color=style.colour, marker=style.marker, linestyle=style.dash, markersize=6)
+            handles.append(line[0])
+            for load, x, y in curves[arm.index] if arm is shown[0] else []:
+                axes.annotate(str(load), (x, 1e3 * y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        axes.set(xlabel=words.x, ylabel=words.y)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.margins(0.1)
+        legend_below(drawn, handles, [look(arm).label for arm in shown])
+        svg, png = render(drawn, words.name)
+    said = [f"“{arm.name}”: " + ", ".join(_said(*spot) for spot in curves[arm.index]) for arm in shown]
+    return Figure(words.name, words.title, "; ".join(said) + ".", words.conditions, words.table, svg, png)
+
+
+def _said(load: int, tokens_per_s: float, time_s: float) -> str:
+    return f"{load} at once {digits(tokens_per_s)} tokens/s, {si(time_s, 's')}"
+
+
+def curve(arm: Arm, points: Sequence[Point]) -> list[tuple[int, float, float]]:
+    """(sequences at once, output tokens/s, seconds per token) of a candidate at each point it was measured at."""
+    found = []
+    for point in sorted(points, key=in_flight):
+        series = series_at(arm.candidate, point.name)
+        if series is None:
+            continue
+        speed = by_round(series, METRICS["output_tokens_per_s"])
+        time = by_round(series, METRICS["tpot_s"])
+        if speed and time:
+            found.append((in_flight(point), float(np.median(speed)), float(np.median(time))))
+    return found
+
+
+def distribution(comparison: Comparison, point: Point, kind: str, words: Words) -> Figure | None:
+    """Cumulative distribution of one latency at one point, a curve a candidate; None where samples are too few."""
+    pools = {arm.index: pool(series_at(arm.candidate, point.name), LATENCIES[kind]) for arm in comparison.arms}
+    shown = [arm for arm in comparison.arms if pools[arm.index].values.size >= 10]
+    if not shown:
+        return None
+    with drawing(height=4.0) as (drawn, [axes]):
+        handles = []
+        for arm in shown:
+            style = look(arm)
+            xs, ys = steps(pools[arm.index])
+            handles += axes.plot(
+                1e3 * xs, 100 * ys, color=style.colour, linestyle=style.dash, linewidth=1.6, marker=style.marker,
+                markevery=(0.1 + 0.02 * arm.index, 0.2), markersize=5,
+            )  # fmt: skip
+        everything = np.concatenate([pools[arm.index].values for arm in shown])
+        if everything.min() > 0 and everything.max() / everything.min() > 20:
+            axes.set_xscale("log")
+        axes.set(xlabel=words.x, ylabel=words.y, ylim=(0, 102))
+        legend_below(drawn, handles, [look(arm).label for arm in shown])
+        svg, png = render(drawn, words.name)
+    said = [
+        f"“{arm.name}” median {si(float(np.median(pools[arm.index].values)), 's')}, "
+        f"90 % within {si(float(np.quantile(pools[arm.index].values, 0.9)), 's')}"
+        for arm in shown
+    ]
+    return Figure(words.name, words.title, "; ".join(said) + ".", words.conditions, words.table, svg, png)
+
+
+def steps(samples: Pool) -> tuple[np.ndarray, np.ndarray]:
+    """The empirical distribution, thinned to at most CURVE_STEPS points that keep both ends."""
+    size = samples.values.size
+    ranks = np.unique(np.linspace(0, size - 1, min(size, CURVE_STEPS)).round().astype(int))
+    return samples.values[ranks], (ranks + 1) / size
+
+
+def forest(comparison: Comparison, metric: str, words: Words) -> Figure | None:
+    """Paired ratios of one metric with intervals, by point and candidate; the noise floor shaded where known."""
+    groups = [
+        (point, [(arm, ratio) for arm in comparison.others if (ratio := arm.ratio(point.name, metric)) is not None])
+        for point in comparison.run.workload.points
+    ]
+    groups = [(point, pairs) for point, pairs in groups if pairs]
+    if not groups:
+        return None
+    height = 1.0 + 0.27 * sum(1 + len(pairs) for _, pairs in groups)
+    ticks: list[tuple[float, str, bool]] = []
+    with drawing(height=height) as (drawn, [axes]):
+        place = 0.0
+        for point, pairs in groups:
+            ticks.append((place, short(point.name), True))
+            noise = comparison.noise(point.name, metric)
+            if noise:
+                axes.fill_betweenx(
+                    [place + 0.4, place + len(pairs) + 0.6], float(np.exp(-noise)), float(np.exp(noise)), color=BAND
+                )
+            for arm, ratio in pairs:
+                place += 1
+                style = look(arm)
+                axes.errorbar(
+                    ratio.value, place, xerr=_arms_of(ratio), fmt=style.marker, color=style.colour, markersize=6,
+                    elinewidth=1.6, capsize=3,
+                )  # fmt: skip
+                ticks.append((place, style.label, False))
+            place += 1
+        axes.axvline(1, color=INK, linewidth=1, zorder=1)
+        axes.set_yticks([at for at, _, _ in ticks], [text for _, text, _ in ticks])
+        for label, (_, _, heading) in zip(axes.get_yticklabels(), ticks, strict=True):
+            label.set_fontweight("bold" if heading else "normal")
+            label.set_fontsize(9)
+        axes.set_ylim(place - 0.3, -0.7)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        ratio_axis(axes, "x", _ends([ratio for _, pairs in groups for _, ratio in pairs]))
+        axes.set_xlabel(words.x)
+        svg, png = render(drawn, words.name)
+    said = [
+        f"{point.name}: " + ", ".join(f"“{arm.name}” {interval(ratio, '×')}" for arm, ratio in pairs)
+        for point, pairs in groups
+    ]
+    return Figure(words.name, words.title, "; ".join(said) + ".", words.conditions, words.table, svg, png)

@@ -1,0 +1,68 @@
+"""Numbers for people: three significant digits, SI prefixes, intervals in brackets."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from ..result import Interval
+
+MISSING: Final = "–"
+_PREFIXES: Final = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
+
+
+def digits(value: float, count: int = 3) -> str:
+    """A number with `count` significant digits and no exponent between 1e-4 and 1e7."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{count - 1}e}")
+    size = math.floor(math.log10(abs(rounded)))
+    if not -5 < size < 7:
+        return f"{value:.{count - 1}e}"
+    return f"{rounded:.{max(count - 1 - size, 0)}f}"
+
+
+def si(value: float | None, unit: str) -> str:
+    """A quantity with an SI prefix: 0.0123 s is 12.3 ms. Tokens keep their plain number; None is a dash."""
+    if value is None:
+        return MISSING
+    if unit not in {"s", "B"} or value == 0 or not math.isfinite(value):
+        return f"{digits(value)} {unit}".strip()
+    smallest = 1.0 if unit == "B" else 0.0
+    rounded = abs(float(f"{value:.2e}"))
+    for scale, prefix in _PREFIXES:
+        if rounded >= scale or scale == smallest:
+            return f"{digits(value / scale)} {prefix}{unit}"
+    return f"{digits(value / 1e-9)} n{unit}"
+
+
+def interval(found: Interval | None, suffix: str = "", count: int = 3) -> str:
+    """A figure and its interval, such as "1.55× [1.40, 1.73]"; without one where too few rounds were taken."""
+    if found is None:
+        return MISSING
+    text = digits(found.value, count) + suffix
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} [{digits(found.low, count)}, {digits(found.high, count)}]"
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage with three significant digits."""
+    return MISSING if value is None else f"{digits(100 * value)} %"
+
+
+def count(value: int | float) -> str:
+    """A whole number with thousands separated by thin spaces."""
+    return f"{round(value):,}".replace(",", "\u202f")
+
+
+def plural(number: int, noun: str) -> str:
+    """`3 rounds`, `1 round`."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def capital(text: str) -> str:
+    """The text with its first letter in upper case and the rest as it was."""
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,93 @@
+"""Quality: its table, and its trade-offs with memory and with speed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from ..result import Interval, Quality
+from .charts import Spot, Words, trade_off
+from .compare import Arm
+from .content import Section, Table, cell, estimate, without_empty_columns
+from .scene import Scene
+
+_COLUMNS = ("Perplexity", "Perplexity × baseline", "Mean KL (nats)", "p99 KL (nats)", "Same top token")
+
+
+def trade_offs(scene: Scene) -> Section:
+    """Quality against weight bytes and against decode speed."""
+    headline = scene.comparison.headline
+    memory = trade_off(
+        _spots(scene, lambda arm: None if arm.weights is None else Interval(value=arm.weights)),
+        Words(
+            scene.name("quality-memory"), "Quality against weight bytes: lower left is better",
+            "weight bytes over the baseline's", "perplexity over the baseline's", scene.machine, scene.name("summary"),
+        ),
+        higher_x=False,
+    )  # fmt: skip
+    speed = None
+    if headline is not None:
+        point = headline.name
+        speed = trade_off(
+            _spots(scene, lambda arm: arm.ratio(point, "decode_tokens_per_s")),
+            Words(
+                scene.name("quality-speed"), "Quality against decode speed: lower right is better",
+                "decode speed over the baseline's", "perplexity over the baseline's", scene.at(headline),
+                scene.name("summary"),
+            ),
+            higher_x=True,
+        )  # fmt: skip
+    figures = tuple(figure for figure in (memory, speed) if figure is not None)
+    text = ("The dotted line joins the candidates that no other beats in both directions (the Pareto frontier).",)
+    missing = None if figures else "No trade-off is shown: fewer than two candidates have a perplexity ratio."
+    return Section(scene.name("trade-offs"), "What is traded", text if figures else (), figures, (), missing)
+
+
+def _spots(scene: Scene, x_of: Callable[[Arm], Interval | None]) -> list[Spot]:
+    found = []
+    for arm in scene.comparison.arms:
+        x, y = x_of(arm), arm.perplexity_ratio()
+        if x is not None and y is not None:
+            found.append(Spot(arm, x, y))
+    return found
+
+
+def quality(scene: Scene) -> Section:
+    """Perplexity, KL divergence and top-token agreement, each with its convention."""
+    measured = [(arm, arm.candidate.quality) for arm in scene.comparison.arms if arm.candidate.quality is not None]
+    title = "Quality"
+    if not measured:
+        return Section(scene.name("quality"), title, missing="Quality was not measured in this run.")
+    conventions: list[str] = []
+    rows = []
+    for arm, found in measured:
+        text = convention(found)
+        if text not in conventions:
+            conventions.append(text)
+        figures = (found.perplexity, arm.perplexity_ratio(), found.kl_mean, found.kl_p99, found.same_top)
+        suffixes = ("", "×", "", "", "")
+        cells = [estimate(figure, suffix) for figure, suffix in zip(figures, suffixes, strict=True)]
+        rows.append((cell(arm.name), *cells, cell(f"({conventions.index(text) + 1})")))
+    table = Table(
+        scene.name("quality-table"),
+        "Perplexity and divergence from the baseline, with 95 % bootstrap intervals over windows of text",
+        ("Candidate", *_COLUMNS, "Convention"),
+        tuple(rows),
+        "Conventions: " + "; ".join(f"({i}) {text}" for i, text in enumerate(conventions, 1)),
+    )
+    text = (
+        "Perplexity: how surprised the model is by real text, lower is better. KL: how far its next-token "
+        "probabilities are from the baseline's, 0 is equal. Same top token: how often both would choose the same one.",
+    )
+    if len(conventions) > 1:
+        text += ("Rows with different conventions must not be compared with one another.",)
+    return Section(scene.name("quality"), title, text, (), (without_empty_columns(table),))
+
+
+def convention(quality: Quality) -> str:
+    """How a perplexity was measured, as one line; digests are left to the run file."""
+    return ", ".join(
+        f"{key}={value if isinstance(value, str | int | float) else json.dumps(value)}"
+        for key, value in quality.convention.items()
+        if key != "sha256"
+    )

@@ -1,0 +1,137 @@
+"""Size: memory, the room it leaves for the KV cache, and the layers block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..result import Layer
+from .bars import Stack, block_bars, by_block, memory_stack
+from .charts import Words
+from .compare import Arm
+from .content import Cell, Figure, Section, Table, cell, fraction, quantity, without_empty_columns
+from .numbers import MISSING, count
+from .scene import Scene
+
+
+def memory(scene: Scene) -> Section:
+    """Weights, KV cache at the stated context and the rest of the peak; and how many more tokens the cache can hold."""
+    stacks = [_stack(arm, scene.context) for arm in scene.comparison.arms]
+    context = f"KV cache for {count(scene.context)} tokens"
+    kind = "allocated on the GPU" if scene.run.environment.host.gpu else "resident"
+    words = Words(
+        scene.name("memory"), "Memory: shorter is better", "memory ({unit})", "",
+        f"{context}, peak {kind}; {scene.machine}", scene.name("memory-table"),
+    )  # fmt: skip
+    figure = memory_stack(stacks, words)
+    table = Table(
+        scene.name("memory-table"),
+        "Memory of each candidate, and the KV-cache tokens that its smaller weights make room for",
+        (
+            "Candidate", "Weight files", "Linear layers in memory", "After loading", "Peak", "KV cache per token",
+            f"KV cache for {count(scene.context)} tokens", "Rest of the peak", "Room gained (tokens)", "Load time",
+        ),
+        tuple(_memory_row(stack, scene) for stack in stacks),
+        f"{context}, peak {kind}; {scene.machine}",
+    )  # fmt: skip
+    text = (
+        "KV cache: what a server keeps of every token it has read. Rest of the peak: the measured peak less weight "
+        "files and cache; a dash where an engine's own reservation makes that meaningless.",
+    )
+    figures = () if figure is None else (figure,)
+    return Section(scene.name("memory-section"), "Memory", text, figures, (without_empty_columns(table),))
+
+
+def _stack(arm: Arm, context: int) -> Stack:
+    found = arm.candidate.memory
+    cache = None if found.kv_token_bytes is None else found.kv_token_bytes * context
+    rest = None if found.peak_bytes is None else found.peak_bytes - found.weights_bytes - (cache or 0)
+    return Stack(arm, found.weights_bytes, cache, rest if rest is None or rest >= 0 else None)
+
+
+def _memory_row(stack: Stack, scene: Scene) -> tuple[Cell, ...]:
+    arm = stack.arm
+    found = arm.candidate.memory
+    gained = Cell(MISSING)
+    if found.kv_token_bytes and not arm.baseline:
+        saved = scene.comparison.baseline.candidate.memory.weights_bytes - found.weights_bytes
+        gained = Cell(count(saved // found.kv_token_bytes), saved // found.kv_token_bytes)
+    loads = sorted(arm.candidate.load_s)
+    sizes = (found.weights_bytes, found.linears_bytes, found.loaded_bytes, found.peak_bytes, found.kv_token_bytes)
+    return (
+        cell(arm.name),
+        *(quantity(size, "B") for size in (*sizes, stack.cache, stack.rest)),
+        gained,
+        quantity(loads[len(loads) // 2] if loads else None, "s"),
+    )
+
+
+def layers(scene: Scene) -> Section:
+    """Zeros, error and width of the layers: bars by decoder block and a table of every layer."""
+    title = "Layers"
+    arms = [arm for arm in scene.comparison.arms if arm.candidate.layers]
+    if not arms:
+        return Section(scene.name("layers"), title, missing="The run file holds no per-layer figures.")
+    pruned = [arm for arm in arms if not arm.baseline]
+    table = scene.name("layers-table")
+    figures = [
+        _bars(scene, pruned, lambda layer: layer.sparsity, ("sparsity", "Zeros by decoder block", "zeros (%)"), 100),
+        _bars(scene, pruned, lambda layer: layer.error, ("error", "Layer error: lower is better", "relative error"), 1),
+        _widths(scene, pruned),
+    ]
+    text = ["Layer error: how far a layer's output on calibration text is from the unpruned layer's, relative to it."]
+    if all(layer.error is None for arm in arms for layer in arm.candidate.layers):
+        text = ["The run file holds no layer errors."]
+    if scene.comparison.baseline.candidate.layers and figures[2] is None:
+        text.append("Every layer is as wide as the baseline's.")
+    if not any(layer.sparsity > 0 for arm in arms for layer in arm.candidate.layers):
+        text.append("No layer holds counted zeros.")
+    tables = (_layer_table(scene, arms, table),)
+    drawn = tuple(figure for figure in figures if figure is not None)
+    return Section(scene.name("layers"), title, tuple(text), drawn, tables)
+
+
+def _bars(
+    scene: Scene, arms: list[Arm], of: Callable[[Layer], float | None], texts: tuple[str, str, str], scale: float
+) -> Figure | None:
+    values = [(arm, by_block(arm.candidate.layers, of)) for arm in arms]
+    if not any(value > 0 for _, found in values for value in found.values()):
+        return None
+    word, title, y = texts
+    words = Words(
+        scene.name(f"layers-{word}"), title, "decoder block", y,
+        "mean over each block's linear layers, weighted by their weights", scene.name("layers-table"),
+    )  # fmt: skip
+    return block_bars(values, words, scale)
+
+
+def _widths(scene: Scene, arms: list[Arm]) -> Figure | None:
+    shapes = {layer.name: layer.shape for layer in scene.comparison.baseline.candidate.layers}
+    if not any(shapes.get(layer.name, layer.shape) != layer.shape for arm in arms for layer in arm.candidate.layers):
+        return None
+
+    def width(layer: Layer) -> float | None:
+        whole = shapes.get(layer.name)
+        return None if whole is None else layer.shape[0] * layer.shape[1] / (whole[0] * whole[1])
+
+    return _bars(scene, arms, width, ("width", "Width by decoder block", "weights kept (%)"), 100)
+
+
+def _layer_table(scene: Scene, arms: list[Arm], name: str) -> Table:
+    records = {arm.index: {layer.name: layer for layer in arm.candidate.layers} for arm in arms}
+    names = list(dict.fromkeys(layer.name for arm in arms for layer in arm.candidate.layers))
+    columns = ["Layer"]
+    for arm in arms:
+        columns += [f"{arm.name}: shape", f"{arm.name}: zeros", f"{arm.name}: error"]
+    rows = []
+    for layer_name in names:
+        row = [cell(layer_name)]
+        for arm in arms:
+            layer = records[arm.index].get(layer_name)
+            if layer is None:
+                row += [Cell(MISSING)] * 3
+                continue
+            out, wide = layer.shape
+            row += [Cell(f"{out} × {wide}", out * wide), fraction(layer.sparsity), quantity(layer.error, "")]
+        rows.append(tuple(row))
+    caption = "Every linear layer: shape (out × in), zeros counted, relative output error"
+    return without_empty_columns(Table(name, caption, tuple(columns), tuple(rows), "", always_folded=True))

@@ -1,0 +1,81 @@
+"""The top of a chapter: every candidate against the baseline in one table and in plain words."""
+
+from __future__ import annotations
+
+import math
+
+from ..result import Interval
+from .compare import Arm, Comparison, failed_requests
+from .content import Cell, Table, cell, estimate, quantity, without_empty_columns
+from .numbers import MISSING, digits, plural
+from .scene import Scene
+
+SAME_WITHIN = 0.005
+
+
+def summary_table(scene: Scene) -> Table:
+    """Quality, memory and speed of every candidate, as ratios to the baseline."""
+    comparison = scene.comparison
+    points = [(comparison.headline, "Decode speed", "decode_tokens_per_s", "higher is better")]
+    points.append((comparison.loaded, "Throughput", "output_tokens_per_s", "higher is better"))
+    points.append((comparison.prompt, "Time to first token", "ttft_s", "lower is better"))
+    shown = [(point, title, metric, way) for point, title, metric, way in points if point is not None]
+    columns = ["Candidate", "In words", "Weight files", "Bytes × (lower is better)", "Perplexity × (lower is better)"]
+    columns += [f"{title} × ({point.name}, {way})" for point, title, _, way in shown]
+    rows = []
+    for arm in comparison.arms:
+        row = [cell(arm.name), cell(words(arm, comparison)), quantity(arm.candidate.memory.weights_bytes, "B")]
+        row += [_ratio(arm.weights), estimate(arm.perplexity_ratio(), "×")]
+        row += [estimate(arm.ratio(point.name, metric), "×") for point, _, metric, _ in shown]
+        rows.append(tuple(row))
+    caption = f"Every candidate against the baseline “{scene.run.baseline}”, with 95 % intervals over rounds"
+    table = Table(scene.name("summary"), caption, tuple(columns), tuple(rows), scene.machine)
+    return without_empty_columns(table)
+
+
+def _ratio(value: float | None) -> Cell:
+    return Cell(MISSING) if value is None else Cell(f"{digits(value)}×", value)
+
+
+def words(arm: Arm, comparison: Comparison) -> str:
+    """What a candidate gained and lost, in words; a difference whose interval spans 1 is no clear difference."""
+    if arm.baseline:
+        return "the baseline"
+    said = [f"{arm.kind}: {_bytes(arm.weights)}"]
+    if comparison.headline is not None:
+        point, metric = comparison.headline.name, "decode_tokens_per_s"
+        said.append(_speed(arm.ratio(point, metric), math.exp(comparison.noise(point, metric))))
+    said.append(_perplexity(arm.perplexity_ratio()))
+    if not arm.same_engine:
+        said.append(f"another engine than the baseline ({arm.candidate.engine})")
+    if failed := failed_requests(arm):
+        said.append(f"{plural(failed, 'failed request')}")
+    return ", ".join(said)
+
+
+def _bytes(ratio: float | None) -> str:
+    if ratio is None:
+        return "size unknown"
+    if abs(ratio - 1) < SAME_WITHIN:
+        return "same size"
+    return f"{digits(100 * abs(1 - ratio), 2)} % {'smaller' if ratio < 1 else 'larger'}"
+
+
+def _speed(ratio: Interval | None, floor: float) -> str:
+    if ratio is None:
+        return "speed not measured"
+    if ratio.low is None or ratio.high is None:
+        return f"decodes at {digits(ratio.value)}× speed, in one round only"
+    if ratio.low > floor:
+        return f"decodes {digits(ratio.value)}× as fast"
+    if ratio.high < 1 / floor:
+        return f"decodes slower, {digits(ratio.value)}× as fast"
+    return "no clear difference in decoding speed"
+
+
+def _perplexity(ratio: Interval | None) -> str:
+    if ratio is None:
+        return "quality not measured"
+    if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
+        return "no clear loss of quality"
+    return f"perplexity {digits(ratio.value)}×"

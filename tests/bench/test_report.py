@@ -1,0 +1,490 @@
+"""The report: numbers, comparisons, the rules of its answer, what is refused, and that untrusted names stay text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from crepe_deploy.bench.report.advice import advise
+from crepe_deploy.bench.report.charts import Spot, frontier
+from crepe_deploy.bench.report.compare import compare, kind_of
+from crepe_deploy.bench.report.loading import load_groups
+from crepe_deploy.bench.report.markdown import escape
+from crepe_deploy.bench.report.numbers import digits, interval, si
+from crepe_deploy.bench.report.samples import LATENCIES, pool, summarise
+from crepe_deploy.bench.report.style import DARK, LIGHT, inline, short
+from crepe_deploy.bench.report.write import make_report
+from crepe_deploy.bench.report_command import report_command
+from crepe_deploy.bench.result import Candidate, Interval, Memory, Quality, Run, save_run
+
+from crepe_deploy.errors import ConfigError, CrepeError, OutputError
+from tests.bench.report_runs import made_up_run
+
+HOSTILE = "<script>alert(1)</script>\"'|`$x$ _[a](javascript:b)\u202e\n& {{7*7}} 模型 " + "y" * 90
+
+
+class Page(HTMLParser):
+    """What a page holds: tags with attributes, text, headings in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def count(self, tag: str) -> int:
+        return sum(found == tag for found, _ in self.tags)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def without(run: Run, **changes: Any) -> Run:
+    """The run with fields of every candidate replaced."""
+    return run.model_copy(update={"candidates": [c.model_copy(update=changes) for c in run.candidates]})
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of three made-up runs of one scenario."""
+    root = tmp_path_factory.mktemp("report")
+    paths = [root / f"run{seed}.json" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        save_run(made_up_run(seed, rounds=4, commit=f"{seed}abcdef"), path)
+    make_report(paths, root / "out")
+    return root / "out"
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[Run, str], Path]:
+    def save(run: Run, name: str = "run.json") -> Path:
+        save_run(run, tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123456, "0.0123"), (1234.4, "1234"), (0.9996, "1.00"), (99.96, "100"), (0, "0"), (-2.345, "-2.35"),
+     (1e9, "1.00e+09"), (1.5e-7, "1.50e-07"), (float("nan"), "nan")],
+)  # fmt: skip
+def test_three_significant_digits(value: float, text: str) -> None:
+    assert digits(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(0.0123, "s", "12.3 ms"), (2.1e-5, "s", "21.0 µs"), (0.99999, "s", "1.00 s"), (269e6, "B", "269 MB"),
+     (512, "B", "512 B"), (999.9e6, "B", "1.00 GB"), (98.7, "tokens/s", "98.7 tokens/s"), (None, "s", "–")],
+)  # fmt: skip
+def test_quantities_get_si_prefixes(value: float | None, unit: str, text: str) -> None:
+    assert si(value, unit) == text
+
+
+def test_an_interval_is_shown_only_where_there_is_one() -> None:
+    assert interval(Interval(value=1.5, low=1.4, high=1.7), "×") == "1.50× [1.40, 1.70]"
+    assert interval(Interval(value=1.5), "×") == "1.50×"
+    assert interval(None) == "–"
+
+
+# Samples and comparisons
+
+
+def test_pooled_percentiles_are_the_samples_own_and_their_intervals_widen_with_noisy_rounds() -> None:
+    run = made_up_run(rounds=6)
+    series = run.candidate("dense").series[0]
+    found = pool(series, LATENCIES["itl"])
+    every = [gap for visit in series.visits for request in visit.requests for gap in request.itl_s]
+    summary = summarise(found)
+    assert summary["p90"].value == pytest.approx(np.quantile(every, 0.9))
+    assert summary["mean"].value == pytest.approx(np.mean(every))
+    low, high = summary["mean"].low, summary["mean"].high
+    assert low is not None and high is not None and low < np.mean(every) < high
+    # Rounds differ by 10 %, samples inside one by far less: an interval that ignored rounds would be far narrower.
+    assert high - low > 3 * 2 * 1.96 * np.std(every) / np.sqrt(len(every))
+
+
+def test_a_percentile_without_samples_beyond_it_is_left_out() -> None:
+    run = made_up_run(rounds=6)
+    prefill = run.candidate("dense").series[3]
+    assert set(summarise(pool(prefill, LATENCIES["ttft"]))) == {"mean", "p50", "p90"}
+    assert summarise(pool(prefill, LATENCIES["itl"])) == {}
+
+
+def test_ratios_pair_the_rounds_that_both_have() -> None:
+    run = made_up_run(rounds=6)
+    dense, packed = run.candidates[0], run.candidates[3]
+    cut = packed.series[0].model_copy(update={"visits": [v for v in packed.series[0].visits if v.round != 2]})
+    run = run.model_copy(
+        update={"candidates": [dense, packed.model_copy(update={"series": [cut, *packed.series[1:]]})]}
+    )
+    pair = compare(run).arms[1].pairs["b1", "tpot_s"]
+    assert pair.rounds == 5
+    assert pair.ratio is not None and pair.ratio.value == pytest.approx(0.64, rel=0.05)
+
+
+def test_the_points_that_stand_for_the_run_are_chosen_from_it() -> None:
+    comparison = compare(made_up_run(rounds=2))
+    assert [p.name for p in (comparison.headline, comparison.loaded, comparison.prompt) if p] == [
+        "b1",
+        "b16",
+        "prefill",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [({}, "dense"), ({"method": "ria"}, "pruned"), ({"format": "int8"}, "quantised"), ({"format": "fp16"}, "dense"),
+     ({"format": "onnx", "notes": {"precision": "int4"}}, "quantised"),
+     ({"format": "int8", "pattern": "2:4"}, "pruned and quantised")],
+)  # fmt: skip
+def test_a_candidate_is_named_by_what_its_record_says(changes: dict[str, Any], kind: str) -> None:
+    assert kind_of(made_up_run(rounds=1).candidates[0].model_copy(update=changes)) == kind
+
+
+def test_the_frontier_holds_what_no_other_beats() -> None:
+    arm = compare(made_up_run(rounds=1)).arms[0]
+    places = [(1.0, 1.0), (0.6, 2.0), (0.7, 2.5), (0.6, 3.0), (0.5, 9.0)]
+    spots = [Spot(arm, Interval(value=x), Interval(value=y)) for x, y in places]
+    assert {(s.x.value, s.y.value) for s in frontier(spots, higher_x=False)} == {(1.0, 1.0), (0.6, 2.0), (0.5, 9.0)}
+    assert {(s.x.value, s.y.value) for s in frontier(spots, higher_x=True)} == {(1.0, 1.0)}
+
+
+# The answer
+
+
+def with_quality(run: Run, ratios: dict[str, tuple[float, float]]) -> Run:
+    """The run with perplexity ratios (value, upper end) by candidate; the others lose theirs."""
+
+    def changed(candidate: Candidate) -> Candidate:
+        if candidate.name not in ratios or candidate.quality is None:
+            return candidate if candidate.name == run.baseline else candidate.model_copy(update={"quality": None})
+        value, high = ratios[candidate.name]
+        ratio = Interval(value=value, low=value - (high - value), high=high)
+        quality = Quality(**{**candidate.quality.model_dump(), "perplexity_ratio": ratio.model_dump()})
+        return candidate.model_copy(update={"quality": quality})
+
+    return run.model_copy(update={"candidates": [changed(candidate) for candidate in run.candidates]})
+
+
+@pytest.mark.parametrize(
+    ("ratios", "answer", "chosen"),
+    [
+        ({"int8": (1.01, 1.02), "crepe-16:32-packed": (2.5, 2.6)}, "quantise", "int8"),
+        # both pass: the packed one is larger by 7 %, and faster by more
+        ({"int8": (1.01, 1.02), "crepe-16:32-packed": (1.05, 1.06)}, "prune", "crepe-16:32-packed"),
+        ({"int8": (1.01, 1.02), "crepe-16:32-packed": (1.09, 1.11)}, "quantise", "int8"),
+        ({"ria-2:4": (1.01, 1.02)}, "neither", None),
+        ({"int8": (1.5, 1.6)}, "neither", None),
+        ({}, "undecided", None),
+    ],
+)
+def test_the_answer_follows_the_stated_rules(
+    ratios: dict[str, tuple[float, float]], answer: str, chosen: str | None
+) -> None:
+    advice = advise(compare(with_quality(made_up_run(rounds=4), ratios)))
+    assert (advice.answer, advice.chosen) == (answer, chosen)
+
+
+def test_both_is_answered_where_both_is_cheapest() -> None:
+    run = with_quality(made_up_run(rounds=4), {"int8": (1.01, 1.02), "crepe-16:32-packed": (1.05, 1.06)})
+    packed = run.candidate("crepe-16:32-packed")
+    both = packed.model_copy(update={"name": "both", "format": "int8", "memory": Memory(weights_bytes=100_000_000)})
+    advice = advise(compare(run.model_copy(update={"candidates": [*run.candidates, both]})))
+    assert (advice.answer, advice.chosen) == ("both", "both")
+    assert not any("Not measured here" in reason for reason in advice.reasons)
+
+
+def test_a_speed_gain_below_the_noise_floor_is_no_gain() -> None:
+    run = with_quality(made_up_run(rounds=4), {"int8": (1.01, 1.02)})
+    int8 = run.candidate("int8").model_copy(update={"memory": run.candidates[0].memory})
+    run = run.model_copy(update={"candidates": [run.candidates[0], int8], "noise": {}})
+    assert advise(compare(run)).answer == "quantise"
+    noisy = run.model_copy(update={"noise": {"b1/decode_tokens_per_s": 0.5}})
+    assert advise(compare(noisy)).answer == "neither"
+
+
+def test_what_was_not_measured_is_said() -> None:
+    reasons = " ".join(advise(compare(made_up_run(rounds=2))).reasons)
+    assert "Not measured here, so not ruled out: a pruned and quantised candidate." in reasons
+    assert "Over the perplexity limit of 1.10×: “ria-2:4” (pruned) at 6.40×" in reasons
+
+
+# The page
+
+
+def test_every_figure_has_words_numbers_and_a_png(report: Path) -> None:
+    page = Page((report / "report.html").read_text(encoding="utf-8"))
+    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    drawings = [attributes for _, attributes in page.tags if attributes.get("class") == "drawing"]
+    assert len(drawings) == page.count("figure") == page.count("figcaption") >= 12
+    assert all(found["role"] == "img" and len(found["aria-label"] or "") > 40 for found in drawings)
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert all(link is not None and link.startswith("#") and link[1:] in ids for link in links)
+    images = sorted((report / "figures").glob("*.png"))
+    assert len(images) == len(drawings)
+    assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
+
+
+def test_tables_have_captions_and_scopes_and_headings_go_down_one_by_one(report: Path) -> None:
+    page = Page((report / "report.html").read_text(encoding="utf-8"))
+    assert page.count("table") == page.count("caption") > 8
+    assert all(attributes.get("scope") in {"col", "row"} for tag, attributes in page.tags if tag == "th")
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_the_page_asks_the_network_for_nothing(report: Path) -> None:
+    html = (report / "report.html").read_text(encoding="utf-8")
+    assert "default-src &#39;none&#39;" in html
+    outside = [url for url in re.findall(r"https?://[^\s\"'<)]+", html) if not url.startswith("http://www.w3.org/")]
+    assert outside == []
+    assert not {"img", "link", "iframe", "object"} & {tag for tag, _ in Page(html).tags}
+
+
+def test_conditions_and_history_are_told(report: Path) -> None:
+    text = Page((report / "report.html").read_text(encoding="utf-8")).text
+    facts = ["Made-up CPU 9000", "2 threads", "vllm 0.32.0", "crepe-deploy bench configs/made-up.yaml", "0.40, 1.90"]
+    for fact in [*facts, "2026-01-03 2abcdef", "window=512", "KV cache for 4 096 tokens"]:
+        assert fact in text, fact
+    gained = (269_000_000 - 176_000_000) // 46_080
+    assert f"{gained:,}".replace(",", "\u202f") in (report / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_markdown_holds_the_answer_and_links_to_figures_that_exist(report: Path) -> None:
+    text = (report / "report.md").read_text(encoding="utf-8")
+    assert "Should I prune, quantise, or both? Quantise." in text
+    links = re.findall(r"\]\((figures/[^)]+)\)", text)
+    assert len(links) > 8 and all((report / link).is_file() for link in links)
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+
+
+def test_reports_of_equal_runs_are_equal(report: Path, written: Callable[[Run, str], Path], tmp_path: Path) -> None:
+    paths = [written(made_up_run(seed, rounds=4, commit=f"{seed}abcdef"), f"run{seed}.json") for seed in range(3)]
+    make_report(paths, tmp_path / "again")
+    for file in ("report.html", "report.md", "figures/memory.png"):
+        assert (tmp_path / "again" / file).read_bytes() == (report / file).read_bytes(), file
+
+
+def test_hostile_names_stay_text(written: Callable[[Run, str], Path], tmp_path: Path) -> None:
+    run = made_up_run(rounds=2, name=HOSTILE, command=HOSTILE)
+    names = {candidate.name: f"{i}{HOSTILE}" for i, candidate in enumerate(run.candidates)} | {"int8": "_" + HOSTILE}
+    candidates = [
+        c.model_copy(update={"name": names[c.name], "kind": HOSTILE, "folder": HOSTILE, "notes": {HOSTILE: HOSTILE}})
+        for c in run.candidates
+    ]
+    failed = candidates[1].series[0].visits[0].requests[0].model_copy(update={"error": HOSTILE})
+    candidates[1].series[0].visits[0].requests[0] = failed
+    run = run.model_copy(update={"candidates": candidates, "baseline": names["dense"]})
+    make_report([written(run, "run.json")], tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.count("script") == 1
+    assert "{{7*7}}" in html and "alert(1)" in page.text
+    assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
+    for _, attributes in page.tags:
+        assert not (attributes.get("href") or "").startswith("javascript")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in text and "[a](javascript" not in text
+
+
+def test_names_fit_beside_charts() -> None:
+    assert short("a" * 99) == "a" * 25 + "…"
+    assert short("_x") == " _x"
+    assert "\u202e" not in short("a\u202eb")
+
+
+def test_markdown_takes_text_literally() -> None:
+    assert escape("a|b <i> *x*\n& [y](z)") == r"a\|b \<i\> \*x\* &amp; \[y\](z)"
+
+
+def test_svg_colours_follow_the_page_and_ids_do_not_clash() -> None:
+    svg = (
+        '<?xml version="1.0"?><svg width="1pt" viewBox="0 0 1 1"><defs><g id="p"/></defs>'
+        f'<use xlink:href="#p" style="fill: {LIGHT[0]}; stroke: #1f2328" clip-path="url(#p)"/></svg>'
+    )
+    found = inline(svg, "x")
+    assert 'id="x-p"' in found and 'href="#x-p"' in found and "url(#x-p)" in found
+    assert "fill: var(--c0); stroke: currentColor" in found
+    assert found.startswith("<svg viewBox") and "width=" not in found
+
+
+def test_the_palette_contrasts_with_the_page_in_both_modes() -> None:
+    def light(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for palette, paper in ((LIGHT, "#ffffff"), (DARK, "#14181d")):
+        for colour in palette:
+            high, low = sorted((light(colour), light(paper)), reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= 3, colour
+
+
+# What is missing or cannot be compared
+
+
+def test_sections_without_data_are_sentences(written: Callable[[Run, str], Path], tmp_path: Path) -> None:
+    run = without(made_up_run(rounds=1), quality=None, layers=[], memory=Memory(weights_bytes=1000))
+    point = run.workload.points[0]
+    run = without(run, series=[run.candidates[0].series[0]])
+    run = run.model_copy(update={"workload": run.workload.model_copy(update={"points": [point]}), "noise": None})
+    make_report([written(run, "run.json")], tmp_path / "out")
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    for sentence in (
+        "Quality was not measured in this run.",
+        "The run file holds no per-layer figures.",
+        "No trade-off is shown: fewer than two candidates have a perplexity ratio.",
+        "No curve is shown: no two points differ only in batch size or in requests in flight.",
+        "One run of this scenario was given.",
+        "This run cannot say.",
+    ):
+        assert sentence in page.text
+    assert page.count("figure") == len(list((tmp_path / "out" / "figures").iterdir()))
+
+
+def test_failed_requests_are_listed_and_enter_no_latency(written: Callable[[Run, str], Path], tmp_path: Path) -> None:
+    run = made_up_run(rounds=2)
+    broken = run.candidates[1].series[0]
+    visits = [
+        v.model_copy(
+            update={"requests": [r.model_copy(update={"error": "503 busy", "itl_s": [9e9]}) for r in v.requests]}
+        )
+        for v in broken.visits
+    ]
+    candidate = run.candidates[1].model_copy(update={"series": [broken.model_copy(update={"visits": visits})]})
+    run = run.model_copy(update={"candidates": [run.candidates[0], candidate]})
+    make_report([written(run, "run.json")], tmp_path / "out")
+    text = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).text
+    assert "503 busy" in text and "4 failed requests" in text
+    assert "“ria-2:4” could not be compared at b1: no round in which both answered." in text
+    assert "9.00e+09" not in text and "Gs" not in text
+
+
+def test_runs_that_must_not_be_mixed_get_chapters(written: Callable[[Run, str], Path], tmp_path: Path) -> None:
+    one = made_up_run(0, rounds=2)
+    host = one.environment.host.model_copy(update={"cpu": "Another CPU"})
+    other = made_up_run(1, rounds=2, environment=one.environment.model_copy(update={"host": host}))
+    later = made_up_run(2, rounds=2)
+    shorter = made_up_run(3, rounds=2, workload=one.workload.model_copy(update={"seed": 7}))
+    paths = [written(run, f"{i}.json") for i, run in enumerate((later, one, other, shorter, one))]
+    groups = load_groups(paths)
+    assert [[source.run.created[:10] for source in group.sources] for group in groups] == [
+        ["2026-01-01", "2026-01-03"], ["2026-01-02"], ["2026-01-04"],
+    ]  # fmt: skip
+    make_report(paths, tmp_path / "out")
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert page.count("h2") == 3 and "do not compare absolute figures across chapters" in page.text
+
+
+# Refusals
+
+
+def refused(*arguments: object) -> CrepeError:
+    """The error that the command ends with."""
+    result = CliRunner().invoke(report_command, [str(argument) for argument in arguments])
+    assert isinstance(result.exception, CrepeError), result.output
+    assert result.exception.exit_code == 2
+    return result.exception
+
+
+def nan_times(document: dict[str, Any]) -> None:
+    document["candidates"][0]["series"][0]["visits"][0]["requests"][0]["itl_s"][0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d.update(baseline="gone"), "no candidate 'gone'"),
+        (lambda d: d["workload"]["points"].pop(), "no point 'served-4'"),
+        (lambda d: d["candidates"].append(d["candidates"][0]), "candidate 'dense' twice"),
+        (nan_times, "negative or infinite"),
+        (lambda d: [c.update(series=[]) for c in d["candidates"]], "holds no samples"),
+        (lambda d: d.update(schema_version=2), "schema version 2"),
+        (lambda d: d.pop("workload"), "no benchmark run: workload"),
+    ],
+)
+def test_unusable_runs_are_refused(
+    damage: Callable[[dict[str, Any]], Any], message: str, written: Callable[[Run, str], Path], tmp_path: Path
+) -> None:
+    path = written(made_up_run(rounds=1), "run.json")
+    document = json.loads(path.read_text())
+    damage(document)
+    path.write_text(json.dumps(document))
+    error = refused(path, "--out", tmp_path / "out")
+    assert isinstance(error, ConfigError)
+    assert message in str(error) and "run.json" in str(error)
+    assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_missing_and_truncated_files_are_named(written: Callable[[Run, str], Path], tmp_path: Path) -> None:
+    path = written(made_up_run(rounds=1), "run.json")
+    assert "gone.json" in str(refused(tmp_path / "gone.json", "--out", tmp_path / "out"))
+    path.write_text(path.read_text()[:2000])
+    assert "run.json is not JSON, perhaps cut short" in str(refused(path, "--out", tmp_path / "out"))
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "run.json" in str(refused(path, "--out", tmp_path / "out"))
+
+
+def test_outputs_that_exist_or_cannot_be_made_are_refused(written: Callable[[Run, str], Path], tmp_path: Path) -> None:
+    path = written(made_up_run(rounds=1), "run.json")
+    assert "inside" in str(refused(path, "--out", tmp_path, "--overwrite"))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    assert "exists" in str(refused(path, "--out", mine))
+    assert "thesis.txt" in str(refused(path, "--out", mine, "--overwrite"))
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    assert isinstance(refused(path, "--out", path / "below"), OutputError)
+
+
+def test_an_earlier_report_is_replaced_on_request_only(
+    report: Path, written: Callable[[Run, str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(report, out)
+    path = written(made_up_run(rounds=1), "run.json")
+    refused(path, "--out", out)
+    result = CliRunner().invoke(report_command, [str(path), "--out", str(out), "--overwrite", "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.output)
+    assert document["chapters"][0]["answer"] in {"quantise", "neither"}
+    assert sorted(document["files"]) == sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["out", "run.json"]
+
+
+def test_a_failure_in_the_middle_leaves_nothing(
+    written: Callable[[Run, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(made_up_run(rounds=1), "run.json")
+
+    def full(_report: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("crepe_deploy.bench.report.write.markdown", full)
+    result = CliRunner().invoke(report_command, [str(path), "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, CrepeError) and "disk is full" in str(result.exception)
+    assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
