@@ -23,6 +23,7 @@ from ..checkpoint import read_json
 from ..errors import CheckpointError, ConfigError, MissingExtra, ServeError
 from ..manifest import MANIFEST_NAME, load_manifest
 from ..packed_config import QUANT_METHOD
+from .ort import flavor_of, is_onnx, require_onnx
 from .smoke import compare, complete, healthy, model_name
 
 STOP_TIMEOUT_S: Final = 30.0
@@ -46,6 +47,19 @@ class ServeOptions:
     extra: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server that answers: its address, the name it serves the model under, its process, its log while it runs, the
+    smoke check's result (None where the folder records none), and seconds from its start until it was healthy."""
+
+    url: str
+    model: str
+    pid: int
+    log: str
+    smoke: dict[str, Any] | None
+    load_s: float
+
+
 def serve(options: ServeOptions, say: Say, ready: Callable[[dict[str, Any]], None]) -> None:
     """Serve until SIGINT or SIGTERM, which are passed on to vLLM; returns when it has stopped.
 
@@ -53,10 +67,10 @@ def serve(options: ServeOptions, say: Say, ready: Callable[[dict[str, Any]], Non
     MissingExtra before anything starts, ServeError when the server dies, does not start or answers something else.
     """
     check(options)
-    require_vllm()
+    require_engine(options.folder)
     greedy = recorded_greedy(options.folder)
     port = options.port or free_port(options.host)
-    run(vllm_command(options, port, greedy), options, port, greedy, say, ready)
+    run(server_command(options, port, greedy), options, port, greedy, say, ready)
 
 
 def check(options: ServeOptions) -> None:
@@ -81,6 +95,22 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def require_engine(folder: Path) -> None:
+    """Raise MissingExtra, ServeError unless what serves this folder is installed: ONNX Runtime for a graph, or vLLM."""
+    if is_onnx(folder):
+        require_onnx(flavor_of(folder), "serving an ONNX folder")
+    else:
+        require_vllm()
+
+
+def server_command(options: ServeOptions, port: int, greedy: dict[str, Any] | None) -> list[str]:
+    """The command line of the server for this folder."""
+    if not is_onnx(options.folder):
+        return vllm_command(options, port, greedy)
+    command = [sys.executable, "-P", "-m", "crepe_deploy.serve.onnx_server", str(options.folder)]
+    return [*command, "--host", options.host, "--port", str(port), *options.extra]
 
 
 def require_vllm() -> None:
@@ -154,20 +184,61 @@ def run(
     ready: Callable[[dict[str, Any]], None],
 ) -> None:  # fmt: skip
     """Start `command`, bring it to ready and stay with it until it is stopped; `serve` without the checks."""
-    url = f"http://{_connectable(options.host)}:{port}"
+    url = _url(options.host, port)
+    server = _start(command, options, url, say)
+    with server.stopped_at_exit():
+        if server.wait_until_healthy(url, options.start_timeout_s):
+            ready(vars(_checked(server, url, options, greedy, say)))
+            server.wait()
+    server.log.unlink(missing_ok=True)  # kept where something failed
+
+
+@contextlib.contextmanager
+def serving(options: ServeOptions, say: Say) -> Iterator[Running]:
+    """A server of the folder, healthy and checked, for the length of a `with`; then it is stopped, whatever happened.
+
+    Signals stay the caller's: one that kills this process unhandled leaves the server behind. Raises as `serve` does,
+    and ServeError on leaving when the server had ended by itself.
+    """
+    check(options)
+    require_engine(options.folder)
+    greedy = recorded_greedy(options.folder)
+    port = options.port or free_port(options.host)
+    with running(server_command(options, port, greedy), options, port, greedy, say) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running(
+    command: list[str], options: ServeOptions, port: int, greedy: dict[str, Any] | None, say: Say
+) -> Iterator[Running]:
+    """`serving` with a command line of one's own, and without the checks."""
+    url = _url(options.host, port)
+    server = _start(command, options, url, say)
+    try:
+        server.wait_until_healthy(url, options.start_timeout_s)
+        yield _checked(server, url, options, greedy, say)
+        if server.process.poll() is not None:
+            raise ServeError(f"the server ended by itself with code {server.process.returncode}\n{server.tail()}")
+    finally:
+        server.stop()
+    server.log.unlink(missing_ok=True)  # kept where something failed
+
+
+def _start(command: list[str], options: ServeOptions, url: str, say: Say) -> _Server:
     with tempfile.NamedTemporaryFile("wb", prefix="crepe-deploy-serve-", suffix=".log", delete=False) as log:
-        say(f"starting vLLM on {url}; its log is {log.name}")
+        say(f"starting the server on {url}; its log is {log.name}")
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment(options.api_key), start_new_session=True
         )
-    server = _Server(process, Path(log.name))
-    with server.stopped_at_exit():
-        if server.wait_until_healthy(url, options.start_timeout_s):
-            smoke = _smoke(url, options, greedy, say)
-            model = model_name(url, options.api_key)
-            ready({"url": url, "model": model, "pid": process.pid, "log": log.name, "smoke": smoke})
-            server.wait()
-    server.log.unlink(missing_ok=True)  # kept where something failed
+    return _Server(process, Path(log.name))
+
+
+def _checked(server: _Server, url: str, options: ServeOptions, greedy: dict[str, Any] | None, say: Say) -> Running:
+    """Smoke-check a healthy server and say what it is."""
+    load_s = time.monotonic() - server.started
+    smoke = _smoke(url, options, greedy, say)
+    return Running(url, model_name(url, options.api_key), server.process.pid, str(server.log), smoke, load_s)
 
 
 def _smoke(url: str, options: ServeOptions, greedy: dict[str, Any] | None, say: Say) -> dict[str, Any] | None:
@@ -188,6 +259,7 @@ class _Server:
         self.process = process
         self.log = log
         self.stopping = False
+        self.started = time.monotonic()
 
     @contextlib.contextmanager
     def stopped_at_exit(self) -> Iterator[None]:
@@ -212,9 +284,10 @@ class _Server:
             if self.stopping:
                 return False
             if self.process.poll() is not None:
-                raise ServeError(f"vLLM ended with code {self.process.returncode} before it was ready\n{self.tail()}")
+                code = self.process.returncode
+                raise ServeError(f"the server ended with code {code} before it was ready\n{self.tail()}")
             if time.monotonic() > end:
-                raise ServeError(f"vLLM was not ready after {timeout_s:g} s\n{self.tail()}")
+                raise ServeError(f"the server was not ready after {timeout_s:g} s\n{self.tail()}")
             time.sleep(POLL_S)
         return True
 
@@ -223,7 +296,7 @@ class _Server:
         while not self.stopping and self.process.poll() is None:
             time.sleep(POLL_S)
         if not self.stopping:
-            raise ServeError(f"vLLM ended by itself with code {self.process.returncode}\n{self.tail()}")
+            raise ServeError(f"the server ended by itself with code {self.process.returncode}\n{self.tail()}")
 
     def stop(self) -> None:
         """Ask it to end, wait, then end its whole process group."""
@@ -242,10 +315,9 @@ class _Server:
         return "\n".join([f"the end of {self.log}:", *(f"  {line}" for line in lines[-TAIL_LINES:])])
 
 
-def _connectable(host: str) -> str:
-    if host in {"0.0.0.0", "::"}:
-        return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host
+def _url(host: str, port: int) -> str:
+    name = "127.0.0.1" if host in {"0.0.0.0", "::"} else host
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
 def free_port(host: str) -> int:
