@@ -7,7 +7,6 @@ neighbours on the machine. Nothing is written here: a run exists when every visi
 from __future__ import annotations
 
 import datetime
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +52,8 @@ def check(scenario: Scenario) -> None:
         for point in points:
             _check_point(arm, point)
         vocabularies[arm.name] = limits(arm.folder)[0]
+    if None in vocabularies.values():
+        raise ConfigError(f"config.json gives no vocab_size for {[n for n, size in vocabularies.items() if not size]}")
     if len(set(vocabularies.values())) > 1:
         sizes = ", ".join(f"{name} {size}" for name, size in vocabularies.items())
         raise ConfigError(f"candidates get the same prompts, and their vocabularies differ: {sizes}")
@@ -108,6 +109,7 @@ class Session:
         self.rounds = 0
         self._start = start or start_worker
         self._workers: dict[str, Worker] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Session:
@@ -120,7 +122,9 @@ class Session:
         self._stack.close()
 
     def load(self, step: Step = silent) -> None:
-        """Start every candidate, one after the other."""
+        """Read every candidate's files, then start one after the other. Raises VerifyError, CrepeError."""
+        for arm in self.arms:
+            self._facts[arm.name] = _facts(arm, self.scenario)
         for index, arm in enumerate(self.arms):
             worker = self._start(arm, self.scenario)
             self._stack.callback(worker.close)
@@ -169,7 +173,7 @@ class Session:
     def _candidate(self, arm: CandidateSpec, quality: Quality | None) -> Candidate:
         worker = self._workers[arm.name]
         return Candidate(
-            **_facts(arm, self.scenario),
+            **self._facts[arm.name],
             quality=quality,
             load_s=[worker.ready["load_s"]],
             memory=_memory(arm, worker),
@@ -206,14 +210,9 @@ def _facts(arm: CandidateSpec, scenario: Scenario) -> dict[str, Any]:
         "name": arm.name,
         "engine": arm.engine,
         "folder": str(arm.folder),
-        "model_sha256": _hashed(arm.folder.resolve()),
+        "model_sha256": model_sha256(arm.folder, manifest_of(arm.folder)),
         "kind": known["kind"] + (", measured again" if _is_again(arm, scenario) else ""),
     }
-
-
-@functools.lru_cache(maxsize=64)
-def _hashed(folder: Any) -> str:
-    return model_sha256(folder, manifest_of(folder))
 
 
 def _memory(arm: CandidateSpec, worker: Worker) -> Memory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import Final
 
@@ -64,8 +65,8 @@ def _metric_lines(run: Run, point: str, name: str) -> Iterator[str]:
         return
     yield f"{point}: {metric.title}, {unit}"
     for candidate in run.candidates:
-        found = sorted(values[candidate.name].values())
-        median = f"{scale * found[len(found) // 2]:12.2f}" if found else f"{'-':>12}"
+        found = values[candidate.name].values()
+        median = f"{scale * statistics.median(found):12.2f}" if found else f"{'-':>12}"
         yield f"  {candidate.name:<28}{median}   {_gain_text(gain(run, candidate, point, name))}".rstrip()
 
 

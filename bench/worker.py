@@ -21,7 +21,7 @@ from ..errors import CrepeError
 from ..serve.engines.base import Settings
 from .result import Point, Request, Visit
 
-STOP_TIMEOUT_S: Final = 30.0
+STOP_TIMEOUT_S: Final = 10.0
 TAIL_LINES: Final = 25
 _FIRST_TOKEN: Final = 3  # below are the usual special tokens
 
