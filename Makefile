@@ -9,7 +9,7 @@ SPEC   := pyproject.toml constraints.txt Makefile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test lint bench assets clean
+.PHONY: setup demo test lint bench assets browser clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.base
@@ -55,7 +55,17 @@ assets: $(VENV)/.base
 demo: assets $(VENV)/.vllm
 	@$(BIN)/python -m crepe_deploy.bench.demo
 
-test: $(VENV)/.dev assets
+# The report's tests open it in a real browser, which is the system's.
+browser:
+	@if [ "$$CREPE_DEPLOY_NO_BROWSER" = 1 ] || [ -n "$$(command -v chromium)$$(command -v chromium-browser)$$(command -v google-chrome)$$(command -v google-chrome-stable)" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && [ -n "$$(command -v apt-get)" ]; then \
+	  echo "setup, tests: Chromium (a minute)"; \
+	  export DEBIAN_FRONTEND=noninteractive; apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else \
+	  echo "The report's tests need Chromium: install it (as root: apt-get install chromium), or leave them out: CREPE_DEPLOY_NO_BROWSER=1 make test"; exit 2; \
+	fi
+
+test: $(VENV)/.dev assets browser
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # What ships is what is type-checked: the installed package, not the source folders.
