@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import ConfigError
 from ..progress import progress
-from .gate import Limits, decide, gate_pruned
-from .measure import Session, Start, check
+from .gate import Limits, decide, gate_pruned, planned_rounds
+from .measure import Qualities, Session, Start, check, is_again
 from .outcome import Verdict
+from .quality import measure_quality
 from .result import Run
-from .scenario import Scenario
+from .scenario import QualitySpec, Scenario
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,11 @@ def bench(
     """
     check(scenario)
     names = [c.name for c in scenario.candidates if c.name != scenario.baseline_name]
-    if gating is not None and not names:
-        raise ConfigError("a gate needs a candidate besides the baseline")
+    if gating is not None:
+        planned_rounds(scenario.rounds, gating.max_rounds)
+        if not names:
+            raise ConfigError("a gate needs a candidate besides the baseline")
+    qualities = {} if scenario.quality is None else measure_qualities(scenario, scenario.quality, quiet=quiet)
     with Session(scenario, command, start) as session:
         with progress("loading candidates", quiet=quiet) as step:
             session.load(step)
@@ -44,7 +50,7 @@ def bench(
             label = f"undecided after round {session.rounds}, measuring" if session.rounds else "measuring"
             with progress(label, quiet=quiet) as step:
                 session.measure(rounds, step)
-            return session.run()
+            return session.run(qualities)
 
         if gating is None:
             return more_rounds(scenario.rounds), None
@@ -52,4 +58,24 @@ def bench(
         verdict = decide(
             more_rounds, lambda run, looks: gate_pruned(run, names, limits, looks), scenario.rounds, gating.max_rounds
         )
-        return session.run(), verdict
+        return session.run(qualities), verdict
+
+
+def measure_qualities(scenario: Scenario, spec: QualitySpec, *, quiet: bool = False) -> Qualities:
+    """Quality of every candidate that transformers can load, in processes that end before timing begins."""
+    base = scenario.arms()[0]
+    arms = [arm for arm in scenario.arms() if not is_again(arm, scenario) and loadable(arm.folder)]
+    found: Qualities = {}
+    for index, arm in enumerate(arms):
+        if not quiet:
+            print(f"quality of '{arm.name}' ({index + 1} of {len(arms)})", file=sys.stderr, flush=True)
+        against = base.folder if arm.name != base.name and loadable(base.folder) else None
+        found[arm.name] = measure_quality(
+            arm.folder, against, spec.text, window=spec.window, max_tokens=spec.max_tokens, dtype=str(arm.dtype)
+        )
+    return found
+
+
+def loadable(folder: Path) -> bool:
+    """Whether transformers reads it; an ONNX graph has its own proof, made when it was exported."""
+    return any(folder.glob("*.safetensors"))

@@ -186,7 +186,7 @@ class Session:
             key: worker.ready[key] for key in ("dtype", "linears", "kernels") if key in worker.ready
         }
         notes |= {"options": arm.options} if arm.options else {}
-        notes |= {"aa_of": self.scenario.baseline_name} if _is_again(arm, self.scenario) else {}
+        notes |= {"aa_of": self.scenario.baseline_name} if is_again(arm, self.scenario) else {}
         if any(arm.folder.glob("*.safetensors")):
             notes["step_bytes"] = step_bytes(arm.folder)
         return notes
@@ -199,7 +199,8 @@ class Session:
         return found
 
 
-def _is_again(arm: CandidateSpec, scenario: Scenario) -> bool:
+def is_again(arm: CandidateSpec, scenario: Scenario) -> bool:
+    """Whether it is the second arm of an A/A run."""
     return scenario.aa and arm.name == scenario.baseline_name + AGAIN
 
 
@@ -211,7 +212,7 @@ def _facts(arm: CandidateSpec, scenario: Scenario) -> dict[str, Any]:
         "engine": arm.engine,
         "folder": str(arm.folder),
         "model_sha256": model_sha256(arm.folder, manifest_of(arm.folder)),
-        "kind": known["kind"] + (", measured again" if _is_again(arm, scenario) else ""),
+        "kind": known["kind"] + (", measured again" if is_again(arm, scenario) else ""),
     }
 
 
