@@ -13,7 +13,8 @@ from typing import Any, Final
 from ..errors import ServeError
 
 # Gaps between the two best float32 logits within which a server that computes in this dtype may choose the other.
-ROUNDING: Final = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+# int4 graphs round activations too, by whichever instructions the machine has.
+ROUNDING: Final = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5, "int4": 0.5}
 _OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a local server needs no proxy
 
 

@@ -7,12 +7,14 @@ from typing import Final
 from ...errors import ConfigError
 from .base import Engine
 from .fake import FakeEngine
+from .onnxruntime import OnnxEngine
 from .transformers import TransformersEngine
 from .vllm import VllmEngine
 
 ENGINES: Final[dict[str, type[Engine]]] = {
     "vllm": VllmEngine,
     "transformers": TransformersEngine,
+    "onnxruntime": OnnxEngine,
     "fake": FakeEngine,
 }
 
