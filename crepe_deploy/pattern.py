@@ -47,7 +47,8 @@ class Unstructured:
             raise PatternError(f"granularity '{self.granularity}' is unknown; known: {', '.join(GRANULARITIES)}")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}/{self.granularity}"
+        short = f"{self.sparsity:g}"
+        return f"{short if float(short) == self.sparsity else self.sparsity!r}/{self.granularity}"
 
 
 Pattern: TypeAlias = NM | Unstructured

@@ -18,12 +18,13 @@ Damping pulls towards the dense weight, not towards zero, for it is in G and in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import NumericalError
-from .methods.base import Solution, Stats, check_range, need_hessian
+from .methods.base import Need, Solution, Stats, check_range, need_hessian
 from .methods.sparsegpt import SparseGPT, sweep
 
 TINY = 1e-30
@@ -41,6 +42,16 @@ class Goal:
         return ((weight @ self.gram - 2 * self.wanted) * weight).sum(1, dtype=torch.float64)
 
 
+class Reconstructor(Protocol):
+    """Changes kept weights. `needs`: the statistics that it reads."""
+
+    needs: ClassVar[frozenset[Need]]
+
+    def __call__(self, dense: Tensor, start: Tensor, mask: Tensor, stats: Stats) -> Solution:
+        """Weights (out, in) for the output of `dense` under `mask`, no row worse than `start`; the mask stays."""
+        ...
+
+
 @dataclass(frozen=True)
 class Exact:
     """Least squares by conjugate gradients, to a relative residual of `tolerance` or for `max_steps`."""
@@ -48,6 +59,7 @@ class Exact:
     damping: float = 0.01
     tolerance: float = 1e-3
     max_steps: int = 200
+    needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
         check_range("damping", self.damping, 1e-8)
@@ -68,6 +80,7 @@ class Obs:
     damping: float = 0.01
     max_damping: float = 1.0
     block_size: int = 128
+    needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
         SparseGPT(self.damping, self.block_size, self.max_damping)  # the same limits

@@ -39,6 +39,15 @@ class Stats:
     memo: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
+def reorder_stats(stats: Stats, order: Tensor) -> Stats:
+    """The statistics of an input whose channel i was channel order[i]."""
+    vectors = {name: getattr(stats, name) for name in ("col_norm", "total", "variance")}
+    return Stats(
+        hessian=None if stats.hessian is None else stats.hessian[order][:, order],
+        **{name: None if vector is None else vector[order] for name, vector in vectors.items()},
+    )
+
+
 @runtime_checkable
 class ScoreMethod(Protocol):
     """Scores every weight; mask selection is a separate step (`select.py`)."""
