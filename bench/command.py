@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from ..errors import ConfigError, CrepeError
+from .init_ci import init_ci_command
 
 if TYPE_CHECKING:
     from .benchmark import Gating
@@ -32,6 +33,9 @@ class _RunByDefault(click.Group):
 @click.group("bench", cls=_RunByDefault, invoke_without_command=False)
 def bench_command() -> None:
     """Measure checkpoints side by side: latency, throughput, memory and quality, in one run."""
+
+
+bench_command.add_command(init_ci_command)
 
 
 @bench_command.command("run")

@@ -1,0 +1,67 @@
+"""The gate of this repository's own CI: packed kernels beside dense ones, against a committed baseline.
+
+    python -m crepe_deploy.bench.ci_gate [--update]
+
+Only the ratios of packed to dense within a run are compared, so another machine will do; the kernels are those of the
+float32 path, whose ratio depends least on the instruction set. PASS and INCONCLUSIVE end with 0. JUnit XML, a Markdown
+comment and the measurement itself go to build/gate/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from ..errors import CrepeError, GateInconclusive
+from .budgets import slowdown_budgets
+from .files import write_text
+from .gate import Options, gate_files, raise_for
+from .gate_command import show, write_outputs
+
+TESTS: Final = Path("bench/test_latency.py")
+BASELINE: Final = Path("bench/baselines/ci.json")
+OUT: Final = Path("build/gate")
+SELECTED: Final = "beside_dense and float32"
+MAX_SLOWDOWN: Final = 0.5  # two machines' caches and vector units differ; a lost kernel costs more than this
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and judge; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m crepe_deploy.bench.ci_gate", description="Gate this repository.")
+    parser.add_argument("--update", action="store_true", help=f"replace {BASELINE} by a new measurement")
+    parser.add_argument("--max-slowdown", type=float, default=MAX_SLOWDOWN, help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        measured = measure(OUT / "new.json")
+        if options.update:
+            write_text(BASELINE, measured.read_text(encoding="utf-8"))
+            return 0
+        budgets = slowdown_budgets(options.max_slowdown, ("time_s",))
+        found = gate_files(BASELINE, measured, budgets, Options(host_mismatch="ratios"))
+        write_outputs(found, OUT / "junit.xml", OUT / "comment.md")
+        show(found, as_json=False)
+        raise_for(found)
+    except GateInconclusive as error:
+        print(f"{error}; not a failure here")
+    except CrepeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def measure(out: Path) -> Path:
+    """Run the selected benchmarks in a process of their own. Raises CrepeError where they fail."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", str(TESTS), "-q", "-k", SELECTED, "--benchmark-only"]
+    command += ["--benchmark-disable-gc", f"--benchmark-json={out}", "--benchmark-columns=median,rounds"]
+    if subprocess.run(command, check=False).returncode or not out.is_file():
+        raise CrepeError(f"the benchmarks did not run: {' '.join(command)}")
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())
