@@ -297,10 +297,12 @@ def _interrupt(_signal: int, _frame: Any) -> NoReturn:
 def add_outer_commands() -> None:
     """Add the commands that live outside the core; their modules import nothing heavy."""
     from .bench.command import bench_command
+    from .bench.gate_command import gate_command
     from .bench.report_command import report_command
     from .serve.command import serve_command
 
     cli.add_command(bench_command)
+    cli.add_command(gate_command)
     cli.add_command(report_command)
     cli.add_command(serve_command)
 
