@@ -24,18 +24,22 @@ def digits(value: float, count: int = 3) -> str:
     return f"{rounded:.{max(count - 1 - size, 0)}f}"
 
 
-def si(value: float | None, unit: str) -> str:
-    """A quantity with an SI prefix: 0.0123 s is 12.3 ms. Tokens keep their plain number; None is a dash."""
+def si(value: float | None, unit: str, low: float | None = None, high: float | None = None) -> str:
+    """A quantity with an SI prefix: 0.0123 s is 12.3 ms; its interval in the same unit. None is a dash."""
     if value is None:
         return MISSING
+    scale, prefix = _scale(value, unit)
+    text = f"{digits(value / scale)} {prefix}{unit}".strip()
+    return text if low is None or high is None else f"{text} [{digits(low / scale)}, {digits(high / scale)}]"
+
+
+def _scale(value: float, unit: str) -> tuple[float, str]:
+    """Seconds and bytes get prefixes, bytes none below one; tokens and bare numbers stay plain."""
     if unit not in {"s", "B"} or value == 0 or not math.isfinite(value):
-        return f"{digits(value)} {unit}".strip()
-    smallest = 1.0 if unit == "B" else 0.0
+        return 1.0, ""
     rounded = abs(float(f"{value:.2e}"))
-    for scale, prefix in _PREFIXES:
-        if rounded >= scale or scale == smallest:
-            return f"{digits(value / scale)} {prefix}{unit}"
-    return f"{digits(value / 1e-9)} n{unit}"
+    prefixes = [found for found in _PREFIXES if unit == "s" or found[0] >= 1]
+    return next((found for found in prefixes if rounded >= found[0]), prefixes[-1])
 
 
 def interval(found: Interval | None, suffix: str = "", count: int = 3) -> str:

@@ -61,13 +61,13 @@ def quality(scene: Scene) -> Section:
     conventions: list[str] = []
     rows = []
     for arm, found in measured:
-        text = convention(found)
-        if text not in conventions:
-            conventions.append(text)
+        told = convention(found)
+        if told not in conventions:
+            conventions.append(told)
         figures = (found.perplexity, arm.perplexity_ratio(), found.kl_mean, found.kl_p99, found.same_top)
         suffixes = ("", "×", "", "", "")
         cells = [estimate(figure, suffix) for figure, suffix in zip(figures, suffixes, strict=True)]
-        rows.append((cell(arm.name), *cells, cell(f"({conventions.index(text) + 1})")))
+        rows.append((cell(arm.name), *cells, cell(f"({conventions.index(told) + 1})")))
     table = Table(
         scene.name("quality-table"),
         "Perplexity and divergence from the baseline, with 95 % bootstrap intervals over windows of text",
@@ -75,7 +75,7 @@ def quality(scene: Scene) -> Section:
         tuple(rows),
         "Conventions: " + "; ".join(f"({i}) {text}" for i, text in enumerate(conventions, 1)),
     )
-    text = (
+    text: tuple[str, ...] = (
         "Perplexity: how surprised the model is by real text, lower is better. KL: how far its next-token "
         "probabilities are from the baseline's, 0 is equal. Same top token: how often both would choose the same one.",
     )

@@ -54,9 +54,7 @@ def _percentiles(scene: Scene, kind: str) -> Table | None:
 def _time(found: Interval | None) -> Cell:
     if found is None:
         return Cell(MISSING)
-    if found.low is None or found.high is None:
-        return quantity(found.value, "s")
-    return Cell(f"{si(found.value, 's')} [{si(found.low, 's')}, {si(found.high, 's')}]", found.value)
+    return Cell(si(found.value, "s", found.low, found.high), found.value)
 
 
 def _distribution_points(scene: Scene) -> dict[str, list[Point]]:
@@ -151,7 +149,7 @@ def differences(scene: Scene) -> Section:
     name = scene.name("differences-table")
     table = without_empty_columns(Table(name, caption, columns, tuple(rows), scene.machine))
     figures = tuple(figure for metric in FOREST if (figure := _forest(scene, metric, name)) is not None)
-    text = (
+    text: tuple[str, ...] = (
         "Each round measures all candidates in turn, so a ratio within a round is freer of the machine's mood than "
         "either time. An interval that spans 1 shows no difference.",
     )

@@ -31,7 +31,7 @@ _MARKERS: Final = "os^Dv<PX>"
 _DASHES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _HATCHES: Final = ("", "///", "\\\\\\", "xxx", "...", "++", "ooo")
 _LABEL_LENGTH: Final = 26
-_SETTINGS: Final[dict[str, Any]] = {
+_SETTINGS: Final[Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "crepe-deploy",
     "font.family": "DejaVu Sans",

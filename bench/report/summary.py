@@ -6,8 +6,8 @@ import math
 
 from ..result import Interval
 from .compare import Arm, Comparison, failed_requests
-from .content import Cell, Table, cell, estimate, quantity, without_empty_columns
-from .numbers import MISSING, digits, plural
+from .content import Cell, Table, cell, estimate, without_empty_columns
+from .numbers import digits, plural, si
 from .scene import Scene
 
 SAME_WITHIN = 0.005
@@ -20,12 +20,11 @@ def summary_table(scene: Scene) -> Table:
     points.append((comparison.loaded, "Throughput", "output_tokens_per_s", "higher is better"))
     points.append((comparison.prompt, "Time to first token", "ttft_s", "lower is better"))
     shown = [(point, title, metric, way) for point, title, metric, way in points if point is not None]
-    columns = ["Candidate", "In words", "Weight files", "Bytes × (lower is better)", "Perplexity × (lower is better)"]
+    columns = ["Candidate", "In words", "Weight files (lower is better)", "Perplexity × (lower is better)"]
     columns += [f"{title} × ({point.name}, {way})" for point, title, _, way in shown]
     rows = []
     for arm in comparison.arms:
-        row = [cell(arm.name), cell(words(arm, comparison)), quantity(arm.candidate.memory.weights_bytes, "B")]
-        row += [_ratio(arm.weights), estimate(arm.perplexity_ratio(), "×")]
+        row = [cell(arm.name), cell(words(arm, comparison)), _weights(arm), estimate(arm.perplexity_ratio(), "×")]
         row += [estimate(arm.ratio(point.name, metric), "×") for point, _, metric, _ in shown]
         rows.append(tuple(row))
     caption = f"Every candidate against the baseline “{scene.run.baseline}”, with 95 % intervals over rounds"
@@ -33,8 +32,9 @@ def summary_table(scene: Scene) -> Table:
     return without_empty_columns(table)
 
 
-def _ratio(value: float | None) -> Cell:
-    return Cell(MISSING) if value is None else Cell(f"{digits(value)}×", value)
+def _weights(arm: Arm) -> Cell:
+    size = arm.candidate.memory.weights_bytes
+    return Cell(si(size, "B") + (f" ({digits(arm.weights)}×)" if arm.weights is not None else ""), size)
 
 
 def words(arm: Arm, comparison: Comparison) -> str:

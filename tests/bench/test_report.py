@@ -85,7 +85,7 @@ def written(tmp_path: Path) -> Callable[[Run, str], Path]:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0123456, "0.0123"), (1234.4, "1234"), (0.9996, "1.00"), (99.96, "100"), (0, "0"), (-2.345, "-2.35"),
+    [(0.0123456, "0.0123"), (1234.4, "1230"), (0.9996, "1.00"), (99.96, "100"), (0, "0"), (-2.345, "-2.35"),
      (1e9, "1.00e+09"), (1.5e-7, "1.50e-07"), (float("nan"), "nan")],
 )  # fmt: skip
 def test_three_significant_digits(value: float, text: str) -> None:
@@ -99,6 +99,10 @@ def test_three_significant_digits(value: float, text: str) -> None:
 )  # fmt: skip
 def test_quantities_get_si_prefixes(value: float | None, unit: str, text: str) -> None:
     assert si(value, unit) == text
+
+
+def test_an_interval_shares_its_figures_unit() -> None:
+    assert si(0.0132, "s", 0.00095, 0.0144) == "13.2 ms [0.950, 14.4]"
 
 
 def test_an_interval_is_shown_only_where_there_is_one() -> None:
