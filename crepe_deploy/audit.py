@@ -94,8 +94,6 @@ def _audits(root: Path) -> Iterator[TensorAudit]:
 
 
 def _counted_pattern(weight: Tensor, record: TensorRecord | None) -> str | None:
-    if weight.ndim != 2 or not weight.is_floating_point():
-        return None
     if record is not None and holds(weight, parse_record(record.pattern)):
         return record.pattern
-    return held_pattern(weight)
+    return held_pattern(weight) if weight.ndim == 2 and weight.is_floating_point() else None

@@ -22,6 +22,18 @@ _TRUTH = {
         "and nothing more. Readers without crepe-deploy refuse it. `crepe-deploy export --format dense` gives the "
         "plain folder back, bit by bit."
     ),
+    "onnx": (
+        "An ONNX graph that was compared with its checkpoint, prefill and decoding. ONNX Runtime multiplies by stored "
+        "zeros like by any other value, on CPU and CUDA: pruning made this folder neither smaller nor faster there. "
+        "`manifest.json` says what the graph takes as padding, and for 2:4 which settings of TensorRT use the pattern."
+    ),
+    "int8": (
+        "Weights and activations of the linear layers are rounded to 8 bits (W8A8: to nearest, one scale for each "
+        "output channel, and for each token at run time; no calibration). Unmodified vLLM runs it with int8 kernels; "
+        "transformers, with the compressed-tensors package, expands the weights at load and imitates the rounding of "
+        "activations, so there it is no smaller and no faster. Zeros take a byte like every other value: pruning made "
+        "this folder neither smaller nor faster."
+    ),
 }
 
 
@@ -33,34 +45,47 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 
 def card_text(manifest: Manifest) -> str:
     """The card as Markdown with Hugging Face front matter."""
-    source, config, metrics = manifest.source, manifest.config, manifest.metrics
+    source = manifest.source
     front = ["---", *_front_matter(manifest), "---", ""]
-    method = config["method"] or "an unknown method"
-    known = config["method"] is not None
-    calibration, error = manifest.calibration, metrics["mean_layer_error"]
     rows = {
         "base model": source.id + (f" @ {source.revision}" if source.revision else ""),
         "licence": source.license or "not stated by the base model; its terms apply",
-        "method": f"{method} {_parameters(config['resolved_method'])}".rstrip(),
-        "pattern": f"{config['pattern']} in {metrics['pruned_tensors']} linear layers",
-        "zeros counted in those layers": f"{metrics['sparsity_of_pruned_tensors']:.4%}",
-        "calibration": ("none" if known else "unknown")
-        if calibration is None
-        else f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}",
-        "mean relative layer error": "unknown" if error is None else f"{error:.4f}",
+        **(_pruning_rows(manifest) if manifest.tensors else {"pruning": "none"}),
         "format": manifest.format,
-        **_size_rows(metrics.get("size", {})),
+        **_size_rows(manifest),
         "made with": f"crepe-deploy {manifest.versions['crepe-deploy']}",
         **source.notes,
     }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    title = f"# {Path(source.id).name}, pruned to {config['pattern']} with {method}"
+    title = f"# {', '.join([Path(source.id).name, *_done(manifest)])}"
     closing = ["", _TRUTH.get(manifest.format, ""), "", "`manifest.json` holds every tensor's counts and hashes."]
     return "\n".join([*front, title, "", *table, *closing]) + "\n"
 
 
+def _done(manifest: Manifest) -> list[str]:
+    """What was done to the base model, for the title."""
+    pattern, method = manifest.config["pattern"], manifest.config["method"] or "an unknown method"
+    pruned = [f"pruned to {pattern} with {method}"] if manifest.tensors else []
+    return [*pruned, *(["quantised to int8"] if manifest.format == "int8" else [])]
+
+
+def _pruning_rows(manifest: Manifest) -> dict[str, str]:
+    config, metrics, calibration = manifest.config, manifest.metrics, manifest.calibration
+    method, error = config["method"] or "an unknown method", metrics["mean_layer_error"]
+    return {
+        "method": f"{method} {_parameters(config['resolved_method'])}".rstrip(),
+        "pattern": f"{config['pattern']} in {metrics['pruned_tensors']} linear layers",
+        "zeros counted in those layers": f"{metrics['sparsity_of_pruned_tensors']:.4%}",
+        "calibration": ("unknown" if config["method"] is None else "none")
+        if calibration is None
+        else f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}",
+        "mean relative layer error": "unknown" if error is None else f"{error:.4f}",
+    }
+
+
 def _front_matter(manifest: Manifest) -> list[str]:
-    lines = ["library_name: transformers", "tags: [pruned, sparse, crepe-deploy]"]
+    tags = [*(["pruned", "sparse"] if manifest.tensors else []), *(["int8"] if manifest.format == "int8" else [])]
+    lines = ["library_name: transformers", f"tags: [{', '.join([*tags, 'crepe-deploy'])}]"]
     if manifest.source.kind == "hub":
         lines.append(f"base_model: {manifest.source.id}")
     if manifest.source.license:
@@ -68,11 +93,13 @@ def _front_matter(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _size_rows(size: dict[str, Any]) -> dict[str, str]:
+def _size_rows(manifest: Manifest) -> dict[str, str]:
+    size: dict[str, Any] = manifest.metrics.get("size", {})
     if "file_bytes_over_dense" not in size:
         return {}
+    layers = "quantised" if manifest.format == "int8" else "packed"
     return {
-        "bytes of the packed layers, over dense": f"{size['weight_bytes_over_dense']:.4f}",
+        f"bytes of the {layers} layers, over dense": f"{size['weight_bytes_over_dense']:.4f}",
         "bytes of all weight files, over dense": f"{size['file_bytes_over_dense']:.4f}",
     }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..audit import check_pattern
 from ..checkpoint import CheckpointReader
-from ..errors import VerifyError
+from ..errors import ConfigError, VerifyError
 from ..manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify
 from ..pattern import parse_record
 from ..progress import Step, silent, ticker
@@ -30,9 +30,11 @@ def export_dense(source: Path, folder: Path, *, link: bool = False, step: Step =
     A packed source is unpacked, bit by bit what was packed.
     link: hard-link the files where the file system can, for a source that is about to be removed.
     step: told of every piece of work done.
-    Raises VerifyError when the source differs from its manifest or a count differs.
+    Raises VerifyError when the source differs from its manifest or a count differs, ConfigError for another format.
     """
     parent = verify(source)
+    if parent.format not in ("dense", "packed"):
+        raise ConfigError(f"{source} is an {parent.format} checkpoint; export the dense one that it came from")
     if parent.format == "packed":
         unpack_checkpoint(source, folder, parent)
     else:

@@ -51,7 +51,7 @@ def export_packed(source: Path, folder: Path, *, link: bool = False, step: Step 
             f"{source}: none of its {len(left)} pruned tensors can be packed in pattern {config.pattern}: that needs "
             f"(out, in) matrices whose columns are a multiple of {COLUMN_MULTIPLE} and of the group. Use --format dense"
         )
-    config = packed_config(config.pattern, _dense_modules(Decoder(source), packed))
+    config = packed_config(config.pattern, dense_modules(Decoder(source), packed))
     plan = _plan(reader, packed, config)
     require_disk(folder, sum(planned.size_bytes for planned in plan.values()))
     tick = ticker(step, len(list(reader)) + len(packed) + GREEDY_TOKENS)
@@ -93,7 +93,7 @@ def _packable(name: str, record: TensorRecord, config: PackedConfig) -> bool:
     return name.endswith(".weight") and not record.transposed and config.fits(record.shape[1])
 
 
-def _dense_modules(decoder: Decoder, packed: list[str]) -> list[str]:
+def dense_modules(decoder: Decoder, packed: list[str]) -> list[str]:
     """Every linear module that stays dense, by module path and, where the file spells it otherwise, by file name."""
     names = {name for name, module in decoder.model.named_modules() if isinstance(module, torch.nn.Linear)}
     for index, specs in enumerate(decoder.linears):
