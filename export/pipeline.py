@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..families import Decoder
 from ..manifest import Manifest, save_manifest
 from ..packed_config import packed_config
 from ..progress import Step, silent
@@ -18,12 +19,14 @@ from ..writing import atomic_folder, check_output, write_json
 from .bitmask24 import pruned_folder
 from .dense import export_dense
 from .greedy import with_greedy
+from .int8 import export_int8, int8_tensors
 from .packed import export_packed
 
 Exporter = Callable[..., Manifest]
 EXPORTERS: dict[str, Exporter] = {
     "dense": export_dense,
     "packed": export_packed,
+    "int8": export_int8,
 }
 
 
@@ -40,7 +43,7 @@ def check_formats(formats: Sequence[str]) -> list[str]:
 def export_checkpoint(
     source: Path, out: Path, format: str, *, overwrite: bool = False, step: Step = silent
 ) -> Manifest:
-    """Export the pruned checkpoint `source` into the folder `out`. Raises ConfigError, OutputError, VerifyError.
+    """Export the checkpoint `source` into the folder `out`. Raises ConfigError, OutputError, VerifyError.
 
     A `sparse-24-bitmask` checkpoint of compressed-tensors is unpacked first, see `bitmask24`.
     """
@@ -64,6 +67,8 @@ def prune_and_export(
     check_formats(formats)
     if "packed" in formats:
         packed_config(config.pattern)  # refused before pruning rather than after
+    if "int8" in formats:
+        int8_tensors(Decoder(model.folder))
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
     with atomic_folder(out, overwrite=overwrite) as folder:
         pruned = folder / "pruned"
