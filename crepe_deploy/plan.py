@@ -14,6 +14,7 @@ from .pattern import NM, Pattern, Unstructured
 TARGETS: dict[str, str] = {
     "dense: transformers, vLLM, any reader": "loads unchanged; no smaller, no faster: the zeros are stored",
     "packed: CPU, our kernels": "smaller as below; decoding is faster where weights are the bottleneck (any N:M alike)",
+    "onnx: ONNX Runtime on CPU or CUDA": "loads there; no smaller, no faster for its zeros: they are stored",
     "packed: GPU": "smaller on disk; today dequantised at load, so no smaller and no faster on the device",
 }
 ADVICE = (

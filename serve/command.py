@@ -23,7 +23,8 @@ def serve_command(
 ) -> None:  # fmt: skip
     """Serve the checkpoint FOLDER with vLLM, once its first answer agrees with the manifest.
 
-    Options that are not listed here go to vLLM, e.g. --max-model-len 4096 --enforce-eager. Ctrl-C stops.
+    Options that are not listed here go to vLLM, e.g. --max-model-len 4096 --enforce-eager. An ONNX folder is served by
+    ONNX Runtime instead, with --max-model-len, --threads and --served-model-name. Ctrl-C stops.
     """
     from .launcher import ServeOptions, serve
 
