@@ -67,6 +67,12 @@ _prune_options = _options(
     _json_option,
 )  # fmt: skip
 
+_onnx_options = _options(
+    click.option("--onnx-flavor", "flavor", default="portable", show_default=True,
+                 help="portable: one graph for any runtime; genai: onnxruntime-genai's, faster, no padding."),
+    click.option("--precision", default="fp32", show_default=True, help="Of an ONNX graph: fp32, fp16 or int4."),
+)  # fmt: skip
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
@@ -80,17 +86,24 @@ def cli() -> None:
 
 @cli.command("prune-and-export")
 @_prune_options
-@click.option("--format", "formats", default="dense", show_default=True, help="Comma-separated: dense, packed.")
-def prune_and_export_command(formats: str, out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+@click.option("--format", "formats", default="dense", show_default=True, help="Any of dense,packed,int8,onnx.")
+@_onnx_options
+def prune_and_export_command(
+    formats: str, out: Path, overwrite: bool, as_json: bool, flavor: str, precision: str, **options: Any
+) -> None:
     """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
     _prepare_libraries()
+    from .export.onnx.support import OnnxOptions
     from .export.pipeline import check_formats, prune_and_export
     from .progress import progress
 
     names = check_formats([name.strip() for name in formats.split(",")])
     model, config, calibration = _prepare(out=out, **options)
     with progress(f"pruning to {config.pattern} with {config.method}") as step:
-        report = prune_and_export(model, out, config, calibration, formats=names, overwrite=overwrite, step=step)
+        report = prune_and_export(
+            model, out, config, calibration, formats=names, overwrite=overwrite, step=step,
+            onnx=OnnxOptions(flavor, precision),
+        )  # fmt: skip
     _print(report, as_json, report_lines(report))
 
 
@@ -112,18 +125,23 @@ def prune_command(out: Path, overwrite: bool, as_json: bool, **options: Any) -> 
 @cli.command("export")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: SOURCE/../FORMAT.")
-@click.option("--format", "format_name", default="dense", show_default=True)
+@click.option("--format", "format_name", default="dense", show_default=True, help="dense, packed, int8 or onnx.")
+@_onnx_options
 @_overwrite_option
 @_json_option
-def export_command(source: Path, out: Path | None, format_name: str, overwrite: bool, as_json: bool) -> None:
+def export_command(
+    source: Path, out: Path | None, format_name: str, flavor: str, precision: str, overwrite: bool, as_json: bool
+) -> None:
     """Export the pruned checkpoint SOURCE into another format."""
     _prepare_libraries()
+    from .export.onnx.support import OnnxOptions
     from .export.pipeline import export_checkpoint
     from .progress import progress
 
     target = out if out is not None else source.resolve().parent / format_name
     with progress(f"exporting as {format_name}") as step:
-        manifest = export_checkpoint(source, target, format_name, overwrite=overwrite, step=step)
+        onnx = OnnxOptions(flavor, precision)
+        manifest = export_checkpoint(source, target, format_name, overwrite=overwrite, step=step, onnx=onnx)
     summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}
     _print(summary, as_json, [f"{target}: {manifest.format}, verified"])
 
@@ -187,8 +205,9 @@ def doctor_command(retune: bool, as_json: bool) -> None:
 def inspect_command(folder: Path, as_json: bool) -> None:
     """Count the zeros of every tensor in FOLDER and name the pattern that holds."""
     from .audit import inspect_folder
+    from .export.onnx.inspect import inspect_onnx, is_onnx
 
-    tensors = inspect_folder(folder)
+    tensors = inspect_onnx(folder) if is_onnx(folder) else inspect_folder(folder)
     _print({"folder": str(folder), "tensors": tensors}, as_json, tensor_lines(tensors))
 
 

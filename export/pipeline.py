@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from ..families import Decoder
+from ..errors import ConfigError, ParityError
+from ..families import Decoder, load_config
 from ..manifest import Manifest, save_manifest
 from ..packed_config import packed_config
 from ..progress import Step, silent
@@ -20,6 +22,8 @@ from .bitmask24 import pruned_folder
 from .dense import export_dense
 from .greedy import with_greedy
 from .int8 import export_int8, int8_tensors
+from .onnx.export import export_onnx
+from .onnx.support import DEFAULT, OnnxOptions, check_model, check_options
 from .packed import export_packed
 
 Exporter = Callable[..., Manifest]
@@ -27,6 +31,7 @@ EXPORTERS: dict[str, Exporter] = {
     "dense": export_dense,
     "packed": export_packed,
     "int8": export_int8,
+    "onnx": export_onnx,
 }
 
 
@@ -41,16 +46,40 @@ def check_formats(formats: Sequence[str]) -> list[str]:
 
 
 def export_checkpoint(
-    source: Path, out: Path, format: str, *, overwrite: bool = False, step: Step = silent
-) -> Manifest:
+    source: Path, out: Path, format: str, *, overwrite: bool = False, step: Step = silent,
+    onnx: OnnxOptions = DEFAULT,
+) -> Manifest:  # fmt: skip
     """Export the checkpoint `source` into the folder `out`. Raises ConfigError, OutputError, VerifyError.
 
-    A `sparse-24-bitmask` checkpoint of compressed-tensors is unpacked first, see `bitmask24`.
+    A `sparse-24-bitmask` checkpoint of compressed-tensors is unpacked first, see `bitmask24`. onnx: for that format.
     """
     check_formats([format])
+    if format == "onnx":
+        check_options(onnx)
     check_output(out, overwrite=overwrite, inputs=(source,))
-    with atomic_folder(out, overwrite=overwrite) as folder, pruned_folder(source, out) as pruned:
-        return EXPORTERS[format](pruned, folder, link=pruned != source, step=step)
+    with (
+        atomic_folder(out, overwrite=overwrite) as folder,
+        pruned_folder(source, out) as pruned,
+        kept_if_wrong(folder, out),
+    ):
+        return exporter(format, onnx)(pruned, folder, link=pruned != source, step=step)
+
+
+def exporter(format: str, onnx: OnnxOptions) -> Exporter:
+    """The exporter of this format, told its own options."""
+    return functools.partial(export_onnx, options=onnx) if format == "onnx" else EXPORTERS[format]
+
+
+@contextlib.contextmanager
+def kept_if_wrong(folder: Path, out: Path) -> Iterator[None]:
+    """What does not compute what was meant is kept as `OUT.failed`, without a manifest, to be looked into."""
+    try:
+        yield
+    except ParityError as error:
+        failed = out.with_name(out.name + ".failed")
+        shutil.rmtree(failed, ignore_errors=True)
+        folder.rename(failed)
+        raise ParityError(f"{error}; what was written is kept in {failed}") from error
 
 
 def prune_and_export(
@@ -62,6 +91,7 @@ def prune_and_export(
     formats: Sequence[str] = ("dense",),
     overwrite: bool = False,
     step: Step = silent,
+    onnx: OnnxOptions = DEFAULT,
 ) -> dict[str, Any]:
     """Prune `model` and write `out/FORMAT/` for each format and `out/report.json`; returns the report."""
     check_formats(formats)
@@ -69,6 +99,9 @@ def prune_and_export(
         packed_config(config.pattern)  # refused before pruning rather than after
     if "int8" in formats:
         int8_tensors(Decoder(model.folder))
+    if "onnx" in formats:
+        check_options(onnx)
+        check_model(load_config(model.folder))
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
     with atomic_folder(out, overwrite=overwrite) as folder:
         pruned = folder / "pruned"
@@ -78,7 +111,9 @@ def prune_and_export(
         for name in formats:
             target = folder / name
             target.mkdir()
-            exports[name] = _summary(EXPORTERS[name](pruned, target, link=name == "dense"), out / name, target)
+            with kept_if_wrong(target, out):
+                written = exporter(name, onnx)(pruned, target, link=name == "dense")
+            exports[name] = _summary(written, out / name, target)
         shutil.rmtree(pruned)
         report = _report(manifest, exports)
         write_json(folder / "report.json", report)
@@ -86,7 +121,8 @@ def prune_and_export(
 
 
 def _summary(manifest: Manifest, final: Path, folder: Path) -> dict[str, Any]:
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    kinds = {".safetensors", ".onnx", ".data"}
+    weights = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
     return {"path": str(final), "weight_file_bytes": weights, "size": manifest.metrics["size"]}
 
 
