@@ -1,65 +1,30 @@
-"""Measuring: order, pairing and prompts with workers that only count; failures with real processes and a fake engine;
-the real transformers and vLLM engines on tiny models."""
+"""Measuring: checks, order, pairing and prompts, with workers that only count."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import random
-import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from click.testing import CliRunner
+from crepe_deploy.bench import benchmark
 from crepe_deploy.bench.benchmark import Gating, bench
 from crepe_deploy.bench.budgets import slowdown_budgets
 from crepe_deploy.bench.candidate import kv_token_bytes, step_bytes
-from crepe_deploy.bench.command import bench_command
 from crepe_deploy.bench.measure import check, child_variables, settings
 from crepe_deploy.bench.metrics import METRICS, rounds_of
-from crepe_deploy.bench.result import Candidate, Point, Request, Run, Visit, load_run, save_run
-from crepe_deploy.bench.scenario import CandidateSpec, Scenario, parse
-from crepe_deploy.bench.summary import failures, gain, summary_lines
+from crepe_deploy.bench.result import Interval, Point, Quality, Request, Visit, load_run, save_run
+from crepe_deploy.bench.scenario import CandidateSpec, Scenario
+from crepe_deploy.bench.summary import gain, summary_lines
 from crepe_deploy.bench.worker import Turn
-from crepe_deploy.export.pipeline import prune_and_export
 
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, VerifyError
-from crepe_deploy.pattern import NM
-from crepe_deploy.prune import PruneConfig
-from crepe_deploy.sources import resolve_model
 
 from ..pico import make_pico_llama
-
-NAMES = ("dense", "packed")
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Dense and packed exports of one 2:4 pruning, of a size that vLLM's CPU attention takes."""
-    root = tmp_path_factory.mktemp("bench")
-    model = make_pico_llama(root / "model", torch.bfloat16, tie_word_embeddings=True, head_dim=32)
-    config = PruneConfig("magnitude", NM(2, 4))
-    prune_and_export(resolve_model(str(model)), root / "out", config, None, formats=("dense", "packed"))
-    return root / "out" / "dense", root / "out" / "packed"
-
-
-def scenario_of(pair: Sequence[Path], **changes: Any) -> Scenario:
-    content: dict[str, Any] = {
-        "name": "test",
-        "engine": "fake",
-        "threads": 1,
-        "candidates": [
-            {"name": name, "folder": str(path)} for name, path in zip(("dense", "packed"), pair, strict=True)
-        ],
-        "points": [{"prompt_tokens": 8, "output_tokens": 4}],
-        "rounds": 2,
-        "warmup": 0,
-    }
-    return parse(content | changes, "test")
+from .scenes import NAMES, scenario_of
 
 
 class Clockwork:
@@ -241,113 +206,29 @@ def test_bytes_of_a_step_and_of_a_cached_token(pair: tuple[Path, Path]) -> None:
     assert kv_token_bytes(pair[0], "none") is None
 
 
-def candidate_of(scenario: Scenario, name: str) -> tuple[Run, Candidate]:
-    run, _ = bench(scenario, "c", quiet=True)
-    return run, run.candidate(name)
-
-
-def with_options(pair: tuple[Path, Path], **options: Any) -> Scenario:
-    """The dense candidate is well, the packed one has these options of the fake engine."""
-    arms = zip(NAMES, pair, ({}, options), strict=True)
-    candidates = [
-        {"name": name, "folder": str(path), "engine": "fake", "options": {"step_s": 0.001} | given}
-        for name, path, given in arms
-    ]
-    return scenario_of(pair, candidates=candidates, rounds=3)
-
-
-def test_the_childs_times_are_the_engines(pair: tuple[Path, Path]) -> None:
-    run, packed = candidate_of(with_options(pair, step_s=0.02, prefill_token_s=0.01), "packed")
-    (request,) = packed.series[0].visits[0].requests
-    assert request.ttft_s is not None and 0.08 <= request.ttft_s < 0.3
-    assert len(request.itl_s) == 3 and all(0.02 <= gap < 0.2 for gap in request.itl_s)
-    assert request.latency_s == pytest.approx(request.ttft_s + sum(request.itl_s))
-    assert failures(run) == []
-    assert packed.load_s[0] > 0 and (packed.memory.peak_bytes or 0) >= (packed.memory.loaded_bytes or 1) > 0
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [("fail_every", "the fake engine was told to fail"), ("short_every", r"asked for 4 new tokens, got \[3\]")],
-)
-def test_failed_requests_are_recorded_and_enter_no_statistic(
-    pair: tuple[Path, Path], option: str, message: str
+def test_quality_is_measured_once_a_model_against_the_baseline(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, packed = candidate_of(with_options(pair, **{option: 2}), "packed")
-    requests = [request for visit in packed.series[0].visits for request in visit.requests]
-    assert [request.error is None for request in requests] == [True, False] * 3
-    assert all(request.ttft_s is None and request.itl_s == [] for request in requests if request.error)
-    found = failures(run)
-    assert len(found) == 3 and found[0].startswith("packed at b1-p8-o4: RuntimeError")
-    assert re.search(message, found[0])
-    assert sorted(rounds_of(packed.series[0], METRICS["tpot_s"])) == [0, 1, 2]
+    asked: list[tuple[Path, Path | None, int, int | None, str]] = []
 
+    def measured(
+        folder: Path, against: Path | None, text: Path, *, window: int, max_tokens: int, dtype: str
+    ) -> Quality:
+        asked.append((folder, against, window, max_tokens, dtype))
+        return Quality(convention={"text": text.name}, perplexity=Interval(value=float(len(asked))))
 
-def test_a_candidate_that_dies_is_named_with_the_end_of_its_log(pair: tuple[Path, Path]) -> None:
-    with pytest.raises(CrepeError, match=r"candidate 'packed' ended with exit code 9\n.*\n.*was told to die"):
-        bench(with_options(pair, die_after=2), "c", quiet=True)
-
-
-def test_a_candidate_that_does_not_load_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    broken = Path(shutil.copytree(pair[0], tmp_path / "broken"))
-    (broken / "manifest.json").unlink()
-    (broken / "model.safetensors").write_bytes(b"\x00" * 64)
-    with pytest.raises(CrepeError, match=r"(?s)candidate 'packed' ended with exit code 1.*Error"):
-        bench(scenario_of((pair[0], broken), engine="transformers"), "c", quiet=True)
-
-
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(bench_command, [str(argument) for argument in arguments])
-
-
-def test_the_command_writes_a_run_and_fails_where_requests_failed(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    config = tmp_path / "scenario.yaml"
-    config.write_text(json.dumps(with_options(pair).model_dump(mode="json")))
-    out = tmp_path / "run.json"
-    done = invoke(config, "--rounds", 2, "--out", out)
-    assert done.exit_code == 0, done.output
-    assert "time per output token, ms" in done.stdout and load_run(out).name == "test"
-    config.write_text(json.dumps(with_options(pair, fail_every=1).model_dump(mode="json")))
-    again = invoke(config, "--rounds", 2, "--out", out, "--overwrite")
-    assert isinstance(again.exception, CrepeError) and "4 requests failed" in str(again.exception)
-    assert len(failures(load_run(out))) == 4
-
-
-def test_a_run_that_fails_writes_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    config, out = tmp_path / "scenario.yaml", tmp_path / "run.json"
-    config.write_text(json.dumps(with_options(pair, die_after=1).model_dump(mode="json")))
-    done = invoke(config, "--out", out)
-    assert isinstance(done.exception, CrepeError) and list(tmp_path.iterdir()) == [config]
-
-
-def test_options_that_do_not_go_together_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    done = invoke(*pair, "--engine", "fake", "--max-rounds", 9, "--out", tmp_path / "x.json")
-    assert isinstance(done.exception, ConfigError) and "--gate" in str(done.exception)
-    assert "CONFIG | DIR..." in invoke("--help").output
-
-
-def test_transformers_is_measured_token_by_token(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CREPE_DEPLOY_TUNE", "0")
-    points = [{"batch": 2, "prompt_tokens": 16, "output_tokens": 5, "requests": 2}]
-    run, packed = candidate_of(scenario_of(pair, engine="transformers", points=points, rounds=1), "packed")
-    requests = [request for visit in packed.series[0].visits for request in visit.requests]
-    assert len(requests) == 4 and failures(run) == []
-    assert all(r.output_tokens == 5 and r.sequences == 2 and len(r.itl_s) == 4 for r in requests)
-    assert packed.notes["linears"] == 14 and packed.notes["dtype"] == "bfloat16"
-    held = [candidate.memory.linears_bytes or 0 for candidate in run.candidates]
-    assert 9 / 16 <= held[1] / held[0] < 0.65  # padding weighs in so small a model
-    assert set(packed.notes["kernels"]) == {"128x64", "64x64", "64x128"}
-
-
-@pytest.mark.vllm
-def test_vllm_is_measured_token_by_token(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("vllm")
-    monkeypatch.setenv("CREPE_DEPLOY_TUNE", "0")
-    points = [{"batch": 2, "prompt_tokens": 16, "output_tokens": 5}, {"prompt_tokens": 40, "output_tokens": 1}]
-    run, packed = candidate_of(scenario_of(pair, engine="vllm", points=points, rounds=1), "packed")
-    assert failures(run) == []
-    (both,), (first,) = (series.visits[0].requests for series in packed.series)
-    assert both.sequences == 2 and len(both.itl_s) == 4 and all(gap > 0 for gap in both.itl_s)
-    assert first.output_tokens == 1 and first.itl_s == [] and first.latency_s == first.ttft_s
-    held = [candidate.memory.linears_bytes or 0 for candidate in run.candidates]
-    assert 9 / 16 <= held[1] / held[0] < 0.7
+    monkeypatch.setattr(benchmark, "measure_quality", measured)
+    graph = Path(shutil.copytree(pair[0], tmp_path / "graph"))
+    (graph / "model.safetensors").rename(graph / "model.onnx")
+    (graph / "manifest.json").unlink()
+    (tmp_path / "text.txt").write_text("words")
+    names = zip((*NAMES, "graph"), (*pair, graph), strict=True)
+    scenario = scenario_of(
+        pair, aa=True, candidates=[{"name": name, "folder": str(folder)} for name, folder in names],
+        quality={"text": str(tmp_path / "text.txt"), "window": 64, "max_tokens": 128},
+    )  # fmt: skip
+    run, _, _ = run_clockwork(scenario, {})
+    assert asked == [(pair[0], None, 64, 128, "auto"), (pair[1], pair[0], 64, 128, "auto")]
+    values = [candidate.quality and candidate.quality.perplexity.value for candidate in run.candidates]
+    assert values == [1.0, 1.0, 2.0, None], "the second arm of the A/A run is the same model; a graph is not read"
+    assert any(line == "packed: perplexity 2" for line in summary_lines(run))
