@@ -119,7 +119,9 @@ def _candidates(scene: Scene) -> Table:
     rows = []
     for arm in scene.comparison.arms:
         found = arm.candidate
-        notes = "; ".join(f"{key}: {_plain(value)}" for key, value in found.notes.items())
+        notes = "; ".join(
+            f"{key}: {_plain(value)}" for key, value in found.notes.items() if value not in ({}, [], "", None)
+        )
         texts = (found.kind, found.engine, found.method, found.pattern, found.format, found.folder)
         cells = [cell(text or "–") for text in (*texts, found.model_sha256[:12], notes)]
         rows.append((cell(found.name), *cells))
@@ -135,7 +137,7 @@ def _conditions_table(scene: Scene, source: Source, index: int) -> Table:
     pairs += [("Run file", source.path.name), ("Run file sha256", source.sha256)]
     rows = tuple((cell(key), cell(value)) for key, value in pairs)
     caption = f"Conditions of the run of {run.created}"
-    folded = len(scene.group.sources) > 1
+    folded = index < len(scene.group.sources) - 1  # the latest stays open
     return Table(scene.name(f"conditions-{index}"), caption, ("Condition", "Value"), rows, "", folded)
 
 

@@ -33,7 +33,14 @@ class Scene:
         environment = self.run.environment
         host = environment.host
         device = ", ".join(host.gpu) if host.gpu else f"{host.cpu} ({host.isa})"
-        return f"{device}, {plural(environment.threads, 'thread')}, {self.run.workload.dtype}"
+        return f"{device}, {plural(environment.threads, 'thread')}, {self.dtype}"
+
+    @property
+    def dtype(self) -> str:
+        """The number format that was asked for; where that was the engine's choice, what the baseline ran in."""
+        asked = self.run.workload.dtype
+        chosen = self.comparison.baseline.candidate.notes.get("dtype")
+        return f"dtype {chosen} ({asked})" if asked == "auto" and isinstance(chosen, str) else f"dtype {asked}"
 
     def at(self, point: Point | None) -> str:
         """A point and the machine, for captions."""

@@ -83,8 +83,9 @@ def layers(scene: Scene) -> Section:
         text = ["The run file holds no layer errors."]
     if scene.comparison.baseline.candidate.layers and figures[2] is None:
         text.append("Every layer is as wide as the baseline's.")
-    if not any(layer.sparsity > 0 for arm in arms for layer in arm.candidate.layers):
-        text.append("No layer holds counted zeros.")
+    full = [f"“{arm.name}”" for arm in arms if all(layer.sparsity == 0 for layer in arm.candidate.layers)]
+    if full:
+        text.append(f"Without counted zeros: {', '.join(full)}.")
     tables = (_layer_table(scene, arms, table),)
     drawn = tuple(figure for figure in figures if figure is not None)
     return Section(scene.name("layers"), title, tuple(text), drawn, tables)
@@ -94,7 +95,8 @@ def _bars(
     scene: Scene, arms: list[Arm], of: Callable[[Layer], float | None], texts: tuple[str, str, str], scale: float
 ) -> Figure | None:
     values = [(arm, by_block(arm.candidate.layers, of)) for arm in arms]
-    if not any(value > 0 for _, found in values for value in found.values()):
+    values = [(arm, found) for arm, found in values if any(value > 0 for value in found.values())]
+    if not values:
         return None
     word, title, y = texts
     words = Words(

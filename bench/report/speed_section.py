@@ -143,7 +143,9 @@ def differences(scene: Scene) -> Section:
                 )
             )  # fmt: skip
     if not rows:
-        return Section(scene.name("differences"), title, missing="No candidate shares a round with the baseline.")
+        alone = "The baseline is the only candidate." if not scene.comparison.others else None
+        reason = alone or "No candidate shares a round with the baseline."
+        return Section(scene.name("differences"), title, missing=reason)
     columns = ("Candidate", "Point", "Metric", "Ratio to the baseline", "Direction", "Rounds", "Noise floor")
     caption = "Ratios to the baseline paired round by round, with 95 % intervals"
     name = scene.name("differences-table")

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -491,4 +492,15 @@ def test_a_failure_in_the_middle_leaves_nothing(
     monkeypatch.setattr("crepe_deploy.bench.report.write.markdown", full)
     result = CliRunner().invoke(report_command, [str(path), "--out", str(tmp_path / "out")])
     assert isinstance(result.exception, CrepeError) and "disk is full" in str(result.exception)
+    assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
+def test_a_missing_library_is_named_with_its_extra(
+    module: str, written: Callable[[Run, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(made_up_run(rounds=1), "run.json")
+    monkeypatch.setitem(sys.modules, module, None)
+    error = refused(path, "--out", tmp_path / "out")
+    assert module in str(error) and "crepe-deploy[bench]" in str(error)
     assert [found.name for found in tmp_path.iterdir()] == ["run.json"]

@@ -48,8 +48,9 @@ CONTRASTS = """() => {
   };
   const worst = (selector, property) => Math.min(...[...document.querySelectorAll(selector)]
     .map((found) => getComputedStyle(found)[property]).filter((colour) => colour.startsWith("rgb(")).map(ratio));
-  return { paper, text: 
-      worst("p:not(.status), td, th, a, h1, h2, h3, summary, small", "color"), drawn: worst("svg text", "fill"),
+  return { paper,
+    text: worst("p:not(.status), td, th, a, h1, h2, h3, summary, small", "color"),
+    drawn: worst("svg text", "fill"),
     marks: worst('svg [style*="stroke: var(--c"]', "stroke") };
 }"""
 
