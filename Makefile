@@ -9,7 +9,7 @@ SPEC   := pyproject.toml constraints.txt Makefile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test lint bench assets browser clean
+.PHONY: setup demo test lint gate bench assets browser clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.base
@@ -67,6 +67,10 @@ browser:
 
 test: $(VENV)/.dev assets browser
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Packed kernels beside dense ones against the committed baseline; JUnit XML in out/gate/. Under a minute.
+gate: $(VENV)/.dev
+	@$(BIN)/python -m crepe_deploy.bench.ci_gate
 
 # What ships is what is type-checked: the installed package, not the source folders.
 lint: $(VENV)/.dev

@@ -4,7 +4,7 @@
 
 Only the ratios of packed to dense within a run are compared, so another machine will do; the kernels are those of the
 float32 path, whose ratio depends least on the instruction set. PASS and INCONCLUSIVE end with 0. JUnit XML, a Markdown
-comment and the measurement itself go to build/gate/.
+comment and the measurement itself go to out/gate/.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .gate_command import show, write_outputs
 
 TESTS: Final = Path("bench/test_latency.py")
 BASELINE: Final = Path("bench/baselines/ci.json")
-OUT: Final = Path("build/gate")
+OUT: Final = Path("out/gate")
 SELECTED: Final = "beside_dense and float32"
 MAX_SLOWDOWN: Final = 0.5  # two machines' caches and vector units differ; a lost kernel costs more than this
 
