@@ -1,7 +1,7 @@
 """Timing callables in one process, in turns of A B B A, for gates over small things.
 
-A round is several turns, and its figure the median of a callable's visits in them: other work on the machine that
-interrupts some visits then leaves the figure alone. Few visits longer than a scheduler's time slice would not.
+A round is several turns, and its figure the first decile of a callable's visits in them: other work on the machine
+that interrupts some visits then leaves the figure alone, provided a visit is shorter than a scheduler's time slice.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
 
 from .arms import Arm, Cell
 from .budgets import TIME
+from .statistics import undisturbed
 
 Work = Callable[[], object]
 Clock = Callable[[], float]
@@ -43,7 +43,7 @@ class Interleaved:
                 self.works[name]()
                 visits[name].append(self.clock() - start)
             for name, seconds in visits.items():
-                self.rounds.setdefault(name, {})[index] = median(seconds)
+                self.rounds.setdefault(name, {})[index] = undisturbed(seconds)
 
     def arm(self, name: str, point: str) -> Arm:
         """One of them as a side of a gate; both sides were taken together, so they pair by round."""

@@ -1,8 +1,11 @@
 """Reading what pytest-benchmark saves: one JSON file, or a folder of files, each of which is one round.
 
 Timings of one file follow each other, and neighbours in time are alike; so a file's timings are cut into blocks of
-equal length, and a block's median is one round. A benchmark that times a control before each of its own calls and
-keeps it as `extra_info["control_s"]` is compared by its ratio to that, which survives another machine.
+equal length, each of which is one round. Its figure is the first decile: a benchmark does the same work each time, so
+what is above that is mostly other work on the machine.
+
+A benchmark that times a control before each of its own calls and keeps it as `extra_info["control_s"]` is compared by
+its ratio to that, which survives another machine.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 from ..errors import ConfigError
 from .arms import Arm, Cell
 from .budgets import TIME
+from .statistics import undisturbed
 
 BLOCKS: Final = 20
 CONTROL: Final = "control_s"
@@ -82,7 +86,7 @@ def arm_of_folder(folder: Path, files: Sequence[Saved]) -> Arm:
             raise ConfigError(f"{other.path} and {first.path} are of different machines or hold different benchmarks")
     cells, requests = {}, {}
     for name in first.timings:
-        rounds = {index: float(np.median(saved.timings[name].data)) for index, saved in enumerate(files)}
+        rounds = {index: undisturbed(saved.timings[name].data) for index, saved in enumerate(files)}
         cells[name, TIME] = Cell("s", "lower", rounds)
         requests[name, TIME] = [saved.timings[name].data for saved in files]
     facts = {"host": first.host, "workload": {"files": len(files)}}
@@ -107,7 +111,7 @@ def _timings(entry: dict[str, Any], path: Path) -> Timings:
 
 def _blocks(values: list[float]) -> dict[int, float]:
     parts = np.array_split(np.asarray(values), min(BLOCKS, len(values)))
-    return {index: float(np.median(part)) for index, part in enumerate(parts)}
+    return {index: undisturbed(part.tolist()) for index, part in enumerate(parts)}
 
 
 def read_json(path: Path) -> Any:

@@ -24,7 +24,7 @@ class Clock:
         self.now += seconds
 
 
-def test_visits_take_turns_and_a_round_is_their_median() -> None:
+def test_visits_take_turns_and_a_round_is_what_most_agree_on() -> None:
     clock = Clock()
     works = {"a": lambda: clock.work("a", 1.0), "b": lambda: clock.work("b", 1.15)}
     measured = Interleaved(works, turns=2, clock=lambda: clock.now)

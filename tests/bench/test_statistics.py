@@ -169,6 +169,14 @@ def test_a_detectable_budget_is_passed_as_often_as_promised() -> None:
     assert statistics.detectable(0.0) == 0
 
 
+def test_interruptions_leave_the_undisturbed_time_alone() -> None:
+    values = np.random.default_rng(13).normal(1, 0.01, 200)
+    busy = values.copy()
+    busy[::2] *= 3  # half of the time something else ran
+    assert statistics.undisturbed(list(busy)) == pytest.approx(statistics.undisturbed(list(values)), rel=0.01)
+    assert statistics.undisturbed(list(1.15 * values)) == pytest.approx(1.15 * statistics.undisturbed(list(values)))
+
+
 def test_holm_on_the_textbook_example_and_its_family_wise_error() -> None:
     adjusted = statistics.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
     assert adjusted == {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06}
