@@ -24,6 +24,8 @@ import click
 from ..errors import ServeError
 from .assets import DEFAULT_DIR, MODEL_NAME, ensure_assets
 from .processes import crepe_deploy
+from .result import load_run
+from .summary import gain
 
 RUNS = [
     ("magnitude", "2:4", "dense"),
@@ -36,6 +38,7 @@ RUNS = [
 SERVED = "crepe-16of32"
 CALIBRATION = ("--calib-samples", "16", "--calib-length", "512", "--seed", "0")
 EVALUATION = ("--window", "512", "--max-tokens", "8192")
+DECODING = ("--points", "1x64+33", "--rounds", "5")  # batch 1, prompts of 64 tokens, 32 decode steps
 PROMPT = "The capital of France is"
 
 
@@ -47,7 +50,7 @@ def measure(out: Path, assets_dir: Path, say: Callable[[str], None]) -> dict[str
     rows = [{"method": "dense", "pattern": "-", "sparsity": 0.0, **_quality(dense.output), **_size(assets.model)}]
     for index, (method, pattern, formats) in enumerate(RUNS):
         say(f"[{index + 1}/{len(RUNS)}] {method} {pattern}")
-        folder = out / f"{method}-{pattern.replace(':', 'of')}"
+        folder = out / _slug(method, pattern)
         pruned = crepe_deploy(
             "prune-and-export", str(assets.model), "--out", str(folder), "--method", method, "--sparsity", pattern,
             "--calib", str(calib), *CALIBRATION, "--format", formats,
@@ -66,6 +69,25 @@ def measure(out: Path, assets_dir: Path, say: Callable[[str], None]) -> dict[str
         "cores": os.cpu_count(),
         "rows": rows,
     }
+
+
+def add_decode_speed(result: dict[str, Any], out: Path, assets_dir: Path) -> None:
+    """Measure the packed exports beside the dense model in vLLM; puts `decode_gain` into their rows."""
+    dense = ensure_assets(assets_dir).model
+    rows = [row for row in result["rows"] if row["format"] == "packed"]
+    folders = [out / _slug(row["method"], row["pattern"]) / "packed" for row in rows]
+    path = out / "decode.json"
+    crepe_deploy("bench", str(dense), *map(str, folders), "--baseline", str(dense), *DECODING, "--out", str(path))
+    run = load_run(path)
+    by_folder = {Path(candidate.folder).resolve(): candidate for candidate in run.candidates}
+    for row, folder in zip(rows, folders, strict=True):
+        found = gain(run, by_folder[folder.resolve()], run.workload.points[0].name, "tpot_s")
+        row["decode_gain"] = found and found.model_dump()
+    result["decoding"] = " ".join(DECODING) + f", {run.environment.threads} threads"
+
+
+def _slug(method: str, pattern: str) -> str:
+    return f"{method}-{pattern.replace(':', 'of')}"
 
 
 def _quality(report: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +112,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prune s": lambda row: f"{row['seconds']:.1f}" if "seconds" in row else "",
     "peak MB": lambda row: f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
     "file MB": lambda row: f"{row['file_bytes'] / 1e6:.0f} {row['format']}",
+    "decode": lambda row: _decode_cell(row.get("decode_gain")),
 }
+
+
+def _decode_cell(gain: dict[str, Any] | None) -> str:
+    return "" if gain is None else f"{gain['value']:.2f}x [{gain['low']:.2f}, {gain['high']:.2f}]"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -102,6 +129,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"Evaluation: {result['evaluation']}, windows without overlap. Seconds and peak resident memory are those of "
         "the whole `prune-and-export` process, imports, proof and hashing included, and for the crepe rows packing."
     )
+    if "decoding" in result:
+        conditions += (
+            f" Decode: time of a token in vLLM, dense over packed, paired by round, with its 95 % interval "
+            f"(`crepe-deploy bench` {result['decoding']})."
+        )
     return "\n".join([*lines, "", conditions]) + "\n"
 
 
@@ -115,7 +147,7 @@ def print_table(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column in {"method", "pattern"} else "right")
     for row in result["rows"]:
         table.add_row(*(cell(row) for cell in COLUMNS.values()))
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 def generate(folder: Path) -> str:
@@ -153,7 +185,9 @@ def serve_once(folder: Path) -> str:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
 @click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), default=None, help="Also write the rows here.")
-@click.option("--serve/--no-serve", default=True, show_default=True, help="Serve the packed checkpoint with vLLM.")
+@click.option(
+    "--serve/--no-serve", default=True, show_default=True, help="Serve and measure the packed checkpoints with vLLM."
+)
 def main(out: Path, assets_dir: Path, json_path: Path | None, serve: bool) -> None:
     """Prune a real model with every method and print what each costs and keeps."""
     start = time.perf_counter()
@@ -162,6 +196,7 @@ def main(out: Path, assets_dir: Path, json_path: Path | None, serve: bool) -> No
     dense, packed = out / SERVED / "dense", out / SERVED / "packed"
     click.echo(f"transformers, from {dense}:\n  {generate(dense)!r}\n")
     if serve:
+        add_decode_speed(result, out, assets_dir)
         click.echo(f"vLLM, from {packed}:\n  {serve_once(packed)!r}\n")
     print_table(result)
     click.echo(markdown(result).split("\n\n")[-1])
