@@ -49,6 +49,7 @@ class Arm:
     noise: Mapping[str, float] | None = None
     versions: Mapping[str, Any] = field(default_factory=dict)
     paired: bool = False
+    engine: str = ""
 
 
 def arm(run: Run, name: str, gate: Gate) -> Arm:
@@ -70,6 +71,7 @@ def arm(run: Run, name: str, gate: Gate) -> Arm:
         quality=found.quality,
         noise=run.noise,
         versions=run.environment.versions | {"weights": found.model_sha256},
+        engine=found.engine,
     )
 
 
@@ -112,7 +114,7 @@ def _requests(found: Candidate) -> dict[Key, list[list[float]]]:
 def _model(found: Candidate, control: Candidate | None, gate: Gate) -> dict[str, Any]:
     """What makes two candidates the same thing. Their weights may differ between commits: pruning may have changed."""
     if gate == PRUNED:
-        return {"engine": found.engine}
+        return {}
     kind = {name: getattr(found, name) for name in ("engine", "method", "pattern", "format")}
     if control is None:
         return kind | {"weights": found.model_sha256}

@@ -55,13 +55,13 @@ def gate_commits(base: Run, new: Run, limits: Limits, options: Options | None = 
     candidates that one of them lacks, or that were not measured.
     """
     chosen = options or Options()
-    names = chosen.names or tuple(one.name for one in base.candidates if one.name != base.baseline) or (base.baseline,)
+    names = chosen.names or tuple(_usual(base)) or (base.baseline,)
     pairs: list[Pair] = []
     for name in names:
         for run in (base, new):
             _require_samples(run, name)
         pairs.append((arm(base, name, COMMITS), arm(new, name, COMMITS)))
-    fresh = sorted({one.name for one in new.candidates} - {one.name for one in base.candidates})
+    fresh = sorted(set(_usual(new)) - set(_usual(base)))
     notes = [f"not in the baseline run, so not gated: {', '.join(fresh)}"] if fresh else []
     return verdict(pairs, _budgets(limits, pairs), COMMITS, chosen.host_mismatch, chosen.looks, notes)
 
@@ -136,6 +136,11 @@ def raise_for(found: Verdict) -> None:
         more = f", and {count - 1} more" if count > 1 else ""
         text = f"{found.status}, {found.gate}: {row.candidate}: {row.place}: {row.reason}{more}"
         raise ERRORS[found.status](text)
+
+
+def _usual(run: Run) -> list[str]:
+    """Names of the candidates that are gated unless others are asked for: not the baseline, nor its A/A twin."""
+    return [one.name for one in run.candidates if one.name != run.baseline and "aa_of" not in one.notes]
 
 
 def _gate_benchmarks(base: Arm, new: Arm, limits: Limits, options: Options) -> Verdict:

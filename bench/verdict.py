@@ -75,6 +75,9 @@ def _notes(pairs: Sequence[Pair], budgets: Budgets, gate: Gate, rows: list[Row],
         )
     if any(row.check == "latency" for row in rows) and not any(base.noise or new.noise for base, new in pairs):
         yield "no A/A noise is stored with these runs, so budgets were not held against it"
+    for base, new in pairs:
+        if base.engine != new.engine and gate != COMMITS:
+            yield f"{new.name} ran in {new.engine}, {base.name} in {base.engine}: ratios are the engines' too"
     if gate == COMMITS:
         changes = [text for base, new in pairs for text in _changes(base.versions, new.versions, new.name)]
         yield from dict.fromkeys(changes)

@@ -236,10 +236,21 @@ def test_other_lengths_make_a_gate_invalid(change: dict[str, int]) -> None:
     assert found.status == "INVALID" and found.rows[0].check == "lengths" and "instead of" in found.rows[0].reason
 
 
-def test_another_engine_is_no_baseline() -> None:
+def test_another_engine_than_the_baselines_is_said() -> None:
     other = candidate("packed", DENSE, engine="transformers")
     found = gate.gate_pruned(run([candidate("dense", DENSE), other]), ["packed"], TPOT)
-    assert found.status == "INVALID" and "engine vllm against transformers" in found.rows[0].reason
+    assert found.status == "PASS" and any("packed ran in transformers, dense in vllm" in note for note in found.notes)
+    base, new = (run([candidate("dense", DENSE), candidate("packed", DENSE, engine=name)]) for name in ("vllm", "ort"))
+    assert "engine vllm against ort" in commits_gate(base, new, TPOT).rows[0].reason
+
+
+def test_the_twin_of_an_a_a_run_is_not_gated_between_commits() -> None:
+    twin = candidate("dense again", DENSE, notes={"aa_of": "dense"})
+    base = run([candidate("dense", DENSE), candidate("packed", DENSE)])
+    new = run([candidate("dense", DENSE), candidate("packed", DENSE), twin])
+    for pair in ((base, new), (new, base), (new, new)):
+        found = commits_gate(*pair, TPOT)
+        assert found.status == "PASS" and found.candidates == ["packed"]
 
 
 def two_runs(factor: float, machine: float = 1.0, **changes: Any) -> tuple[Run, Run]:
