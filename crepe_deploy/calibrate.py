@@ -58,6 +58,29 @@ def _embed_one(run: Any, tokens: Tensor) -> Stream:
     return Stream(hidden, calls)
 
 
+def shared_inputs(block: nn.Module, linears: list[LinearSpec], stream: Stream, index: int) -> list[list[str]]:
+    """Group the paths of linears that read one and the same tensor, in the order in which they are called."""
+    groups: list[tuple[Tensor, list[str]]] = []
+
+    def note(path: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for seen, paths in groups:
+                if seen is args[0]:
+                    paths.append(path)
+                    return
+            groups.append((args[0], [path]))
+
+        return hook
+
+    handles = [block.get_submodule(spec.path).register_forward_pre_hook(note(spec.path)) for spec in linears]
+    try:
+        Stream(stream.hidden[:1], stream.calls).run(block, index, advance=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [paths for _, paths in groups]
+
+
 @dataclass
 class _Accumulator:
     """Sums over the calibration tokens of one linear input: squares and values (in,), Gram matrix (in, in); fp32."""

@@ -48,7 +48,7 @@ class Unstructured:
 
     def __str__(self) -> str:
         short = f"{self.sparsity:g}"
-        return f"{short if float(short) == self.sparsity else self.sparsity!r}/{self.granularity}"
+        return f"{short if float(short) == self.sparsity else repr(self.sparsity)}/{self.granularity}"
 
 
 Pattern: TypeAlias = NM | Unstructured

@@ -50,6 +50,10 @@ class Fold:
                 best, retained = order, found
         return best
 
+    def gain(self, score: Tensor, order: Tensor, n: int, m: int) -> float:
+        """What `order` retains over what the given order does, less 1."""
+        return retained_score(score[:, order], n, m) / max(retained_score(score, n, m), 1e-30) - 1
+
 
 @dataclass(frozen=True)
 class Gather:

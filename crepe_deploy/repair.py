@@ -37,6 +37,10 @@ class Repairer(Protocol):
 
     needs: ClassVar[frozenset[Need]]
 
+    def check(self, pattern: Pattern) -> None:
+        """Raise ConfigError where it has no meaning for `pattern`."""
+        ...
+
     def __call__(self, weight: Tensor, mask: Tensor, stats: Stats, pattern: Pattern) -> tuple[Tensor, dict[str, float]]:
         """Dense weight (out, in), keep mask -> a new mask with the same count in every group, and notes."""
         ...
@@ -58,6 +62,9 @@ class DSnoT:
         check_range("enough", self.enough, 0)
         if self.order not in get_args(Order):
             raise ConfigError(f"order '{self.order}' is unknown; known: {', '.join(get_args(Order))}")
+
+    def check(self, pattern: Pattern) -> None:
+        """Every pattern will do."""
 
     def __call__(self, weight: Tensor, mask: Tensor, stats: Stats, pattern: Pattern) -> tuple[Tensor, dict[str, float]]:
         """As `Repairer`. notes: swaps made, and the mean |err_i| over its start."""
@@ -89,14 +96,18 @@ class Swaps:
     def __post_init__(self) -> None:
         check_range("sweeps", self.sweeps, 1)
 
-    def __call__(self, weight: Tensor, mask: Tensor, stats: Stats, pattern: Pattern) -> tuple[Tensor, dict[str, float]]:
-        """As `Repairer`, for N:M patterns. notes: swaps made. Raises ConfigError for another pattern."""
+    def check(self, pattern: Pattern) -> None:
+        """Raise ConfigError for what is not N:M."""
         if not isinstance(pattern, NM):
             raise ConfigError(f"--reprune swaps works in N:M groups, not in {pattern}; use dsnot")
+
+    def __call__(self, weight: Tensor, mask: Tensor, stats: Stats, pattern: Pattern) -> tuple[Tensor, dict[str, float]]:
+        """As `Repairer`, for N:M patterns. notes: swaps made. Raises ConfigError for another pattern."""
+        self.check(pattern)
         gram = need_hessian(stats, weight).float()
         repaired, swaps = mask.clone(), 0
         for _ in range(self.sweeps):
-            found = swap_groups(weight.detach().float(), repaired, gram, pattern.m)
+            found = swap_groups(weight.detach().float(), repaired, gram, pattern)
             swaps += found
             if not found:
                 break
@@ -149,11 +160,13 @@ def _partner(shift: Tensor, score: Tensor, prunable: Tensor, sign: Tensor, grown
     return score.masked_fill(~allowed, INFINITY)
 
 
-def swap_groups(weight: Tensor, mask: Tensor, gram: Tensor, width: int) -> int:
-    """One sweep of best swaps over the groups of `width` columns; changes `mask` (out, in), returns the swaps made.
+def swap_groups(weight: Tensor, mask: Tensor, gram: Tensor, pattern: Pattern) -> int:
+    """One sweep of best swaps over the groups of an N:M pattern; changes `mask` (out, in), returns the swaps made.
 
     With g = d H, pruning p and growing q changes e by 2 w_p g_p + w_p^2 H_pp - 2 w_q g_q + w_q^2 H_qq - 2 w_p w_q H_pq.
     """
+    assert isinstance(pattern, NM)
+    width = pattern.m
     slope = (weight * ~mask) @ gram
     swaps = 0
     for start in range(0, weight.shape[1], width):
