@@ -1,4 +1,4 @@
-"""Measuring a scenario: every candidate in a process of its own, one working at a time, in the order A B C C B A.
+"""Measuring a scenario: every candidate in a process of its own, one working at a time, there and back: A B C C B A.
 
 All candidates stay loaded, so that a round's visits to a point follow one another within seconds and meet the same
 neighbours on the machine. Nothing is written here: a run exists when every visit was made.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Final
@@ -143,13 +143,12 @@ class Session:
         self.rounds += rounds
 
     def _turns(self, rounds: range, step: Step) -> Iterator[tuple[str, Point, Visit]]:
-        order = [*self._workers, *reversed(self._workers)]
         vocabulary = int(limits(self.arms[0].folder)[0] or 0)
-        total, done = len(rounds) * len(self.points) * len(order), 0
+        total, done = len(rounds) * len(self.points) * len(self._workers) * 2, 0
         for index in rounds:
             for point in self.points:
                 turn = Turn(point, index, self.scenario.seed, vocabulary)
-                for name in order:
+                for name in order([*self._workers], index):
                     yield name, point, self._workers[name].visit(turn)
                     done += 1
                     step(done, total)
@@ -197,6 +196,14 @@ class Session:
         for one, other in zip(first.series, again.series, strict=True):
             found |= noise_floor(one, other)
         return found
+
+
+def order(names: Sequence[str], round: int) -> list[str]:
+    """There and back, beginning one further each round: the candidate that turns comes twice in a row and finds warm
+    caches, so every one must take that place equally often."""
+    start = round % len(names)
+    there = [*names[start:], *names[:start]]
+    return [*there, *reversed(there)]
 
 
 def is_again(arm: CandidateSpec, scenario: Scenario) -> bool:
