@@ -44,7 +44,9 @@ def terminal(verdict: Verdict) -> list[RenderableType]:
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("status", no_wrap=True)
     for name in COLUMNS:
-        table.add_column(name, justify="right" if name in ("baseline", "measured", "limit") else "left")
+        table.add_column(
+            name, justify="right" if name in ("baseline", "measured", "limit") else "left", overflow="fold"
+        )
     for row in verdict.rows:
         table.add_row(Text(row.status, STYLES[row.status]), *map(Text, cells(row)))
     notes = [Text(f"note: {note}") for note in verdict.notes]
