@@ -38,7 +38,7 @@ class Interleaved:
         done = max((len(found) for found in self.rounds.values()), default=0)
         for index in range(done, done + count):
             visits: dict[str, list[float]] = {name: [] for name in self.works}
-            for name in [*self.works, *reversed(self.works)] * self.turns:
+            for name in [*self.works, *reversed(list(self.works))] * self.turns:
                 start = self.clock()
                 self.works[name]()
                 visits[name].append(self.clock() - start)

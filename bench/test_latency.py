@@ -53,17 +53,20 @@ def beside(benchmark: Benchmark, work: Work, control: Work) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("choice", "batch"), [("stream", 1), ("stream", 16), ("tile", 16)])
 def test_packed_beside_dense(benchmark: Benchmark, choice: str, batch: int, dtype: str) -> None:
+    """A packed layer, with torch's dense one before each call."""
     packed = packed_linear(batch, choice, dtype=getattr(torch, dtype))
     beside(benchmark, repeated(packed, CALLS), repeated(dense_linear(batch, dtype=getattr(torch, dtype)), CALLS))
 
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_dense(benchmark: Benchmark, batch: int) -> None:
+    """torch's dense layer alone."""
     benchmark(repeated(dense_linear(batch), CALLS))
 
 
 @pytest.mark.parametrize(("method", "params"), [("magnitude", {}), ("ria", {}), ("crepe", {"gamma": 1.0})])
 def test_score_and_select(benchmark: Benchmark, method: str, params: dict[str, Any]) -> None:
+    """Scoring a layer and choosing its mask."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 512, generator=generator)
     norms = torch.rand(512, generator=generator) + 0.1
@@ -72,4 +75,5 @@ def test_score_and_select(benchmark: Benchmark, method: str, params: dict[str, A
 
 
 def test_decode_step(benchmark: Benchmark) -> None:
+    """One token of a tiny model."""
     benchmark(decode_step())
