@@ -101,7 +101,7 @@ def prune_and_export(
         int8_tensors(Decoder(model.folder))
     if "onnx" in formats:
         check_options(onnx)
-        check_model(load_config(model.folder))
+        check_model(load_config(model.folder), onnx.flavor)
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
     with atomic_folder(out, overwrite=overwrite) as folder:
         pruned = folder / "pruned"

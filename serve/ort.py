@@ -6,6 +6,7 @@ Both continue a batch of prompts: `start(prompts)` reads them, `step(tokens)` ad
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -146,47 +147,54 @@ class Graph:
 
 
 class Generator:
-    """A genai folder in onnxruntime-genai, which keeps the cache in place. Prompts of a batch are of one length."""
+    """A genai folder in onnxruntime-genai, which keeps the cache in place.
+
+    It lets tokens be chosen from outside for a single prompt only: a batch goes through a `Graph`, loaded when the
+    first one comes.
+    """
 
     def __init__(self, folder: Path, max_tokens: int, threads: int = 0) -> None:
         import onnxruntime_genai as og
 
+        self.folder, self.threads = folder, threads
         context = int(read_json(folder / GENAI_CONFIG)["model"]["context_length"])
         self.max_tokens = min(max_tokens, context)
+        session = {"intra_op_num_threads": threads} if threads else {}
         try:
             config = og.Config(str(folder))
-            if threads:
-                overlay = f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}'
-                config.overlay(overlay)
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
             self.model = og.Model(config)
         except RuntimeError as error:
             raise CheckpointError(f"onnxruntime-genai cannot load {folder}: {error}") from error
         self.generator: Any = None
+        self.graph: Graph | None = None
+        self.batch = 0
 
     def start(self, prompts: Prompts) -> Logits:
         """Forget everything, read the prompts; logits (batch, vocab). Raises ConfigError unless of one length."""
         import onnxruntime_genai as og
 
-        if len({len(prompt) for prompt in prompts}) != 1:
-            raise ConfigError(
-                "a genai graph takes prompts of one length: its attention gives padded rows wrong answers"
-            )
+        self.batch = len(prompts)
+        if self.batch > 1:
+            self.graph = self.graph or Graph(self.folder, self.threads)
+            return self.graph.start(prompts)
         params = og.GeneratorParams(self.model)
-        params.set_search_options(max_length=self.max_tokens, batch_size=len(prompts), do_sample=False)
+        params.set_search_options(max_length=self.max_tokens, batch_size=1, do_sample=False)
         self.generator = og.Generator(self.model, params)
-        return self._append(np.asarray(prompts, np.int32))
+        return self._append(prompts[0])
 
     def step(self, tokens: Sequence[int]) -> Logits:
         """Add one token to every prompt; logits (batch, vocab) of the next."""
-        return self._append(np.asarray(tokens, np.int32)[:, None])
+        if self.graph is not None and self.batch > 1:
+            return self.graph.step(tokens)
+        return self._append(tokens)
 
-    def _append(self, tokens: npt.NDArray[np.int32]) -> Logits:
+    def _append(self, tokens: Sequence[int]) -> Logits:
         try:
-            self.generator.append_tokens(tokens if len(tokens) > 1 else tokens[0])
+            self.generator.append_tokens(np.asarray(tokens, np.int32))
         except RuntimeError as error:
             raise ServeError(f"onnxruntime-genai: {error}") from error
-        found = self.generator.get_logits()
-        return np.asarray(found[:, -1], np.float32)
+        return np.asarray(self.generator.get_logits()[:, -1], np.float32)
 
 
 def greedy(runner: Runner, prompts: Prompts, count: int) -> tuple[list[list[int]], list[Logits]]:

@@ -26,7 +26,8 @@ LLAMA3_ROPE = {
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHARED, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
     "mistral": MistralConfig(**SHARED, sliding_window=16, tie_word_embeddings=False),
-    "qwen2": Qwen2Config(**{**SHARED, "head_dim": None}, tie_word_embeddings=False),
+    "mistral without a window": MistralConfig(**SHARED, sliding_window=None, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**{name: value for name, value in SHARED.items() if name != "head_dim"}),
     "qwen3": Qwen3Config(**SHARED, tie_word_embeddings=True),
     "gemma3_text": Gemma3TextConfig(
         **SHARED, sliding_window=16, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=32

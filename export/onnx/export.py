@@ -47,7 +47,7 @@ def export_onnx(
     parent = verify(source)
     check_source(source, parent)
     with _dense(source, folder, parent) as dense:
-        check_model(load_config(dense))
+        check_model(load_config(dense), options.flavor)
         _require_room(dense, folder, options.precision)
         tick = ticker(step, _STAGES)
         build = build_portable if options.flavor == "portable" else build_genai

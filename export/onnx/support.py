@@ -12,6 +12,7 @@ FLAVORS: Final = {"portable": ("fp32", "fp16"), "genai": ("fp32", "int4")}
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # Rotary frequencies of other kinds change with the length of the text, which one traced graph cannot follow.
 ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+GENAI_LACKS: Final = {"gemma3_text": "onnxruntime-genai's builder does not read its two rotary embeddings"}
 _LIBRARIES: Final = {
     "portable": ("onnx", "onnxruntime", "onnxscript"),
     "genai": ("onnx", "onnxruntime", "onnxscript", "onnxruntime_genai"),
@@ -48,7 +49,7 @@ def check_options(options: OnnxOptions) -> None:
             raise MissingExtra(name.replace("_", "-"), "onnx", f"--format onnx --onnx-flavor {options.flavor}")
 
 
-def check_model(config: Any) -> None:
+def check_model(config: Any, flavor: str) -> None:
     """Raise UnsupportedModel for a transformers configuration whose graph is not covered, naming what is not."""
     family = config.model_type
     if family not in FAMILIES:
@@ -61,6 +62,13 @@ def check_model(config: Any) -> None:
                 f"rotary embedding '{kind}' of this '{family}' cannot be exported to ONNX; those that can: "
                 f"{', '.join(ROPE_TYPES)}"
             )
+    if flavor == "genai" and family in GENAI_LACKS:
+        raise UnsupportedModel(f"--onnx-flavor genai cannot export '{family}': {GENAI_LACKS[family]}; use portable")
+    if flavor == "genai" and getattr(config, "sliding_window", None) is not None:
+        raise UnsupportedModel(
+            f"--onnx-flavor genai cannot export this '{family}': with its sliding window of {config.sliding_window} "
+            "tokens onnxruntime-genai fails at run time; use portable"
+        )
 
 
 def _rope_types(parameters: dict[str, Any]) -> set[str]:

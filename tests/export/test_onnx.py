@@ -73,7 +73,7 @@ def test_every_family_as_a_portable_graph(tmp_path: Path, family: str) -> None:
     check_record(as_portable(pruned_model(tmp_path, family), tmp_path / "onnx"), "portable")
 
 
-@pytest.mark.parametrize("family", list(CONFIGS))
+@pytest.mark.parametrize("family", ["llama", "mistral without a window", "qwen2", "qwen3"])
 def test_every_family_as_a_genai_graph(tmp_path: Path, family: str) -> None:
     source = pruned_model(tmp_path, family)
     manifest = export_checkpoint(source, tmp_path / "onnx", "onnx", onnx=OnnxOptions("genai", "fp32"))

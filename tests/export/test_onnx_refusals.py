@@ -70,9 +70,13 @@ def test_families_and_rotary_embeddings_by_name(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt2", "pruned"]
     dynamic = LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(UnsupportedModel, match="rotary embedding 'dynamic'"):
-        check_model(dynamic)
+        check_model(dynamic, "portable")
     for family in FAMILIES:
-        check_model(CONFIGS[family])
+        check_model(CONFIGS[family], "portable")
+    with pytest.raises(UnsupportedModel, match=r"genai cannot export 'gemma3_text'.*use portable"):
+        check_model(CONFIGS["gemma3_text"], "genai")
+    with pytest.raises(UnsupportedModel, match="sliding window of 16"):
+        check_model(CONFIGS["mistral"], "genai")
 
 
 def test_a_full_disk_is_met_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
