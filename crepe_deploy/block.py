@@ -78,8 +78,8 @@ class BlockPruner:
             start, notes = weight, notes | {f"reprune_{name}": value for name, value in found.items()}
         if steps.reconstruct is not None:
             with self.phases("reconstruct"):
-                solution = steps.reconstruct(weight, start, mask, stats)
-            start = solution.weight
+                solution = steps.reconstruct(weight, start, mask, stats, pattern)
+            start, mask = solution.weight, solution.mask
             notes |= {f"reconstruct_{name}": value for name, value in solution.notes.items()}
         with self.phases("update"):
             pruned = start.to(weight.dtype).masked_fill(~mask, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from .families import Decoder, LinearSpec
 from .manifest import Manifest, hash_folder, save_manifest, versions
 from .methods import get_method
 from .methods.base import SolveMethod, Stats
+from .paired import RESIDUALS, Pair
 from .pattern import NM, Pattern, check_divides
 from .progress import Step, silent
 from .proof import check_parity
@@ -29,7 +31,7 @@ from .steps import KINDS, Steps, build_steps
 from .texts import CalibrationSet
 from .writing import CheckpointWriter, Planned, atomic_folder, check_output, require_disk
 
-FEEDS = ("auto", "dense", "pruned")
+FEEDS = ("auto", "dense", "pruned", "both")
 PROBE_TOKENS = 64
 
 
@@ -39,7 +41,7 @@ class PruneConfig:
 
     include/exclude: regular expressions searched in the tensor's checkpoint name; exclude wins.
     feed: what the next block is fed while calibrating: "dense" the dense block's output, "pruned" the pruned one's,
-    "auto" the method's own choice.
+    "both" each its own, layer by layer (see `paired`), "auto" the best one for the method and its steps.
     dtype: of computation, "auto" = the checkpoint's.
     allocate, permute, reprune, reconstruct: the steps around the method, as `steps.build_step` reads them.
     recipe: the name of the one that some of this came from.
@@ -49,7 +51,7 @@ class PruneConfig:
     pattern: Pattern
     params: dict[str, Any] = field(default_factory=dict)
     preset: str | None = None
-    feed: Literal["auto", "dense", "pruned"] = "auto"
+    feed: Literal["auto", "dense", "pruned", "both"] = "auto"
     include: str | None = None
     exclude: str | None = None
     dtype: str = "auto"
@@ -141,8 +143,10 @@ def _prepare(
             f"calibration windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
         )
     feed = config.feed
+    if feed == "both" and steps.reconstruct is None:
+        raise ConfigError("--feed both collects what only --reconstruct uses: give one, or another feed")
     if feed == "auto":
-        feed = method.feed if steps.reconstruct is None else "pruned"
+        feed = method.feed if steps.reconstruct is None else "both"
     treatment = Treatment(method, steps, uniform(targets, config.pattern))
     return _Run(decoder, replace(config, feed=feed), targets, BlockPruner(decoder, treatment)), tokens
 
@@ -195,10 +199,14 @@ def _prune_into(folder: Path, run: _Run, tokens: Tensor | None, probe_tokens: Te
         with run.pruner.phases("embed"):
             streams = embed(decoder, [probe_tokens] if tokens is None else [probe_tokens, tokens])
         probe, stream = streams[0], (streams[1] if tokens is not None else None)
+        pair = _pair(run, stream)
         written: set[str] = set()
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
-                _prune_block(run, index, stream, weights)
+                if pair is None:
+                    _prune_block(run, index, stream, weights)
+                else:
+                    _prune_paired(run, index, pair, weights)
                 with run.pruner.phases("forward"):
                     probe.run(decoder.blocks[index], index, advance=True)
                 with run.pruner.phases("write"):
@@ -212,6 +220,26 @@ def _prune_into(folder: Path, run: _Run, tokens: Tensor | None, probe_tokens: Te
                     writer.write(info.name, decoder.reader.load(info.name))
     with run.pruner.phases("verify"):
         return decoder.logits(probe_tokens, probe.hidden[0])
+
+
+def _pair(run: _Run, stream: Stream | None) -> Pair | None:
+    if stream is None or run.config.feed != "both":
+        return None
+    return Pair(stream, replace(stream, hidden=list(stream.hidden)), RESIDUALS.get(run.decoder.config.model_type, {}))
+
+
+def _prune_paired(run: _Run, index: int, pair: Pair, weights: dict[str, Tensor]) -> None:
+    """Prune the targets of the block group by group, each behind what is pruned already, and feed the next block."""
+    block, targets, pruner = run.decoder.blocks[index], run.targets[index], run.pruner
+    before = copy.deepcopy(block)
+    for group in pair.groups(block, index, targets):
+        with pruner.phases("forward"):
+            stats = pair.stats(before, block, index, group)
+        for spec in group:
+            pruner.prune(block, spec, weights, stats)
+    if index < len(run.targets) - 1:
+        with pruner.phases("forward"):
+            pair.advance(before, block, index)
 
 
 def _prune_block(run: _Run, index: int, stream: Stream | None, weights: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ class Recipe(BaseModel):
     method: str | None = None
     preset: str | None = None
     params: dict[str, Any] = Field(default_factory=dict)
-    feed: Literal["auto", "dense", "pruned"] = "auto"
+    feed: Literal["auto", "dense", "pruned", "both"] = "auto"
     allocate: str | None = None
     permute: str | None = None
     reprune: str | None = None

@@ -34,7 +34,7 @@ def test_every_shipped_recipe_builds(name: str) -> None:
     [
         ("name: a\nreconstrcut: exact", "reconstrcut: Extra inputs are not permitted"),
         ("method: ria", "name: Field required"),
-        ("name: a\nfeed: both", "feed: Input should be 'auto', 'dense' or 'pruned'"),
+        ("name: a\nfeed: twice", "feed: Input should be 'auto', 'dense', 'pruned' or 'both'"),
         ("name: 3", "name: Input should be a valid string"),
         ("- a", "it: Input should be a valid dictionary"),
         ("name: [", "is not YAML"),

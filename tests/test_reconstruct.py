@@ -33,7 +33,7 @@ def output_errors(change: Tensor, inputs: Tensor) -> Tensor:
 def test_exact_is_least_squares_row_by_row(pattern: Pattern) -> None:
     weight, inputs, stats = layer()
     mask = select(weight.abs(), pattern)
-    found = Exact(damping=1e-6, tolerance=1e-6, max_steps=2000)(weight, weight, mask, stats).weight
+    found = Exact(damping=1e-6, tolerance=1e-6, max_steps=2000)(weight, weight, mask, stats, NM(2, 4)).weight
     for row in range(len(weight)):
         kept = mask[row]
         wanted = inputs.double() @ weight[row].double()
@@ -46,7 +46,7 @@ def test_exact_with_damping_solves_the_damped_normal_equations(damping: float) -
     weight, _, stats = layer()
     assert stats.hessian is not None
     mask = select(weight.abs(), NM(2, 4))
-    found = Exact(damping=damping, tolerance=1e-6, max_steps=2000)(weight, weight, mask, stats).weight
+    found = Exact(damping=damping, tolerance=1e-6, max_steps=2000)(weight, weight, mask, stats, NM(2, 4)).weight
     gram = stats.hessian.double() + damping * stats.hessian.diagonal().double().mean() * torch.eye(64)
     for row in range(len(weight)):
         kept = mask[row]
@@ -61,9 +61,11 @@ def test_exact_with_damping_solves_the_damped_normal_equations(damping: float) -
 def test_no_row_gets_worse_and_zeros_stay(name: str, pattern: Pattern) -> None:
     weight, inputs, stats = layer(rows=40)
     mask = select(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)), pattern)
-    solution = RECONSTRUCTORS[name]()(weight, weight, mask, stats)
-    assert torch.equal(solution.mask, mask)
-    assert not solution.weight[~mask].any()
+    solution = RECONSTRUCTORS[name]()(weight, weight, mask, stats, pattern)
+    width = pattern.m if isinstance(pattern, NM) else mask.numel() if pattern.granularity == "matrix" else 64
+    assert torch.equal(solution.mask.view(-1, width).sum(1), mask.view(-1, width).sum(1))
+    assert torch.equal(solution.mask, mask) == (name != "admm")
+    assert not solution.weight[~solution.mask].any()
     goal = make_goal(weight, stats, solution.notes["damping"])
     assert (goal.error(solution.weight) <= goal.error(weight * mask)).all()
     before, after = (output_errors(weight - new, inputs).sum() for new in (weight * mask, solution.weight))
@@ -78,8 +80,8 @@ def test_exact_is_at_least_as_good_as_the_sweep_and_every_step_helps() -> None:
     errors = [goal.error(solve_masked(goal, weight, mask, 1e-6, steps)[0]).sum() for steps in range(8)]
     assert all(later < earlier for earlier, later in itertools.pairwise(errors))
     assert (
-        goal.error(Exact()(weight, weight, mask, stats).weight).sum()
-        < goal.error(Obs()(weight, weight, mask, stats).weight).sum()
+        goal.error(Exact()(weight, weight, mask, stats, NM(2, 4)).weight).sum()
+        < goal.error(Obs()(weight, weight, mask, stats, NM(2, 4)).weight).sum()
     )
 
 
@@ -96,14 +98,14 @@ def test_the_sweep_is_the_slow_loop() -> None:
         for later in range(column, 24):
             expected[:, later] -= error * upper[column, later]
     for block_size in (4, 128):
-        found = Obs(block_size=block_size)(weight, weight, mask, stats)
+        found = Obs(block_size=block_size)(weight, weight, mask, stats, NM(2, 4))
         assert found.notes["rows_left_alone"] == 0
         torch.testing.assert_close(found.weight.double(), expected * mask, rtol=1e-3, atol=1e-4)
 
 
 def test_a_start_that_is_already_best_stays() -> None:
     weight, _, stats = layer()
-    solution = Exact()(weight, weight, torch.ones_like(weight, dtype=torch.bool), stats)
+    solution = Exact()(weight, weight, torch.ones_like(weight, dtype=torch.bool), stats, NM(2, 4))
     assert torch.equal(solution.weight, weight)
 
 
@@ -113,7 +115,7 @@ def test_dead_inputs_keep_their_weights_and_change_nothing() -> None:
     stats = Stats(hessian=inputs.T @ inputs)
     mask = select(weight.abs(), NM(2, 4))
     mask[:, 4:8] = torch.tensor([True, True, False, False])
-    found = Exact()(weight, weight, mask, stats).weight
+    found = Exact()(weight, weight, mask, stats, NM(2, 4)).weight
     assert torch.equal(found[:, 5], weight[:, 5])
     assert found.isfinite().all()
 
@@ -122,11 +124,11 @@ def test_what_cannot_work_is_refused() -> None:
     weight, _, _ = layer()
     mask = select(weight.abs(), NM(2, 4))
     with pytest.raises(CalibrationError, match="hessian"):
-        Exact()(weight, weight, mask, Stats())
+        Exact()(weight, weight, mask, Stats(), NM(2, 4))
     broken = Stats(hessian=torch.full((64, 64), float("nan")))
     for reconstruct in (Exact(), Obs()):
         with pytest.raises(NumericalError, match="not finite"):
-            reconstruct(weight, weight, mask, broken)
+            reconstruct(weight, weight, mask, broken, NM(2, 4))
     with pytest.raises(ConfigError, match="damping"):
         Exact(damping=0)
     with pytest.raises(ConfigError, match="max_steps"):

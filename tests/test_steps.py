@@ -77,7 +77,7 @@ def test_steps_compose_and_are_recorded(tmp_path: Path, llama: Path, text: Path,
         assert manifest.config[kind] == name
         assert (name is None) == (kind not in manifest.config["resolved_steps"])
     if "reconstruct" in config:
-        assert manifest.config["feed"] == "pruned"
+        assert manifest.config["feed"] == "both"
         assert all(0 < record.notes["reconstruct_error_left"] <= 1 for record in manifest.tensors.values())
     if "reprune" in config:
         assert sum(record.notes["reprune_swaps"] for record in manifest.tensors.values()) > 0

@@ -17,7 +17,7 @@ from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.pattern import Pattern
 
 Need = Literal["col_norm", "hessian", "moments"]
-Feed = Literal["dense", "pruned"]
+Feed = Literal["dense", "pruned", "both"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Stats:
     hessian: (in, in) fp32, (2/n) * sum over the n calibration sequences of X^T X.
     total, variance ("moments"): (in,) fp32, the sum of X_j over a sequence's tokens, averaged over the sequences, and
         the variance of X_j over all tokens.
+    cross: (in, in) fp32, (2/n) * sum of D^T X, where D is the same input in the dense model and X the one that this
+        layer gets behind pruned layers; what the layer should then put out is D W^T. None where D is X.
+    drift: (out, in) fp32, (2/n) * sum of R^T X, where R is what the residual stream to which the layer adds its output
+        has lost so far, dense less pruned; None where the layer is not to make up for it.
     memo: what a method derived from these statistics, so that layers which share one input (q, k and v; gate and up)
         share the work when they are given the same `Stats`. It must not be reused once the tensors change.
     """
@@ -36,6 +40,8 @@ class Stats:
     hessian: Tensor | None = None
     total: Tensor | None = None
     variance: Tensor | None = None
+    cross: Tensor | None = None
+    drift: Tensor | None = None
     memo: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
@@ -44,6 +50,8 @@ def reorder_stats(stats: Stats, order: Tensor) -> Stats:
     vectors = {name: getattr(stats, name) for name in ("col_norm", "total", "variance")}
     return Stats(
         hessian=None if stats.hessian is None else stats.hessian[order][:, order],
+        cross=None if stats.cross is None else stats.cross[order][:, order],
+        drift=None if stats.drift is None else stats.drift[:, order],
         **{name: None if vector is None else vector[order] for name, vector in vectors.items()},
     )
 

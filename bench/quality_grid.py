@@ -1,0 +1,198 @@
+"""Quality of methods, steps and recipes: rows x patterns x calibration seeds x texts, on any model.
+
+    python -m crepe_deploy.bench.quality_grid [--rows REGEX] [--patterns 2:4,16:32] [--seeds 0,1,2]
+
+A cell is one pruning, scored on every text in windows that are the same for all cells. Cells that the results file
+holds already under the same conditions are not run again, so a stopped grid goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from ..checkpoint import read_json
+from ..errors import ConfigError
+from ..manifest import sha256_file, versions
+from ..methods.presets import resolve_method
+from ..pattern import parse_record
+from ..prune import PruneConfig, prune
+from ..quality import load_model, plan_windows
+from ..recipe import load_recipe
+from ..scoring import token_nll
+from ..sources import resolve_model
+from ..texts import calibration_windows, load_text, load_tokenizer, tokenize
+from ..writing import write_json
+from .assets import DEFAULT_DIR, ensure_assets
+from .quality_table import markdown
+
+ROWS: dict[str, dict[str, Any]] = {
+    "RIA": {"method": "ria"},
+    "RIA, a = 1": {"method": "ria", "params": {"exponent": 1.0}},
+    "Wanda": {"method": "wanda"},
+    "CRePE": {"method": "crepe"},
+    "SparseGPT": {"method": "sparsegpt"},
+    "RIA + DSnoT": {"method": "ria", "reprune": "dsnot"},
+    "RIA + DSnoT-RIA": {"method": "ria", "reprune": "dsnot-ria"},
+    "RIA + swaps": {"method": "ria", "reprune": "swaps"},
+    "RIA + fold": {"method": "ria", "permute": "fold"},
+    "RIA + obs": {"method": "ria", "reconstruct": "obs", "feed": "pruned"},
+    "RIA + exact, fed pruned": {"method": "ria", "reconstruct": "exact", "feed": "pruned"},
+    "RIA + exact": {"method": "ria", "reconstruct": "exact"},
+    "CRePE + exact": {"method": "crepe", "reconstruct": "exact"},
+    "RIA + admm": {"method": "ria", "reconstruct": "admm"},
+    "RIA + fold + admm": {"method": "ria", "permute": "fold", "reconstruct": "admm"},
+    "SparseGPT + exact": {"method": "sparsegpt", "reconstruct": "exact"},
+    "RIA + owl": {"method": "ria", "allocate": "owl"},
+    "RIA + alpha": {"method": "ria", "allocate": "alpha"},
+    "RIA + error": {"method": "ria", "allocate": "error"},
+    "recipe best": {"recipe": "best"},
+}
+
+
+def row_config(row: dict[str, Any], pattern: str) -> PruneConfig:
+    """The configuration of one row at one pattern. Raises ConfigError."""
+    recipe = load_recipe(row["recipe"]) if "recipe" in row else None
+    wanted = {**(recipe.options() if recipe else {}), **{name: row[name] for name in row if name != "recipe"}}
+    method, params, preset = resolve_method(
+        wanted.pop("method", None), wanted.pop("preset", None), wanted.pop("params", {})
+    )
+    return PruneConfig(
+        method, parse_record(pattern), params, preset, recipe=recipe.name if recipe else None, **wanted
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def window_losses(folder: Path, windows: dict[str, list[Tensor]]) -> dict[str, list[float]]:
+    """Mean negative log likelihood of each window of each text under the model in `folder`."""
+    model = load_model(folder)
+    return {
+        text: [float(token_nll(model(ids[None], use_cache=False).logits[0, :-1], ids[1:]).mean()) for ids in sequences]
+        for text, sequences in windows.items()
+    }
+
+
+class Grid:
+    """A results file and what is needed to fill it. Raises ConfigError where the file is from other conditions."""
+
+    def __init__(
+        self, out: Path, model: Path, calib: Path, texts: dict[str, Path], sizes: dict[str, int], command: str
+    ) -> None:
+        tokenizer = load_tokenizer(model)
+        self.out, self.model, self.calib, self.sizes, self.tokenizer = out, model, calib, sizes, tokenizer
+        limit = sizes["window"] * sizes["windows"]
+        self.windows = {
+            name: plan_windows(
+                tokenize(tokenizer, load_text(path).joined), sizes["window"], None, limit, "none", None
+            ).sequences
+            for name, path in texts.items()
+        }
+        conditions = {
+            "model": model.name,
+            "calibration": {"text": calib.name, "sha256": sha256_file(calib)},
+            "texts": {name: {"file": path.name, "sha256": sha256_file(path)} for name, path in texts.items()},
+            **sizes,
+        }
+        self.result: dict[str, Any] = {"conditions": conditions, "versions": versions(), "commands": [], "cells": {}}
+        if out.is_file():
+            self.result = read_json(out)
+            if self.result["conditions"] != conditions:
+                raise ConfigError(f"{out} was measured under other conditions; give another --out or remove it")
+        if command not in self.result["commands"]:
+            self.result["commands"].append(command)
+        if "dense" not in self.result:
+            self.result["dense"] = window_losses(model, self.windows)
+            self.save()
+
+    def save(self) -> None:
+        """Write the file, atomically."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.out, self.result)
+
+    def run(self, label: str, pattern: str, seed: int) -> bool:
+        """Measure one cell unless it is there; returns whether it was measured."""
+        key = f"{label}|{pattern}|{seed}"
+        if key in self.result["cells"]:
+            return False
+        config = row_config(ROWS[label], pattern)
+        tokens = calibration_windows(
+            self.calib, self.tokenizer, self.sizes["samples"], self.sizes["length"], seed=seed
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.monotonic()
+            manifest = prune(resolve_model(str(self.model)), Path(folder) / "out", config, tokens)
+            seconds = time.monotonic() - started
+            losses = window_losses(Path(folder) / "out", self.windows)
+        self.result["cells"][key] = {
+            "losses": losses,
+            "seconds": round(seconds, 1),
+            "phases": manifest.metrics["seconds"],
+            "sparsity": manifest.metrics["sparsity_of_pruned_tensors"],
+            "config": {name: value for name, value in config.record().items() if value},
+        }
+        self.save()
+        return True
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not equals or not Path(path).is_file():
+        raise ConfigError(f"--text {text} is not NAME=FILE with a file that exists")
+    return name, Path(path)
+
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path, exists=True), default=None, help="Default: SmolLM2-135M.")
+@click.option("--calib", type=click.Path(path_type=Path, exists=True), default=None, help="Default: c4 train.")
+@click.option("--text", "texts", multiple=True, metavar="NAME=FILE", help="Default: wiki and c4 valid.")
+@click.option("--rows", default="", metavar="REGEX", help="Measure the rows whose label matches.")
+@click.option("--patterns", default="2:4,4:8,16:32,0.5/row,0.6/row,0.7/row", show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--samples", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True)
+@click.option("--window", type=click.IntRange(2), default=512, show_default=True)
+@click.option("--windows", type=click.IntRange(2), default=12, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/results/quality.json"), show_default=True)
+@click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), default=None)
+@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+def main(
+    model: Path | None, calib: Path | None, texts: tuple[str, ...], rows: str, patterns: str, seeds: str,
+    samples: int, length: int, window: int, windows: int, out: Path, markdown_path: Path | None, assets_dir: Path,
+) -> None:  # fmt: skip
+    """Measure the cells that are missing, then print the table of all that are there."""
+    chosen = dict(_named(text) for text in texts)
+    if model is None or calib is None or not chosen:
+        assets = ensure_assets(assets_dir)
+        model, calib = model or assets.model, calib or assets.text("c4", "train")
+        chosen = chosen or {name: assets.text(name, "valid") for name in ("wiki", "c4")}
+    sizes = {"samples": samples, "length": length, "window": window, "windows": windows}
+    command = f"python -m crepe_deploy.bench.quality_grid --rows '{rows}' --patterns {patterns} --seeds {seeds}"
+    grid = Grid(out, model, calib, chosen, sizes, command)
+    for pattern in patterns.split(","):
+        for seed in seeds.split(","):
+            for label in (label for label in ROWS if re.search(rows, label)):
+                try:
+                    measured = grid.run(label, pattern, int(seed))
+                except ConfigError as error:  # a step that has no meaning for this pattern
+                    click.echo(f"{label} {pattern}: left out: {error}", err=True)
+                    continue
+                cell = grid.result["cells"][f"{label}|{pattern}|{seed}"]
+                mean = {text: sum(losses) / len(losses) for text, losses in cell["losses"].items()}
+                state = f"{cell['seconds']} s" if measured else "measured before"
+                click.echo(f"{label} {pattern} seed {seed}: {json.dumps(mean)} nats, {state}", err=True)
+    table = markdown(grid.result)
+    click.echo(table)
+    if markdown_path is not None:
+        markdown_path.write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The table of a quality grid: perplexities, and paired ratios with bootstrap intervals over windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
+BASE = "RIA"
+
+
+def rows_of(result: dict[str, Any], pattern: str, text: str) -> dict[str, np.ndarray[Any, Any]]:
+    """For each row measured at `pattern` its losses (windows,) on `text`, averaged over its seeds."""
+    found: dict[str, list[list[float]]] = {}
+    for key, cell in result["cells"].items():
+        label, at, _ = key.rsplit("|", 2)
+        if at == pattern:
+            found.setdefault(label, []).append(cell["losses"][text])
+    return {label: np.asarray(losses).mean(0) for label, losses in found.items()}
+
+
+def interval(differences: np.ndarray[Any, Any], seed: int = 0) -> tuple[float, float]:
+    """Percentile interval (95 %) of exp(mean) of `differences` (windows,) over windows drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    draws = generator.integers(len(differences), size=(RESAMPLES, len(differences)))
+    low, high = np.quantile(differences[draws].mean(1), [0.025, 0.975])
+    return float(np.exp(low)), float(np.exp(high))
+
+
+def closed(loss: float, base: float, dense: float) -> float:
+    """The share of the base's loss over dense that a row closes."""
+    return 1 - (loss - dense) / (base - dense)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One table for each pattern; ratios and shares are against the row `RIA` of the same seeds' mean."""
+    conditions = result["conditions"]
+    lines = [
+        f"{conditions['model']}; calibrated on {conditions['samples']} x {conditions['length']} tokens of "
+        f"{conditions['calibration']['text']}; scored on the first {conditions['windows']} x {conditions['window']} "
+        "tokens of each text. Perplexities are geometric means over the seeds; ratios are paired over windows, with "
+        "95 % bootstrap intervals; closed is the share of ln(PPL/dense) between RIA and dense.",
+    ]
+    patterns = list(dict.fromkeys(key.rsplit("|", 2)[1] for key in result["cells"]))
+    for pattern in patterns:
+        texts = list(conditions["texts"])
+        dense = {text: float(np.mean(result["dense"][text])) for text in texts}
+        head = [f"{text} PPL (dense {np.exp(dense[text]):.2f})" for text in texts]
+        lines += ["", f"### {pattern}", ""]
+        columns = [part for text, title in zip(texts, head, strict=True) for part in (title, f"{text} / RIA", "closed")]
+        lines += ["| row | seeds | " + " | ".join(columns) + " | prune s |", "|---" * (len(columns) + 3) + "|"]
+        labels = dict.fromkeys(key.rsplit("|", 2)[0] for key in result["cells"] if key.rsplit("|", 2)[1] == pattern)
+        lines += [_line(result, label, pattern, texts, dense) for label in labels]
+    return "\n".join(lines) + "\n"
+
+
+def _line(result: dict[str, Any], label: str, pattern: str, texts: list[str], dense: dict[str, float]) -> str:
+    cells = {
+        key.rsplit("|", 2)[2]: cell
+        for key, cell in result["cells"].items()
+        if key.rsplit("|", 2)[:2] == [label, pattern]
+    }
+    parts = [label, ", ".join(sorted(cells))]
+    for text in texts:
+        rows = rows_of(result, pattern, text)
+        loss = rows[label]
+        parts.append(f"{np.exp(loss.mean()):.1f}")
+        if BASE not in rows or label == BASE:
+            parts += ["", ""]
+            continue
+        low, high = interval(loss - rows[BASE])
+        share = closed(float(loss.mean()), float(rows[BASE].mean()), dense[text])
+        parts += [f"{np.exp((loss - rows[BASE]).mean()):.3f} [{low:.3f}, {high:.3f}]", f"{share:.0%}"]
+    parts.append(f"{np.median([cell['seconds'] for cell in cells.values()]):.0f}")
+    return "| " + " | ".join(parts) + " |"
