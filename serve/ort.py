@@ -96,7 +96,7 @@ class Graph:
             raise CheckpointError(f"{folder / GRAPH_NAME} is no decoder with a key-value cache: {list(self.inputs)}")
         self.pads = "position_ids" in self.inputs  # without them attention takes each row to start at its first column
         genai = folder / GENAI_CONFIG
-        self.head_size = read_json(genai)["model"]["decoder"]["head_size"] if genai.is_file() else None
+        self.head_size = int(read_json(genai)["model"]["decoder"]["head_size"]) if genai.is_file() else 0
         self.mask = np.zeros((0, 0), np.int64)
         self.past: dict[str, Any] = {}
 
@@ -130,9 +130,9 @@ class Graph:
         import onnxruntime as ort
 
         _, heads, _, width = self.inputs[name].shape
-        width = width if isinstance(width, int) else self.head_size  # genai graphs leave it open
-        kind = np.float16 if self.inputs[name].type == "tensor(float16)" else np.float32
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, width), kind))
+        shape = (batch, int(heads), 0, int(width if isinstance(width, int) else self.head_size))  # genai leaves it open
+        half = self.inputs[name].type == "tensor(float16)"
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float16) if half else np.zeros(shape, np.float32))
 
     def _run(self, ids: npt.NDArray[np.int64]) -> Logits:
         import onnxruntime as ort
