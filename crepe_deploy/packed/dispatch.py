@@ -12,12 +12,8 @@ say so (`describe_plan`), and `keep_dense="auto"` buys the loss back with memory
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,9 +22,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from crepe_deploy.cache import cache_dir
-
-from . import ops
+from . import measurements, ops
+from .measurements import Timer as Timer
+from .measurements import Times as Times
 from .native import TORCH_ISA, backend
 from .prepare import PAD, Prepared
 
@@ -37,7 +33,6 @@ CHOICES: Final[dict[str, int]] = {"auto": 0, "stream": 1, "tile": 2, "expand": 3
 NAMES: Final = {code: name for name, code in CHOICES.items()}
 USUAL_TOKENS: Final = (1, 4, 16, 64, 512)
 TUNE_VARIABLE: Final = "CREPE_DEPLOY_TUNE"
-CACHE_VERSION: Final = 1
 
 _STREAM_TOKENS: Final = 16  # registers are not worth trying beyond this batch
 _TURNS: Final = (3, 12)  # least and most runs of each choice
@@ -45,15 +40,10 @@ _AGREE: Final = 1.03  # a best time counts as seen twice when another is within 
 _TIE: Final = 1.08  # within this, which noise may make of nothing, the choice that allocates less wins
 _DENSE_GAIN: Final = 0.95  # a dense copy is worth its memory below this fraction of the best packed time
 
-_LOG: Final = logging.getLogger("crepe_deploy")
 
-Times = dict[str, float]
-Timer = Callable[[Mapping[str, Callable[[], object]]], Times]
-
-
-def bucket(tokens: int) -> int:
-    """The bucket of a batch of `tokens` rows: 0 for 1, 1 for 2, 2 for 3-4, 3 for 5-8, ... 9 for all above 256."""
-    return min(max(tokens - 1, 0).bit_length(), BUCKETS - 1)
+def bucket(tokens: int, count: int = BUCKETS) -> int:
+    """The bucket of a batch of `tokens` rows: 0 for 1, 1 for 2, 2 for 3-4, 3 for 5-8, ... the last for all above."""
+    return min(max(tokens - 1, 0).bit_length(), count - 1)
 
 
 def tuning_enabled() -> bool:
@@ -170,8 +160,7 @@ def machine() -> dict[str, str]:
 
 def cache_path() -> Path:
     """The file of this machine's measurements."""
-    digest = hashlib.sha256(json.dumps(machine(), sort_keys=True).encode()).hexdigest()[:16]
-    return cache_dir() / "plans" / f"{digest}.json"
+    return measurements.path_of(machine())
 
 
 @functools.cache
@@ -182,31 +171,13 @@ def measured() -> dict[str, Times]:
 
 def read_cache(path: Path) -> dict[str, Times]:
     """The measurements in a cache file; empty when it is absent, damaged, of another version or machine."""
-    try:
-        content = json.loads(path.read_text())
-        if content["version"] != CACHE_VERSION or content["machine"] != machine():
-            return {}
-        return {
-            str(name): times
-            for name, times in content["times_ms"].items()
-            if set(times) <= set(CHOICES) - {"auto"} and set(times) - {"dense"} and all(t > 0 for t in times.values())
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
+    return measurements.read(path, machine(), (set(CHOICES) - {"auto"}).__contains__)
 
 
 def remember(new: dict[str, Times]) -> None:
     """Add measurements to this process and to the file, in one atomic step; a read-only cache is not an error."""
     measured().update(new)
-    path = cache_path()
-    content = {"version": CACHE_VERSION, "machine": machine(), "times_ms": read_cache(path) | new}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-        Path(file.name).replace(path)
-    except OSError as error:
-        _LOG.warning("kernel measurements cannot be kept in %s: %s", path, error)
+    measurements.add(cache_path(), machine(), (set(CHOICES) - {"auto"}).__contains__, new)
 
 
 def forget() -> Path:
