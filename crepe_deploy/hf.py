@@ -78,7 +78,7 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
             key = _key(model, f"{name}.weight", stored)
             ignored_keys.add(_exactly(key))
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, self._packed(linear, name))
+            setattr(model.get_submodule(parent), leaf, self._packed(linear, name, key.removesuffix(".weight")))
         if not chosen:
             raise CheckpointError("config.json says packed, and its 'ignore' leaves no linear layer to pack")
         # The guards, `P.weight` of shape (0,), have no parameter to go to.
@@ -88,10 +88,11 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
         ignore = self.quantization_config.packed.ignore
         return name in ignore or f"{getattr(model, 'base_model_prefix', '')}.{name}" in ignore
 
-    def _packed(self, linear: nn.Linear, name: str) -> PackedLinear:
+    def _packed(self, linear: nn.Linear, name: str, stored: str) -> PackedLinear:
         from .packed.linear import PackedLinear
 
-        config = self.quantization_config.packed
+        packed = self.quantization_config.packed
+        config = packed.of(name if name in packed.overrides else stored)
         if not config.fits(linear.in_features):
             raise CheckpointError(f"{name}: {linear.in_features} input columns do not fit pattern {config.pattern}")
         n, m = config.geometry(linear.in_features)

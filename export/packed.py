@@ -7,6 +7,7 @@ weight with random numbers. Tensors stream through one at a time; the model is n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def export_packed(source: Path, folder: Path, *, link: bool = False, step: Step 
     parent = verify(source)
     if parent.format != "dense":
         raise ConfigError(f"{source} is a {parent.format} checkpoint; --format packed reads a dense one with zeros")
-    config = packed_config(shared_pattern(source, parent))
+    config = patterns_of(source, parent)
     reader = CheckpointReader(source)
     packed, left = _choose(reader, parent, config)
     if not packed:
@@ -51,7 +52,8 @@ def export_packed(source: Path, folder: Path, *, link: bool = False, step: Step 
             f"{source}: none of its {len(left)} pruned tensors can be packed in pattern {config.pattern}: that needs "
             f"(out, in) matrices whose columns are a multiple of {COLUMN_MULTIPLE} and of the group. Use --format dense"
         )
-    config = packed_config(config.pattern, dense_modules(Decoder(source), packed))
+    decoder = Decoder(source)
+    config = packed_config(config.pattern, dense_modules(decoder, packed), _spelled(decoder, config, packed))
     plan = _plan(reader, packed, config)
     require_disk(folder, sum(planned.size_bytes for planned in plan.values()))
     tick = ticker(step, len(list(reader)) + len(packed) + GREEDY_TOKENS)
@@ -70,13 +72,31 @@ def export_packed(source: Path, folder: Path, *, link: bool = False, step: Step 
     return manifest
 
 
-def shared_pattern(source: Path, manifest: Manifest) -> Pattern:
-    """The one pattern of all pruned tensors. Raises ConfigError when there is none or several."""
-    patterns = sorted({record.pattern for record in manifest.tensors.values()})
-    if len(patterns) != 1:
-        found = ", ".join(patterns) or "none"
-        raise ConfigError(f"{source}: a packed checkpoint has one pattern for all pruned tensors; found: {found}")
-    return parse_record(patterns[0])
+def patterns_of(source: Path, manifest: Manifest) -> PackedConfig:
+    """The most common pattern of the pruned tensors, and the others by module. Raises ConfigError for none."""
+    if not manifest.tensors:
+        raise ConfigError(f"{source}: none of its tensors is pruned; there is nothing to pack")
+    patterns = {name.removesuffix(".weight"): parse_record(found.pattern) for name, found in manifest.tensors.items()}
+    common = Counter(patterns.values()).most_common(1)[0][0]
+    for pattern in patterns.values():
+        packed_config(pattern)
+    return packed_config(common, (), {name: pattern for name, pattern in patterns.items() if pattern != common})
+
+
+def _spelled(decoder: Decoder, config: PackedConfig, packed: list[str]) -> dict[str, Pattern]:
+    """The overrides of packed tensors by file name and, where the module is spelled otherwise, by module path."""
+    paths = {
+        spec.key.removesuffix(".weight"): f"{decoder.blocks_path}.{index}.{spec.path}"
+        for index, specs in enumerate(decoder.linears)
+        for spec in specs
+    }
+    kept = {key: pattern for key, pattern in config.overrides.items() if f"{key}.weight" in packed}
+    return {name: pattern for key, pattern in kept.items() for name in (key, paths.get(key, key))}
+
+
+def of_tensor(config: PackedConfig, name: str) -> PackedConfig:
+    """The config of the packed weight `name`."""
+    return config.of(name.removesuffix(".weight"))
 
 
 def _choose(reader: CheckpointReader, parent: Manifest, config: PackedConfig) -> tuple[list[str], list[str]]:
@@ -90,7 +110,7 @@ def _choose(reader: CheckpointReader, parent: Manifest, config: PackedConfig) ->
 
 
 def _packable(name: str, record: TensorRecord, config: PackedConfig) -> bool:
-    return name.endswith(".weight") and not record.transposed and config.fits(record.shape[1])
+    return name.endswith(".weight") and not record.transposed and of_tensor(config, name).fits(record.shape[1])
 
 
 def dense_modules(decoder: Decoder, packed: list[str]) -> list[str]:
@@ -122,7 +142,7 @@ def _plan(reader: CheckpointReader, packed: list[str], config: PackedConfig) -> 
             plan[info.name] = Planned(info.file.name, info.dtype, info.shape)
             continue
         rows, columns = info.shape
-        n, m = config.geometry(columns)
+        n, m = of_tensor(config, info.name).geometry(columns)
         plan[info.name] = Planned(info.file.name, info.dtype, GUARD_SHAPE)
         plan[info.name + VALUES_SUFFIX] = Planned(info.file.name, info.dtype, (rows, columns // m * n))
         plan[info.name + MASK_SUFFIX] = Planned(info.file.name, torch.uint8, (rows, columns // 8))
@@ -142,7 +162,7 @@ def _write(
         for info in reader:
             tensor = reader.load(info.name)
             if info.name in chosen:
-                n, m = config.geometry(info.shape[1])
+                n, m = of_tensor(config, info.name).geometry(info.shape[1])
                 values, mask = pack(tensor, mask_from_weight(tensor, n, m, info.name), info.name)
                 writer.write(info.name + VALUES_SUFFIX, values)
                 writer.write(info.name + MASK_SUFFIX, mask)
@@ -168,7 +188,7 @@ def load_packed(reader: CheckpointReader, name: str, config: PackedConfig) -> tu
     if mask.ndim != 2:
         raise CheckpointError(f"{name}{MASK_SUFFIX}: shape {tuple(mask.shape)}; a packed mask has two dimensions")
     rows, columns = mask.shape[0], mask.shape[1] * 8
-    n, m = config.geometry(columns)
+    n, m = of_tensor(config, name).geometry(columns)
     validate(values, mask, n, m, columns, rows, name)
     return values, mask
 

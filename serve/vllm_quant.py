@@ -6,6 +6,7 @@ Importing this module registers the method; see `vllm_plugin`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from ..pattern import NM
 
 @register_quantization_config(QUANT_METHOD)
 class CrepeNmConfig(QuantizationConfig):  # type: ignore[misc]
-    """The `quantization_config` of `config.json`; one pattern for every packed layer, `ignore` for the dense ones."""
+    """The `quantization_config` of `config.json`: the patterns of the packed layers, `ignore` for the dense ones."""
 
     def __init__(self, packed: PackedConfig) -> None:
         super().__init__()
@@ -57,19 +58,27 @@ class CrepeNmConfig(QuantizationConfig):  # type: ignore[misc]
         return cls(PackedConfig.from_dict(config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Spell the ignored modules as vLLM does."""
+        """Spell the named modules as vLLM does."""
         self.ignore |= set(hf_to_vllm_mapper.apply_list(sorted(self.ignore)))
+        renamed = hf_to_vllm_mapper.apply_dict(dict(self.packed.overrides))
+        self.packed = replace(self.packed, overrides={**self.packed.overrides, **renamed})
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """Packed for linear layers that are not ignored, vLLM's own for all others."""
         if not isinstance(layer, LinearBase):
             return None
-        return UnquantizedLinearMethod() if self.is_dense(prefix) else CrepeNmLinearMethod(self.packed, prefix)
+        if self.is_dense(prefix):
+            return UnquantizedLinearMethod()
+        return CrepeNmLinearMethod(self.packed.of(*self._parts(prefix)), prefix)
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The checkpoint's modules in a layer that vLLM may have fused."""
+        parent, _, leaf = prefix.rpartition(".")
+        return [f"{parent}.{part}".lstrip(".") for part in self.packed_modules_mapping.get(leaf, [leaf])]
 
     def is_dense(self, prefix: str) -> bool:
         """Whether `ignore` names this module, or every part of this fused one. Raises ConfigError for some of them."""
-        parent, _, leaf = prefix.rpartition(".")
-        parts = [f"{parent}.{part}".lstrip(".") for part in self.packed_modules_mapping.get(leaf, [leaf])]
+        parts = self._parts(prefix)
         dense = [part for part in parts if part in self.ignore]
         if dense and len(dense) < len(parts):
             raise ConfigError(

@@ -242,7 +242,7 @@ def test_random_bytes_never_crash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"version": 2}, "version 2 is newer"),
+        ({"version": 3}, "version 3 is newer"),
         ({"version": "1"}, "is not a version"),
         ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
         ({"n": 3.0}, "no packed pattern"),

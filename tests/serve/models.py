@@ -14,9 +14,9 @@ from crepe_deploy.sources import resolve_model
 from ..pico import make_pico_llama
 
 
-def exports(folder: Path, pattern: str, dtype: torch.dtype) -> dict[str, Path]:
+def exports(folder: Path, pattern: str, dtype: torch.dtype, allocate: str | None = None) -> dict[str, Path]:
     """A random Llama with head size 32, which vLLM's CPU attention serves, pruned: its dense and packed exports."""
     model = make_pico_llama(folder / "model", dtype, hidden_size=128, intermediate_size=256)
-    config = PruneConfig("magnitude", parse_pattern(pattern))
+    config = PruneConfig("magnitude", parse_pattern(pattern), allocate=allocate)
     prune_and_export(resolve_model(str(model)), folder / "out", config, None, formats=("dense", "packed"))
     return {name: folder / "out" / name for name in ("dense", "packed")}

@@ -56,6 +56,15 @@ def test_packed_answers_as_dense_with_zeros(tmp_path: Path, pattern: str, tensor
     assert vllm_tokens(folders["packed"], tensor_parallel) == transformers_tokens(folders["dense"])
 
 
+@needs_vllm
+@pytest.mark.vllm
+def test_layers_with_patterns_of_their_own_answer_as_dense(tmp_path: Path) -> None:
+    folders = exports(tmp_path, "16:32", torch.float32, allocate="alpha:spread=0.5")
+    config = json.loads((folders["packed"] / "config.json").read_text())["quantization_config"]
+    assert config["version"] == 2 and config["overrides"]
+    assert vllm_tokens(folders["packed"], 1) == transformers_tokens(folders["dense"])
+
+
 REFUSE = """
 import sys
 from vllm.engine.arg_utils import EngineArgs
@@ -75,6 +84,7 @@ UNITS = """
 from crepe_deploy.serve.vllm_plugin import register
 register(); register()
 import torch
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import get_quantization_config
 from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.serve.vllm_quant import CrepeNmConfig, CrepeNmLinearMethod, _load_guard, _load_whole
@@ -99,6 +109,12 @@ def refused(kind, part, call, *arguments):
         raise AssertionError(part)
 
 mixed = "model.layers.1.self_attn.qkv_proj"
+uneven = base | {"version": 2, "ignore": [], "overrides": {"model.layers.0.self_attn.q_proj": {"n": 1, "m": 4}}}
+uneven = CrepeNmConfig.from_config(uneven)
+uneven.packed_modules_mapping = config.packed_modules_mapping
+layer = object.__new__(LinearBase)
+refused(ConfigError, "different patterns", uneven.get_quant_method, layer, "model.layers.0.self_attn.qkv_proj")
+assert str(uneven.get_quant_method(layer, "model.layers.1.self_attn.qkv_proj").packed.pattern) == "2:4"
 refused(ConfigError, "only model.layers.1.self_attn.q_proj is dense", config.is_dense, mixed)
 refused(CheckpointError, "version 7 is newer", CrepeNmConfig.from_config, base | {"version": 7, "ignore": []})
 method = CrepeNmLinearMethod(config.packed, "model.layers.0.mlp.down_proj")
