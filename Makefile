@@ -87,6 +87,8 @@ bench: $(VENV)/.dev assets
 	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4 --feed dense --only SparseGPT --out bench/results/ladder-dense.json
 	@$(BIN)/python -m crepe_deploy.bench.preset_grid --seeds 0,1,2 --out bench/results/preset_grid.json
 	@$(BIN)/python -m crepe_deploy.bench.kernels --out bench/results/kernels.json
+	@$(BIN)/python -m crepe_deploy.bench.onnx --out bench/results/onnx.json
+	@$(BIN)/crepe-deploy bench configs/bench-onnx.yaml --out bench/results/onnx-speed.json --overwrite
 	@$(BIN)/python -m crepe_deploy.bench.smollm2
 	@$(BIN)/crepe-deploy bench configs/bench-smollm2.yaml --out bench/results/smollm2.json --overwrite
 	@$(BIN)/python -m crepe_deploy.bench.llama_1b
