@@ -15,6 +15,7 @@ from . import __version__
 from .errors import ConfigError, CrepeError
 from .present import quality_lines, report_lines, tensor_lines
 from .prune_options import json_option, options, overwrite_option, prepare, prune_options, say
+from .search.command import search_command
 
 EXIT_INTERRUPTED = 130
 
@@ -212,6 +213,9 @@ def _prepare_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+cli.add_command(search_command)
 
 
 def _interrupt(_signal: int, _frame: Any) -> NoReturn:

@@ -1,0 +1,111 @@
+"""Values of settings, looked up in the journal first: proxies in parallel threads, verdicts in batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from crepe_deploy.families import Decoder, LinearSpec
+from crepe_deploy.pattern import Pattern
+from crepe_deploy.progress import Step
+from crepe_deploy.texts import CalibrationSet
+
+from .journal import Journal
+from .judge import Judge, Verdict
+from .proxies import proxy_errors, proxy_values
+from .sample import LayerSample
+from .space import Setting
+from .statistics import SampleRule, collect
+
+JUDGE_BATCH = 8  # settings in one walk over the model: hidden states of each are held
+
+Show = Callable[[str], AbstractContextManager[Step]]
+
+
+@dataclass
+class Evaluator:
+    """A model's sampled layers and its judge, both made on first use, behind one journal.
+
+    folder: for the sampled layers; empty, and the caller's to remove. workers: threads that evaluate proxies.
+    judged_s: seconds spent judging, and for how many settings, in this process.
+    """
+
+    decoder: Decoder
+    targets: list[list[LinearSpec]]
+    pattern: Pattern
+    calibration: CalibrationSet
+    text: CalibrationSet
+    rule: SampleRule
+    journal: Journal
+    folder: Path
+    workers: int
+    show: Show
+    judged_s: float = 0.0
+    judged: int = 0
+    _layers: list[LayerSample] = field(default_factory=list)
+
+    @property
+    def layers(self) -> list[LayerSample]:
+        """The sampled layers, collected when first asked for."""
+        if not self._layers:
+            with self.show("dense statistics") as step:
+                self._layers = collect(
+                    self.decoder, self.targets, self.calibration.tokens, self.rule, self.folder, step
+                )
+        return self._layers
+
+    def proxies(self, settings: list[Setting]) -> list[dict[str, float]]:
+        """Every proxy of every setting."""
+        missing = {setting.key: setting for setting in settings if self.journal.get("proxies", setting.key) is None}
+        if missing:
+            for key, values in zip(missing, self._in_threads(list(missing.values())), strict=True):
+                self.journal.add("proxies", key, values)
+        found = [self.journal.get("proxies", setting.key) for setting in settings]
+        return [dict(values) for values in found if values is not None]
+
+    def _in_threads(self, settings: list[Setting]) -> list[dict[str, float]]:
+        layers = self.layers
+        if self.workers == 1:
+            return [proxy_values(setting, layers, self.pattern) for setting in settings]
+        threads = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return list(pool.map(lambda setting: proxy_values(setting, layers, self.pattern), settings))
+        finally:
+            torch.set_num_threads(threads)
+
+    def errors(self, setting: Setting) -> dict[str, float]:
+        """Standard errors of the proxies of a setting from having sampled rows."""
+        return proxy_errors(setting, self.layers, self.pattern)
+
+    def verdicts(self, settings: list[Setting], label: str = "judging on the search text") -> list[Verdict]:
+        """The verdict on every setting."""
+        missing = {setting.key: setting for setting in settings if self.journal.get("verdict", setting.key) is None}
+        names = list(missing)
+        for start in range(0, len(names), JUDGE_BATCH):
+            batch = [missing[name] for name in names[start : start + JUDGE_BATCH]]
+            for setting, verdict in zip(batch, self._judge(batch, label), strict=True):
+                self.journal.add("verdict", setting.key, verdict.record())
+        found = [self.journal.get("verdict", setting.key) for setting in settings]
+        return [Verdict(**record) for record in found if record is not None]
+
+    def _judge(self, settings: list[Setting], label: str) -> list[Verdict]:
+        norms = {layer.key: layer.col_norm for layer in self.layers}
+        judge = Judge(self.decoder, self.targets, self.pattern, self.text.tokens, norms)
+        started = time.monotonic()
+        with self.show(f"{label}, {len(settings)} settings") as step:
+            found = judge(settings, step)
+        self.judged_s += time.monotonic() - started
+        self.judged += len(settings)
+        return found
+
+    @property
+    def seconds_a_verdict(self) -> float:
+        """Mean seconds that judging one setting took in this process; 0 before the first."""
+        return self.judged_s / self.judged if self.judged else 0.0

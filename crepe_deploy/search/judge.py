@@ -1,0 +1,136 @@
+"""The judge: KL to the dense model, and perplexity, of several settings in one walk over the blocks.
+
+Each block is loaded once; for every setting it is masked as `prune` masks it with dense statistics, run on that
+setting's hidden states, and restored. So memory holds one block, a copy of it, and hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crepe_deploy.calibrate import Stream, embed
+from crepe_deploy.errors import ConfigError, NumericalError
+from crepe_deploy.families import Decoder, LinearSpec
+from crepe_deploy.methods.base import ScoreMethod, SolveMethod, Stats
+from crepe_deploy.pattern import Pattern
+from crepe_deploy.progress import Step, silent
+from crepe_deploy.scoring import kl_per_token, token_nll
+from crepe_deploy.select import select
+
+from .space import Setting
+
+LOGIT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Means over the predicted tokens of each window, in nats: KL(dense || pruned), and negative log likelihood."""
+
+    kl: list[float]
+    nll: list[float]
+
+    @property
+    def mean_kl(self) -> float:
+        """Over all windows, which are equally long."""
+        return sum(self.kl) / len(self.kl)
+
+    @property
+    def mean_nll(self) -> float:
+        """Over all windows; its exponential is the perplexity."""
+        return sum(self.nll) / len(self.nll)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model, the tokens (windows, length) it is judged on, and the dense statistics its masks are made from."""
+
+    decoder: Decoder
+    targets: list[list[LinearSpec]]
+    pattern: Pattern
+    tokens: Tensor
+    col_norms: Mapping[str, Tensor]
+
+    @torch.inference_mode()
+    def __call__(self, settings: list[Setting], step: Step = silent) -> list[Verdict]:
+        """Judge every setting. Raises ConfigError for a method that is no score, NumericalError for NaN."""
+        methods = [_score_method(setting) for setting in settings]
+        dense = embed(self.decoder, [self.tokens])[0]
+        streams = [Stream(list(dense.hidden), dense.calls) for _ in settings]
+        for index, specs in enumerate(self.targets):
+            with self.decoder.block(index) as (block, weights):
+                for method, stream in zip(methods, streams, strict=True):
+                    self._run_masked(method, stream, block, index, specs, weights)
+                dense.run(block, index, advance=True)
+            step(index + 1, len(self.targets))
+        return self._compare(settings, dense, streams)
+
+    def _run_masked(
+        self,
+        method: ScoreMethod,
+        stream: Stream,
+        block: nn.Module,
+        index: int,
+        specs: list[LinearSpec],
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        memo: dict[int, Stats] = {}
+        dense: list[tuple[Tensor, Tensor]] = []
+        try:
+            for spec in specs:
+                stored = weights[spec.key]
+                weight = stored.T if spec.transposed else stored
+                norm = self.col_norms[spec.key]
+                stats = memo.setdefault(norm.data_ptr(), Stats(col_norm=norm))
+                mask = select(method.score(weight, stats), self.pattern)
+                computed: Tensor = block.get_submodule(spec.path).get_parameter("weight")
+                dense.append((computed, computed.clone()))
+                computed.masked_fill_(~(mask.T if spec.transposed else mask), 0)
+            stream.run(block, index, advance=True)
+        finally:
+            for computed, before in dense:
+                computed.copy_(before)
+
+    def _compare(self, settings: list[Setting], dense: Stream, streams: list[Stream]) -> list[Verdict]:
+        found = [Verdict([], []) for _ in settings]
+        windows = [torch.cat(stream.hidden) for stream in (dense, *streams)]
+        for number, ids in enumerate(self.tokens):
+            reference = self._logits(ids, windows[0][number])
+            for setting, verdict, hidden in zip(settings, found, windows[1:], strict=True):
+                kl, nll = _compare_logits(reference, self._logits(ids, hidden[number]), ids[1:])
+                if not kl + nll < float("inf"):
+                    raise NumericalError(f"{setting.key} gives NaN or infinite likelihoods on the search text")
+                verdict.kl.append(kl)
+                verdict.nll.append(nll)
+        return found
+
+    def _logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        return self.decoder.logits(ids[None], hidden[None])[0, :-1]
+
+
+def _score_method(setting: Setting) -> ScoreMethod:
+    method = setting.build()
+    if isinstance(method, SolveMethod):
+        raise ConfigError(f"method '{setting.method}' updates weights and cannot be searched; search scores only")
+    return method
+
+
+def _compare_logits(reference: Tensor, logits: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Mean KL and mean negative log likelihood of (n, vocabulary) logits, in chunks of rows."""
+    kl, nll = 0.0, 0.0
+    for rows in _chunks(len(targets)):
+        kl += float(kl_per_token(reference[rows], logits[rows]).double().sum())
+        nll += float(token_nll(logits[rows], targets[rows]).double().sum())
+    return kl / len(targets), nll / len(targets)
+
+
+def _chunks(size: int) -> Iterable[slice]:
+    return (slice(start, start + LOGIT_ROWS) for start in range(0, size, LOGIT_ROWS))

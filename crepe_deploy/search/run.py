@@ -1,0 +1,250 @@
+"""A search from a model folder to a preset file: refuse early, search, lose to no anchor, say how it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from crepe_deploy.errors import ConfigError, OutputError
+from crepe_deploy.families import Decoder, LinearSpec
+from crepe_deploy.manifest import versions
+from crepe_deploy.methods.presets import load_preset
+from crepe_deploy.pattern import Pattern
+from crepe_deploy.progress import Step, silent
+from crepe_deploy.prune import choose_targets
+from crepe_deploy.sources import Model, describe_source
+from crepe_deploy.texts import CalibrationSet
+from crepe_deploy.writing import disk_errors
+
+from .evaluate import Evaluator, Show
+from .hill_climb import hill_climb
+from .hybrid import Outcome, correlations, pho
+from .journal import open_journal
+from .judge import Verdict
+from .optimise import Expired, require_cmaes
+from .proxies import get_proxies
+from .space import KERNEL_SIZES, Setting, Space, anchors
+from .statistics import SampleRule
+
+EVALUATIONS = {"pho": 240, "hill-climb": 60}
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Everything that decides the result, besides the model and the two token sets.
+
+    evaluations: of the optimiser; None is `EVALUATIONS`. minutes: of wall clock, from the start or the resumption.
+    fit, finalists: settings that PHO judges before and after its filter.
+    """
+
+    pattern: Pattern
+    optimizer: Literal["pho", "hill-climb"] = "pho"
+    proxy: str = "auto"
+    evaluations: int | None = None
+    minutes: float | None = None
+    fit: int = 16
+    finalists: int = 8
+    kernel_sizes: tuple[int, ...] = KERNEL_SIZES
+    seed: int = 0
+    workers: int = 2
+    include: str | None = None
+    exclude: str | None = None
+    dtype: str = "auto"
+
+
+@dataclass
+class _Search:
+    config: SearchConfig
+    space: Space
+    evaluator: Evaluator
+    started: float
+    say: Callable[[str], None]
+
+    def expired(self, still_to_judge: int) -> Expired:
+        """Whether the time is up but for what judging so many settings will take."""
+        limit = math.inf if self.config.minutes is None else 60 * self.config.minutes
+
+        def check() -> bool:
+            reserve = still_to_judge * self.evaluator.seconds_a_verdict
+            return time.monotonic() - self.started + reserve > limit
+
+        return check
+
+
+@contextmanager
+def hidden(label: str) -> Iterator[Step]:
+    """Show nothing."""
+    yield silent
+
+
+def journal_path(out: Path) -> Path:
+    """Where the journal of a search for the preset `out` lies."""
+    return out.with_name(out.name + ".journal")
+
+
+def search(
+    model: Model,
+    out: Path,
+    config: SearchConfig,
+    calibration: CalibrationSet,
+    text: CalibrationSet,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    show: Show = hidden,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Search CRePE's hyperparameters for `model` and write the preset `out`; returns its document.
+
+    calibration: what the masks are made from, as for `prune`. text: what they are judged on; not a test split.
+    The journal beside `out` keeps every evaluation; with `resume` a stopped search goes on to the same result.
+    show: wraps the long steps in a progress display. say: receives a line for each stage and each new best.
+    Raises ConfigError, OutputError, PatternError, MissingExtra before any work, NumericalError, DiskFullError.
+    """
+    started = time.monotonic()
+    decoder, targets, space = _prepare(model, out, config, calibration, text, overwrite)
+    identity = _identity(model, config, calibration, text)
+    journal = open_journal(journal_path(out), identity, resume=resume, overwrite=overwrite)
+    rule = SampleRule(reach=space.kernel_sizes[-1] // 2, seed=config.seed)
+    with tempfile.TemporaryDirectory(prefix="crepe-search-") as folder:
+        evaluator = Evaluator(
+            decoder, targets, config.pattern, calibration, text, rule, journal, Path(folder), config.workers, show
+        )
+        run = _Search(config, space, evaluator, started, say)
+        outcome = _pho(run) if config.optimizer == "pho" else _climb(run)
+        document = _document(out, run, identity, outcome)
+    _write(out, document)
+    return document
+
+
+def _prepare(
+    model: Model, out: Path, config: SearchConfig, calibration: CalibrationSet, text: CalibrationSet, overwrite: bool
+) -> tuple[Decoder, list[list[LinearSpec]], Space]:
+    """Everything that can be refused is refused here."""
+    if out.suffix != ".json":
+        raise OutputError(f"--out {out}: a preset is a .json file")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise OutputError(f"{out} exists: give another --out, or --overwrite to replace a file")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"{out} cannot be written: its folder does not exist")
+    if config.optimizer not in EVALUATIONS:
+        raise ConfigError(f"optimizer '{config.optimizer}' is unknown; known: {', '.join(EVALUATIONS)}")
+    get_proxies(config.proxy)
+    if config.optimizer == "pho":
+        require_cmaes()
+    decoder = Decoder(model.folder, config.dtype)
+    targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
+    for name, tokens in (("calibration", calibration.tokens), ("search", text.tokens)):
+        if tokens.shape[1] > decoder.context_length:
+            raise ConfigError(
+                f"{name} windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
+            )
+    shortest = min(min(spec.in_features, spec.out_features) for block in targets for spec in block)
+    return decoder, targets, Space(config.kernel_sizes, shortest)
+
+
+def _identity(model: Model, config: SearchConfig, calibration: CalibrationSet, text: CalibrationSet) -> dict[str, Any]:
+    """What a journal must agree on to be resumed; budgets and threads may differ."""
+    free = ("evaluations", "minutes", "workers", "pattern", "kernel_sizes")
+    return {
+        "source": describe_source(model).model_dump(mode="json"),
+        "calibration": calibration.record(),
+        "search_text": text.record(),
+        "pattern": str(config.pattern),
+        "kernel_sizes": list(config.kernel_sizes),
+        **{name: value for name, value in asdict(config).items() if name not in free},
+    }
+
+
+def _budget(config: SearchConfig) -> int:
+    return config.evaluations if config.evaluations is not None else EVALUATIONS[config.optimizer]
+
+
+def _report(say: Callable[[str], None], what: str, total: int) -> Callable[[int, Setting, float], None]:
+    def report(asked: int, best: Setting, value: float) -> None:
+        say(f"{asked}/{total} evaluations, best {what} so far {value:.5g}: {_describe(best)}")
+
+    return report
+
+
+def _pho(run: _Search) -> Outcome:
+    config = run.config
+    return pho(
+        run.space,
+        run.evaluator,
+        get_proxies(config.proxy),
+        fit=config.fit,
+        finalists=config.finalists,
+        evaluations=_budget(config),
+        seed=config.seed,
+        expired=run.expired,
+        say=run.say,
+        report=_report(run.say, "proxy", _budget(config)),
+    )
+
+
+def _climb(run: _Search) -> Outcome:
+    judged: dict[str, tuple[Setting, Verdict]] = {}
+
+    def perplexity(settings: list[Setting]) -> list[float]:
+        verdicts = run.evaluator.verdicts(settings)
+        judged.update({each.key: (each, verdict) for each, verdict in zip(settings, verdicts, strict=True)})
+        return [math.exp(verdict.mean_nll) for verdict in verdicts]
+
+    known = list(anchors().values())
+    perplexity(known)
+    budget = _budget(run.config)
+    report = _report(run.say, "perplexity", budget)
+    found = hill_climb(run.space, known[0], perplexity, evaluations=budget, expired=run.expired(0), report=report)
+    return Outcome(list(judged.values()), found, None)
+
+
+def _document(out: Path, run: _Search, identity: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+    """The preset: the judged setting with the least KL (PHO) or perplexity (hill climbing), and how it was found."""
+    by_kl = run.config.optimizer == "pho"
+    setting, verdict = min(outcome.judged, key=lambda pair: pair[1].mean_kl if by_kl else pair[1].mean_nll)
+    found = {each.key: value for each, value in outcome.judged}
+    provenance = {
+        **identity,
+        "evaluations": len(outcome.found.ranked),
+        "judged": len(outcome.judged),
+        "result": _figures(verdict),
+        "anchors": {name: _figures(found[anchor.key]) for name, anchor in anchors().items()},
+        "filter": None if outcome.filter is None else asdict(outcome.filter),
+        "spearman_with_kl": correlations(run.evaluator, outcome.judged),
+        "proxies": run.evaluator.proxies([setting])[0],
+        "proxy_standard_errors": run.evaluator.errors(setting),
+        "sample": asdict(run.evaluator.rule),
+        "seconds": round(time.monotonic() - run.started, 1),
+        "versions": versions(),
+    }
+    params = {name: value for name, value in vars(setting.build()).items() if name in setting.params}
+    return {"name": out.stem, "method": setting.method, "params": params, "provenance": provenance}
+
+
+def _figures(verdict: Verdict) -> dict[str, float]:
+    return {"kl": verdict.mean_kl, "perplexity": math.exp(verdict.mean_nll)}
+
+
+def _describe(setting: Setting) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.params.items() if name != "alpha") or setting.method
+
+
+def _write(out: Path, document: dict[str, Any]) -> None:
+    partial = out.with_name(out.name + ".partial")
+    try:
+        with disk_errors(out):
+            partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            load_preset(str(partial))
+            partial.replace(out)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
