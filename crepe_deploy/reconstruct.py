@@ -71,8 +71,8 @@ class Exact:
     """Least squares by conjugate gradients, to a relative residual of `tolerance` or for `max_steps`."""
 
     damping: float = 0.01
-    tolerance: float = 1e-3
-    max_steps: int = 200
+    tolerance: float = 0.01
+    max_steps: int = 60
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
@@ -94,10 +94,10 @@ class Admm:
     """`steps` alternations from `penalty`, which grows up to `growth` fold while the mask still moves; then `exact`."""
 
     damping: float = 0.01
-    steps: int = 30
+    steps: int = 20
     penalty: float = 0.1
     growth: float = 1.3
-    tolerance: float = 1e-3
+    tolerance: float = 0.01
     max_steps: int = 20
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
 
