@@ -2,12 +2,14 @@
 
 Before `prepare()` it holds the stored tensors `weight_values` and `weight_mask` under a checkpoint's names, so any
 loader can fill them. `prepare()` turns them into the kernels' layout, which takes their place: resident memory stays
-that of the file. `state_dict()` and `to_packed()` give the stored tensors back bit-identical at any time.
+that of the file. On a CUDA device the kernels of `cuda` take the weight instead. `state_dict()` and `to_packed()` give
+the stored tensors back bit-identical at any time.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from crepe_deploy.errors import CheckpointError, ConfigError, KernelError
 from . import dispatch, ops
 from .format import check_geometry, unpack, validate
 from .prepare import Prepared, prepare, restore
+
+if TYPE_CHECKING:
+    from .cuda.linear import CudaLinear
 
 KeepDense = Literal["never", "auto"]
 KEEP_DENSE: Final[tuple[KeepDense, ...]] = ("never", "auto")
@@ -43,6 +48,7 @@ class PackedLinear(nn.Module):
     kernel_offsets: Tensor | None
     kernel_plan: Tensor
     dense_copy: Tensor | None
+    on_device: CudaLinear | None
 
     def __init__(
         self,
@@ -72,6 +78,7 @@ class PackedLinear(nn.Module):
         for name in (*_KERNEL_TENSORS, "dense_copy"):
             self.register_buffer(name, None, persistent=False)
         self.register_buffer("kernel_plan", None, persistent=False)
+        self.on_device = None
 
     @classmethod
     def from_packed(
@@ -90,21 +97,31 @@ class PackedLinear(nn.Module):
     @property
     def prepared(self) -> bool:
         """Whether the weight is in kernel layout."""
-        return self.kernel_values is not None
+        return self.kernel_values is not None or self.on_device is not None
 
     def prepare(self, name: str = "weight") -> None:
         """Turn the stored tensors into kernel layout and drop them; does nothing the second time.
 
-        Raises CheckpointError naming the tensor when mask and values do not fit together, KernelError off the CPU.
+        Raises CheckpointError naming the tensor when mask and values do not fit together, KernelError where no kernel
+        serves it: on devices that are neither the CPU nor CUDA, and on CUDA in float32.
         """
         if self.prepared:
             return
         if self.weight_values is None or self.weight_mask is None:
             raise KernelError(f"{name}: a packed layer without its tensors cannot be prepared")
-        self._adopt(prepare(self.weight_values.detach(), self.weight_mask.detach(), name))
+        values, mask_bytes = self.weight_values.detach(), self.weight_mask.detach()
+        if values.device.type == "cuda":
+            from .cuda.linear import CudaLinear
+
+            self.on_device = CudaLinear(values, mask_bytes, values.device, name)
+            self.weight_values = self.weight_mask = None
+        else:
+            self._adopt(prepare(values, mask_bytes, name))
 
     def to_packed(self) -> tuple[Tensor, Tensor]:
         """The stored pair `(values, mask_bytes)`, bit-identical to what was loaded; copies once prepared."""
+        if self.on_device is not None:
+            return self.on_device.to_packed()
         if self.prepared:
             return restore(self._weight())
         if self.weight_values is None or self.weight_mask is None:
@@ -113,6 +130,8 @@ class PackedLinear(nn.Module):
 
     def to_dense(self) -> Tensor:
         """The dense weight `(out, in)`, a new tensor."""
+        if self.on_device is not None:
+            return self.on_device.to_dense()
         return ops.nm_expand(self._weight()) if self.prepared else unpack(*self.to_packed())
 
     def tune(self, tokens: tuple[int, ...] = dispatch.USUAL_TOKENS) -> None:
@@ -121,16 +140,23 @@ class PackedLinear(nn.Module):
         With `keep_dense="auto"` this is where a dense copy is made, or given up.
         """
         self.prepare()
+        if self.on_device is not None:
+            self.on_device.tune(tokens, self.keep_dense == "auto")
+            return
         wants_dense = dispatch.tune(self._weight(), self.kernel_plan, tokens, self.keep_dense == "auto")
         self.dense_copy = self.to_dense() if wants_dense else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `(..., in)` of the layer's dtype on the CPU -> `(..., out)`. Raises KernelError for anything else."""
+        """x `(..., in)` of the layer's dtype, on its device -> `(..., out)`. Raises KernelError for anything else."""
+        if self.on_device is not None:
+            y: Tensor = self.on_device(x, self.bias)
+            return y
         if torch.compiler.is_compiling():
             return ops.nm_linear(x, self._weight(), self.kernel_plan, self.bias, self.dense_copy)
         held = self._buffers  # attribute access on a module costs as much as a small product
         if held["kernel_values"] is None:
             self.prepare()
+            return self.forward(x)
         weight = Prepared(
             held["kernel_values"],  # type: ignore[arg-type]
             held["kernel_mask"],  # type: ignore[arg-type]
@@ -157,7 +183,9 @@ class PackedLinear(nn.Module):
             "keep_dense": self.keep_dense,
             "dense_copy": self.dense_copy is not None,
         }
-        if self.prepared:
+        if self.on_device is not None:
+            report |= self.on_device.describe()
+        elif self.prepared:
             report["plan"] = dispatch.describe_plan(self._weight(), self.kernel_plan)
         return report
 
@@ -169,6 +197,24 @@ class PackedLinear(nn.Module):
         if self.kernel_values is None or self.kernel_mask is None or self.kernel_offsets is None:
             raise KernelError("the packed layer is not prepared: call prepare() after loading its tensors")
         return Prepared(self.kernel_values, self.kernel_mask, self.kernel_offsets, self.out_features, self.in_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Moving to another device goes through the stored tensors: kernel layouts belong to one device."""
+        if self.prepared and fn(self._somewhere()).device != self._somewhere().device:
+            self._back_to_stored()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _somewhere(self) -> Tensor:
+        """An empty tensor on the device of the prepared weight, of its dtype."""
+        kernel = self.kernel_values if self.on_device is None else self.on_device.values
+        assert kernel is not None
+        return kernel.new_empty(0)
+
+    def _back_to_stored(self) -> None:
+        values, mask_bytes = self.to_packed()
+        self.kernel_values = self.kernel_mask = self.kernel_offsets = self.dense_copy = self.on_device = None
+        self._hold_stored(values, mask_bytes)
 
     def _hold_stored(self, values: Tensor, mask_bytes: Tensor) -> None:
         """Hold these stored tensors and nothing in kernel layout."""
@@ -192,9 +238,7 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A prepared layer goes back to stored tensors first; the next forward prepares what was loaded."""
         if self.prepared and prefix + "weight_values" in state_dict:
-            values, mask_bytes = self.to_packed()
-            self.kernel_values = self.kernel_mask = self.kernel_offsets = self.dense_copy = None
-            self._hold_stored(values, mask_bytes)
+            self._back_to_stored()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

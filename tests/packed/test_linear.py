@@ -136,3 +136,14 @@ def test_torch_compile_keeps_one_graph_with_a_dynamic_batch() -> None:
     assert len(graphs) == 1
     names = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert sum("nm_linear" in name for name in names) == 2
+
+
+def test_moving_to_another_device_goes_through_the_stored_tensors() -> None:
+    packed = layer()
+    values, _ = packed.to_packed()
+    packed.to("cpu")
+    assert packed.prepared
+    moved = copy.deepcopy(packed).to("meta")
+    assert not moved.prepared
+    assert moved.weight_values is not None
+    assert moved.weight_values.shape == values.shape

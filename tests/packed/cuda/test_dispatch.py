@@ -13,6 +13,7 @@ from crepe_deploy.errors import KernelError
 from crepe_deploy.packed.cuda import dispatch, launch, semi_structured
 from crepe_deploy.packed.cuda.dispatch import Held
 from crepe_deploy.packed.cuda.linear import CudaLinear
+from crepe_deploy.packed.linear import PackedLinear
 from crepe_deploy.packed.measurements import Timer, Times
 
 from .weights import assert_product, held, stored
@@ -139,3 +140,21 @@ def test_torch_compile_keeps_one_graph() -> None:
         assert torch.equal(compiled(x), layer(x) + 1)
     assert len(graphs) == 1
     assert sum("nm_linear_cuda" in str(node.target) for node in graphs[0].graph.nodes) == 1
+
+
+def test_a_packed_layer_runs_by_what_its_device_holds(cache: Path) -> None:
+    """What `PackedLinear.prepare` does on a CUDA device, with the interpreter in its place."""
+    values, mask = stored(16, 64, 2, 4)
+    _, dense = held((values, mask))
+    packed = PackedLinear(64, 16, False, 2, 4, torch.bfloat16)
+    packed.weight_values = packed.weight_mask = None
+    packed.on_device = CudaLinear(values, mask, "cpu")
+    x = torch.randn(2, 64).bfloat16()
+    assert packed.prepared
+    assert_product(packed(x), x, dense, None)
+    assert torch.equal(packed.state_dict()["weight_values"], values)
+    assert packed.describe()["kind"] == "nibble"
+    assert torch.equal(packed.to_dense().double(), dense)
+    packed.load_state_dict({"weight_values": values * 2, "weight_mask": mask})
+    assert packed.on_device is None
+    assert torch.equal(packed.to_packed()[0], values * 2)
