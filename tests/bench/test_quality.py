@@ -50,11 +50,12 @@ def test_every_format_has_a_quality(folders: Path) -> None:
         for name in FORMATS
     }
     assert found["dense"].kl_mean is not None and found["dense"].kl_mean.value == 0
+    limits = {"packed": (0.0, 1e-3), "int8": (1e-6, 0.05)}  # kernels may round as the dense product does; int8 may not
     for name in FORMATS[1:]:
         distance = found[name]
         assert distance.convention == found["dense"].convention
         assert distance.kl_mean is not None and distance.perplexity_ratio is not None
-        assert 0 < distance.kl_mean.value < 0.05, name
+        assert limits[name][0] <= distance.kl_mean.value <= limits[name][1], name
         assert distance.perplexity_ratio.value == pytest.approx(1, abs=0.05), name
 
 
