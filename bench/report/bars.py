@@ -53,7 +53,7 @@ def memory_stack(stacks: Sequence[Stack], words: Words) -> Figure | None:
         hatches = {"weight files": "", "KV cache": "/////", "rest of the peak": "...."}
         handles = [Patch(facecolor="none" if hatches[n] else INK, edgecolor=INK, hatch=hatches[n]) for n in names]
         drawn.legend(handles, names, loc="outside lower center", ncols=3, columnspacing=1.2)
-        svg, png = render(drawn, words.name)
+        svg, png = render(drawn, words.name, words.title, words.conditions)
     said = [
         f"“{s.arm.name}”: weights {si(s.weights, 'B')}, KV cache {si(s.cache, 'B')}, rest {si(s.rest, 'B')}"
         for s in stacks
@@ -95,7 +95,7 @@ def block_bars(values: Sequence[tuple[Arm, dict[int, float]]], words: Words, sca
             axes.locator_params(axis="y", nbins=3)
         panels[-1].set_xlabel(words.x)
         drawn.supylabel(words.y, fontsize=10)
-        svg, png = render(drawn, words.name)
+        svg, png = render(drawn, words.name, words.title, words.conditions)
     said = [
         f"“{arm.name}”: from {digits(scale * min(found.values()))} to {digits(scale * max(found.values()))} "
         f"over {len(found)} blocks"
@@ -139,7 +139,7 @@ def history(runs: Sequence[str], lines: Sequence[tuple[Arm, list[Interval | None
         ratio_axis(axes, "y", [end for end in ends if end is not None])
         axes.set(xlabel=words.x, ylabel=words.y)
         legend_below(drawn, handles, [look(arm).label for arm, _ in lines])
-        svg, png = render(drawn, words.name)
+        svg, png = render(drawn, words.name, words.title, words.conditions)
     said = [
         f"“{arm.name}”: " + ", ".join(f"{run} {interval(v, '×')}" for run, v in zip(runs, found, strict=True))
         for arm, found in lines

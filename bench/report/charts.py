@@ -13,7 +13,7 @@ from .compare import Arm, Comparison, in_flight, series_at
 from .content import Figure
 from .numbers import digits, interval, si
 from .samples import LATENCIES, Pool, pool
-from .style import BAND, INK, drawing, legend_below, look, ratio_axis, render, short
+from .style import BAND, INK, drawing, legend_below, log_axis, look, ratio_axis, render, short
 
 CURVE_STEPS = 200
 
@@ -76,7 +76,7 @@ def trade_off(spots: Sequence[Spot], words: Words, higher_x: bool) -> Figure | N
         ratio_axis(axes, "y", _ends([spot.y for spot in spots]))
         axes.set(xlabel=words.x, ylabel=words.y)
         legend_below(drawn, handles, [look(spot.arm).label for spot in spots])
-        svg, png = render(drawn, words.name)
+        svg, png = render(drawn, words.name, words.title, words.conditions)
     names = ", ".join(f"“{spot.arm.name}”" for spot in best)
     spots_said = "; ".join(f"“{s.arm.name}” at {interval(s.x, '×')} and {interval(s.y, '×')}" for s in spots)
     alternative = f"{words.x} against {words.y}: {spots_said}. On the frontier (dotted line): {names}."
@@ -114,7 +114,7 @@ def load_curve(comparison: Comparison, points: Sequence[Point], words: Words) ->
         axes.set_ylim(bottom=0)
         axes.margins(0.1)
         legend_below(drawn, handles, [look(arm).label for arm in shown])
-        svg, png = render(drawn, words.name)
+        svg, png = render(drawn, words.name, words.title, words.conditions)
     said = [f"“{arm.name}”: " + ", ".join(_said(*spot) for spot in curves[arm.index]) for arm in shown]
     return Figure(words.name, words.title, "; ".join(said) + ".", words.conditions, words.table, svg, png)
 
@@ -154,10 +154,10 @@ def distribution(comparison: Comparison, point: Point, kind: str, words: Words) 
             )  # fmt: skip
         everything = np.concatenate([pools[arm.index].values for arm in shown])
         if everything.min() > 0 and everything.max() / everything.min() > 20:
-            axes.set_xscale("log")
+            log_axis(axes)
         axes.set(xlabel=words.x, ylabel=words.y, ylim=(0, 102))
         legend_below(drawn, handles, [look(arm).label for arm in shown])
-        svg, png = render(drawn, words.name)
+        svg, png = render(drawn, words.name, words.title, words.conditions)
     said = [
         f"“{arm.name}” median {si(float(np.median(pools[arm.index].values)), 's')}, "
         f"90 % within {si(float(np.quantile(pools[arm.index].values, 0.9)), 's')}"
@@ -212,7 +212,7 @@ def forest(comparison: Comparison, metric: str, words: Words) -> Figure | None:
         axes.tick_params(axis="y", length=0)
         ratio_axis(axes, "x", _ends([ratio for _, pairs in groups for _, ratio in pairs]))
         axes.set_xlabel(words.x)
-        svg, png = render(drawn, words.name)
+        svg, png = render(drawn, words.name, words.title, words.conditions)
     said = [
         f"{point.name}: " + ", ".join(f"“{arm.name}” {interval(ratio, '×')}" for arm, ratio in pairs)
         for point, pairs in groups

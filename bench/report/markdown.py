@@ -6,7 +6,7 @@ import re
 
 from .content import Chapter, Report, Section, Table, is_numeric
 
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
+_SPECIAL = re.compile(r"([\\`*_\[\]|#~])")
 
 
 def markdown(report: Report) -> str:
@@ -63,4 +63,5 @@ def _row(cells: list[str]) -> str:
 
 def escape(text: str) -> str:
     """Text that Markdown and the HTML inside it take literally, on one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split()).replace("&", "&amp;"))
+    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _SPECIAL.sub(r"\\\1", flat)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ _MARKERS: Final = "os^Dv<PX>"
 _DASHES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _HATCHES: Final = ("", "///", "\\\\\\", "xxx", "...", "++", "ooo")
 _LABEL_LENGTH: Final = 26
+_CAPTION_WIDTH: Final = 64
 _SETTINGS: Final[Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "crepe-deploy",
@@ -104,6 +106,16 @@ def legend_below(drawn: Drawing, handles: list[Any], labels: list[str]) -> None:
     drawn.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
+def log_axis(axes: Axes) -> None:
+    """A logarithmic x axis labelled with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(numticks=7))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def ratio_axis(axes: Axes, which: str, values: list[float]) -> None:
     """An axis of ratios that always shows 1: linear for small ranges, logarithmic for large ones."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
@@ -129,11 +141,16 @@ def _round_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low / 1.3 <= tick <= high * 1.3]
 
 
-def render(drawn: Drawing, name: str) -> tuple[str, bytes]:
-    """The figure as an inline SVG element and as PNG bytes, the same every time."""
+def render(drawn: Drawing, name: str, title: str, conditions: str) -> tuple[str, bytes]:
+    """The figure as an inline SVG element and as PNG bytes, the same every time.
+
+    The PNG travels alone, so it carries its title and conditions; the page writes them beside the SVG.
+    """
     svg, png = io.StringIO(), io.BytesIO()
     # Without a title, creator and date matplotlib writes no metadata that could change or leak.
     drawn.savefig(svg, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    told = [*textwrap.wrap(title, _CAPTION_WIDTH), *textwrap.wrap(" ".join(conditions.split()), _CAPTION_WIDTH)]
+    drawn.suptitle("\n".join(told), fontsize=9)
     drawn.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return inline(svg.getvalue(), name), png.getvalue()
 

@@ -48,7 +48,8 @@
   }
 
   function markdown(table) {
-    const escape = (text) => text.replace(/&/g, "&amp;").replace(/([\\`*_[\]<>|#~])/g, "\\$1");
+    const names = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
+    const escape = (text) => text.replace(/[&<>]/g, (char) => names[char]).replace(/([\\`*_[\]|#~])/g, "\\$1");
     const lines = cells(table).map((row) => "| " + row.map((cell) => escape(cell.text)).join(" | ") + " |");
     const rule = [...table.tHead.rows[0].cells].map((head) => (head.className === "number" ? "---:" : "---"));
     lines.splice(1, 0, "| " + rule.join(" | ") + " |");
