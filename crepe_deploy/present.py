@@ -14,11 +14,18 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"{report['sparsity_of_pruned_tensors']:.2%} zeros counted on disk, {seconds:.1f} s",
         f"reloaded logits differ by at most {report['parity']['max_abs_logit_difference']:.3g}",
     ]
+    if report["steps"]:
+        steps = ", ".join(f"{kind} {step['class'].lower()}" for kind, step in report["steps"].items())
+        lines.insert(1, f"steps: {steps}; patterns: {_counts(report['patterns'])}")
     for name, export in report["formats"].items():
         ratio = export["size"]["weight_bytes_over_dense"]
         size = f"{export['weight_file_bytes'] / 1e6:.0f} MB, pruned layers {ratio:.4g} of their dense bytes"
         lines.append(f"{name}: {export['path']} ({size})")
     return lines
+
+
+def _counts(patterns: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {pattern}" for pattern, count in patterns.items())
 
 
 def quality_lines(result: dict[str, Any]) -> list[str]:

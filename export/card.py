@@ -74,13 +74,24 @@ def _pruning_rows(manifest: Manifest) -> dict[str, str]:
     method, error = config["method"] or "an unknown method", metrics["mean_layer_error"]
     return {
         "method": f"{method} {_parameters(config['resolved_method'])}".rstrip(),
-        "pattern": f"{config['pattern']} in {metrics['pruned_tensors']} linear layers",
+        **_step_rows(config),
+        "pattern": f"{config['pattern']}{_mixed(metrics)} in {metrics['pruned_tensors']} linear layers",
         "zeros counted in those layers": f"{metrics['sparsity_of_pruned_tensors']:.4%}",
         "calibration": ("unknown" if config["method"] is None else "none")
         if calibration is None
         else f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}",
         "mean relative layer error": "unknown" if error is None else f"{error:.4f}",
     }
+
+
+def _step_rows(config: dict[str, Any]) -> dict[str, str]:
+    """The steps around the method, by kind; manifests from before there were any have none."""
+    steps = {kind: dict(step) for kind, step in config.get("resolved_steps", {}).items()}
+    return {kind: f"{step.pop('class')} {_parameters(step)}".rstrip() for kind, step in steps.items()}
+
+
+def _mixed(metrics: dict[str, Any]) -> str:
+    return " on average" if len(metrics.get("patterns", ())) > 1 else ""
 
 
 def _front_matter(manifest: Manifest) -> list[str]:

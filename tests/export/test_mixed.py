@@ -17,6 +17,7 @@ from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.manifest import load_manifest
 from crepe_deploy.packed_config import PackedConfig, packed_config
 from crepe_deploy.pattern import NM, Unstructured, parse_pattern
+from crepe_deploy.present import report_lines
 from crepe_deploy.prune import PruneConfig
 from crepe_deploy.sources import resolve_model
 
@@ -60,6 +61,17 @@ def test_and_comes_back_bit_by_bit(tmp_path: Path) -> None:
     assert before.tensors.keys() == after.tensors.keys()
     for name in before.tensors:
         assert torch.equal(before.load(name), after.load(name))
+
+
+def test_card_and_report_say_what_was_done(tmp_path: Path) -> None:
+    out = mixed_exports(tmp_path)
+    card = (out / "packed" / "README.md").read_text()
+    assert "| allocate | Alpha (spread=0.5) |" in card
+    assert "| pattern | 16:32 on average in 21 linear layers |" in card
+    report = json.loads((out / "report.json").read_text())
+    assert report["steps"] == {"allocate": {"class": "Alpha", "spread": 0.5}}
+    assert sum(report["patterns"].values()) == 21
+    assert any(line.startswith("steps: allocate alpha; patterns: ") for line in report_lines(report))
 
 
 def test_configs_with_overrides_round_trip_and_the_rest_stay_version_1() -> None:
