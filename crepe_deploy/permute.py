@@ -10,6 +10,7 @@ is retained; and the order that was there is kept where the search finds none be
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,18 +25,23 @@ CHUNK = 1 << 22  # entries of the (groups, groups, rows) table held at a time
 
 @dataclass(frozen=True)
 class Fold:
-    """Reorder what folds into the layers before at no cost at run time: FFN neurons, and channels within a head."""
+    """Reorder what folds into the layers before at no cost at run time: FFN neurons, and channels within a head.
+
+    Raises MissingExtra without scipy.
+    """
 
     rounds: int = 1
     needs: ClassVar[frozenset[Need]] = frozenset({"col_norm"})
 
     def __post_init__(self) -> None:
         check_range("rounds", self.rounds, 1)
+        if importlib.util.find_spec("scipy") is None:
+            raise MissingExtra("scipy", "permute", "--permute fold")
 
     def search(self, score: Tensor, n: int, m: int) -> Tensor:
         """`score` (rows, in), higher = keep -> the order (in,) int64: new column i was column order[i].
 
-        What is retained is never less than in the given order. Raises MissingExtra without scipy.
+        What is retained is never less than in the given order.
         """
         identity = torch.arange(score.shape[1])
         if score.shape[1] == m:
@@ -113,8 +119,6 @@ def worth(score: Tensor, others: Tensor, columns: Tensor, n: int) -> Tensor:
 
 def _assign(gain: Tensor) -> Tensor:
     """For each row of `gain` (k, k) the column it gets, so that the sum is largest."""
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise MissingExtra("scipy", "permute", "--permute") from error
+    from scipy.optimize import linear_sum_assignment
+
     return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
