@@ -175,6 +175,7 @@ def main(
         chosen = chosen or {name: assets.text(name, "valid") for name in ("wiki", "c4")}
     sizes = {"samples": samples, "length": length, "window": window, "windows": windows}
     command = f"python -m crepe_deploy.bench.quality_grid --rows '{rows}' --patterns {patterns} --seeds {seeds}"
+    command += f" --samples {samples} --length {length}"
     grid = Grid(out, model, calib, chosen, sizes, command)
     for pattern in patterns.split(","):
         for seed in seeds.split(","):

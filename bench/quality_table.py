@@ -34,13 +34,15 @@ def closed(loss: float, base: float, dense: float) -> float:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """One table for each pattern; ratios and shares are against the row `RIA` of the same seeds' mean."""
+    """A page with one table for each pattern; ratios and shares are against the mean of the row `RIA`'s seeds."""
     conditions = result["conditions"]
-    lines = [
+    lines = ["# Quality", "", *(f"    {command}" for command in result["commands"]), ""]
+    lines += [
         f"{conditions['model']}; calibrated on {conditions['samples']} x {conditions['length']} tokens of "
         f"{conditions['calibration']['text']}; scored on the first {conditions['windows']} x {conditions['window']} "
         "tokens of each text. Perplexities are geometric means over the seeds; ratios are paired over windows, with "
-        "95 % bootstrap intervals; closed is the share of ln(PPL/dense) between RIA and dense.",
+        "95 % bootstrap intervals; closed is the share of ln(PPL/dense) between RIA and dense. Prune s is the median "
+        "time of pruning, proof and hashing included, on the machine as it was, perhaps busy.",
     ]
     patterns = list(dict.fromkeys(key.rsplit("|", 2)[1] for key in result["cells"]))
     for pattern in patterns:

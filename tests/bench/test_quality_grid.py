@@ -89,6 +89,7 @@ def test_the_statistics_of_the_table() -> None:
     assert wide[0] < 1 < wide[1]
     conditions = {"model": "m", "samples": 1, "length": 2, "calibration": {"text": "c"}, "windows": 2, "window": 2}
     result = {
+        "commands": ["python -m x"],
         "conditions": {**conditions, "texts": {"t": {}}},
         "dense": {"t": [1.0, 1.0]},
         "cells": {
