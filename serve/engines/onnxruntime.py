@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, ConfigError
-from ..ort import is_onnx, load_runner, require_onnx
 from .base import Prompts, Settings, check_lengths, check_options
 
 
@@ -17,11 +16,14 @@ class OnnxEngine:
     @classmethod
     def require(cls, options: dict[str, Any]) -> None:
         """Raise MissingExtra without ONNX Runtime, ConfigError for any option: there are none."""
+        from ..ort import require_onnx
+
         require_onnx("portable", "measuring an ONNX folder")
         check_options("onnxruntime", options, ())
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         from ...manifest import load_manifest
+        from ..ort import is_onnx, load_runner
 
         if not is_onnx(folder):
             raise CheckpointError(f"{folder} holds no ONNX graph; crepe-deploy export --format onnx writes one")

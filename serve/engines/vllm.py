@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from ..launcher import require_vllm
 from .base import Prompts, Settings, check_lengths, check_options, held_bytes, plan_names
 
 OPTIONS: Final = ("compiled", "block_size", "kv_cache_bytes")
@@ -19,6 +18,8 @@ class VllmEngine:
     @classmethod
     def require(cls, options: dict[str, Any]) -> None:
         """Raise MissingExtra or ServeError without a usable vLLM, ConfigError for an unknown option."""
+        from ..launcher import require_vllm
+
         require_vllm()
         check_options("vllm", options, OPTIONS)
 

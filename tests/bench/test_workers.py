@@ -30,11 +30,11 @@ def candidate_of(scenario: Scenario, name: str) -> tuple[Run, Candidate]:
     return run, run.candidate(name)
 
 
-def with_options(pair: tuple[Path, Path], **options: Any) -> Scenario:
-    """The dense candidate is well, the packed one has these options of the fake engine."""
+def with_options(pair: tuple[Path, Path], engine: str = "fake", **options: Any) -> Scenario:
+    """The dense candidate is a fake that is well, the packed one has this engine and these options."""
     arms = zip(NAMES, pair, ({}, options), strict=True)
     candidates = [
-        {"name": name, "folder": str(path), "engine": "fake", "options": {"step_s": 0.001} | given}
+        {"name": name, "folder": str(path), "engine": "fake" if name == "dense" else engine, "options": given}
         for name, path, given in arms
     ]
     return scenario_of(pair, candidates=candidates, rounds=3)
@@ -77,7 +77,7 @@ def test_a_candidate_that_does_not_load_is_named(pair: tuple[Path, Path], tmp_pa
     (broken / "manifest.json").unlink()
     (broken / "model.safetensors").write_bytes(b"\x00" * 64)
     with pytest.raises(CrepeError, match=r"(?s)candidate 'packed' ended with exit code 1.*Error"):
-        bench(scenario_of((pair[0], broken), engine="transformers"), "c", quiet=True)
+        bench(with_options((pair[0], broken), engine="transformers"), "c", quiet=True)
 
 
 def test_a_served_candidate_has_a_server_of_its_own_threads(
@@ -124,7 +124,7 @@ def test_a_server_that_does_not_start_is_named(pair: tuple[Path, Path], monkeypa
     monkeypatch.setattr(served_worker, "vllm_command", lambda *_: [sys.executable, "-c", "raise SystemExit(7)"])
     points = [{"concurrency": 1, "prompt_tokens": 8, "output_tokens": 4}]
     session = Session(scenario_of(pair, engine="vllm-serve", points=points), "c")
-    with session, pytest.raises(CrepeError, match="candidate 'dense': vLLM ended with code 7"):
+    with session, pytest.raises(CrepeError, match="candidate 'dense': the server ended with code 7"):
         session.load()
 
 
