@@ -26,9 +26,11 @@ def doctor(retune: bool = False) -> dict[str, Any]:
     import torch
 
     from .packed import dispatch
+    from .packed.cuda import dispatch as cuda_dispatch
 
     if retune:
         dispatch.forget()
+        cuda_dispatch.forget()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -43,8 +45,13 @@ def doctor(retune: bool = False) -> dict[str, Any]:
 def _cuda(torch: Any) -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
+    from .packed.cuda import dispatch
+
     major, minor = torch.cuda.get_device_capability()
     return {
+        "triton": _version("triton"),
+        "measurements": str(dispatch.cache_path()),
+        "choices": dispatch.describe(),
         "device": torch.cuda.get_device_name(),
         "capability": f"{major}.{minor}",
         "sparse_tensor_cores": major >= 8,
@@ -75,6 +82,24 @@ def choice_lines(choices: list[dict[str, Any]]) -> list[str]:
     return text
 
 
+def gpu_lines(choices: list[dict[str, Any]]) -> list[str]:
+    """What was measured on this GPU, one line for each layer shape, or that nothing was."""
+    if not choices:
+        return ["  packed layers: nothing measured on this GPU yet; the first use of each shape and batch measures it"]
+    shapes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for entry in choices:
+        shapes.setdefault((entry["dtype"], entry["kind"], *entry["shape"]), []).append(entry)
+    text = []
+    for (dtype, kind, rows, columns), entries in sorted(shapes.items()):
+        found = (
+            f"{entry['batch']}: {entry['choice'].partition(' ')[0]}"
+            + (f" {entry['gain_over_dense']:.2f}x" if entry["gain_over_dense"] else "")
+            for entry in sorted(entries, key=lambda entry: int(entry["batch"]))
+        )
+        text.append(f"  {rows}x{columns} {dtype} {kind}, by batch, over dense: {', '.join(found)}")
+    return text
+
+
 def lines(result: dict[str, Any]) -> list[str]:
     """The findings for a reader at a terminal."""
     cpu, cuda = result["packed_cpu"], result["cuda"]
@@ -87,9 +112,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     ]
     if cuda is not None:
         cores = "has sparse tensor cores" if cuda["sparse_tensor_cores"] else "has no sparse tensor cores"
-        text.append(
-            f"  {cores}; cuSPARSELt {cuda['cusparselt'] or 'not available'}; packed layers are dequantised there"
-        )
+        text.append(f"  {cores}; cuSPARSELt {cuda['cusparselt'] or 'none'}; triton {cuda['triton'] or 'none'}")
+        text += gpu_lines(cuda["choices"])
     for name, version in result["installed"].items():
         text.append(f"{name}: {version or 'not installed'} ({OPTIONAL[name]})")
     return text

@@ -46,24 +46,27 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: CrepeNmConfig
 
     def validate_environment(self, *_args: Any, device_map: Any = None, **_options: Any) -> None:
-        """Raise ConfigError for what cannot work: packing while loading, devices other than the CPU."""
+        """Raise ConfigError for what cannot work: packing while loading, devices without packed kernels."""
         if not self.pre_quantized:
             raise ConfigError(f"'{QUANT_METHOD}' loads packed checkpoints; make one with: crepe-deploy export")
         device_map = self.update_device_map(device_map)
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
-        wrong = sorted({str(place) for place in places} - {"None", "cpu"})
+        wrong = sorted({str(place) for place in places if not _runs_on(str(place))})
         if wrong:
             raise ConfigError(
-                f"device_map asks for {', '.join(wrong)}: packed layers run on the CPU; load with device_map='cpu', or "
-                "use crepe-deploy export --format dense for other devices"
+                f"device_map asks for {', '.join(wrong)}: packed layers run on the CPU and on the CUDA devices this "
+                "machine has; load with device_map='cpu', or use crepe-deploy export --format dense for other devices"
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """ "auto" and its like mean the CPU where there is nothing else; elsewhere they stay, and are refused."""
+        """ "auto" and its like mean the first CUDA device, the CPU where there is nothing else; others are refused."""
         import torch
 
-        automatic = isinstance(device_map, str) and device_map in _AUTOMATIC
-        return {"": "cpu"} if automatic and not torch.accelerator.is_available() else device_map
+        if not isinstance(device_map, str) or device_map not in _AUTOMATIC:
+            return device_map
+        if torch.cuda.is_available():
+            return {"": "cuda:0"}
+        return device_map if torch.accelerator.is_available() else {"": "cpu"}
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_options: Any
@@ -121,6 +124,16 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _runs_on(place: str) -> bool:
+    """Whether packed layers run on this place of a device map: the CPU, or a CUDA device by name or number."""
+    import torch
+
+    if place in ("None", "cpu"):
+        return True
+    kind, _, index = ("cuda", "", place) if place.isdigit() else place.partition(":")
+    return kind == "cuda" and (not index or index.isdigit()) and int(index or 0) < torch.cuda.device_count()
 
 
 def _packed_layers(model: Any) -> dict[str, PackedLinear]:

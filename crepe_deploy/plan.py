@@ -15,8 +15,8 @@ TARGETS: dict[str, str] = {
     "dense: transformers, vLLM, any reader": "loads unchanged; no smaller, no faster: the zeros are stored",
     "packed: CPU, our kernels": "smaller as below; decoding is faster where weights are the bottleneck (any N:M alike)",
     "onnx: ONNX Runtime on CPU or CUDA": "loads there; no smaller, no faster for its zeros: they are stored",
-    "packed: GPU": "smaller on disk; today dequantised at load, so no smaller and no faster on the device",
 }
+UNMEASURED = "smaller on the device too; nothing was measured on a GPU here, so no speed is promised (docs/gpu.md)"
 ADVICE = (
     "On a CPU every 50 % pattern costs the same bytes and runs at the same speed, and quality rises with M: "
     "choose 16:32. Choose 2:4 only for the sparse tensor cores of NVIDIA GPUs."
@@ -49,9 +49,30 @@ def plan(folder: Path, pattern: Pattern, samples: int, length: int) -> dict[str,
         "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
         "peak_memory_estimate_bytes": peak_memory(decoder, samples * min(length, decoder.context_length)),
         "disk_needed_bytes": 2 * total,
-        "targets": TARGETS,
+        "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
         "advice": ADVICE,
     }
+
+
+def gpu_truth(shapes: set[tuple[int, int]]) -> str:
+    """What a packed checkpoint of these layer shapes gains on this machine's GPU, as far as it was measured."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return UNMEASURED
+    from .packed.cuda import dispatch
+
+    found = [entry for entry in dispatch.describe() if tuple(entry["shape"]) in shapes and entry["gain_over_dense"]]
+    return gpu_gains(found) if found else UNMEASURED
+
+
+def gpu_gains(found: list[dict[str, Any]]) -> str:
+    """The measured gains over dense in one sentence: for each batch the range over kinds and shapes."""
+    gains: dict[int, list[float]] = {}
+    for entry in found:
+        gains.setdefault(int(entry["batch"]), []).append(float(entry["gain_over_dense"]))
+    ranges = (f"batch {batch}: {min(all_):.2f}x to {max(all_):.2f}x" for batch, all_ in sorted(gains.items()))
+    return f"smaller on the device too; layers measured here, over dense: {', '.join(ranges)}"
 
 
 def packable(spec: LinearSpec, pattern: Pattern) -> bool:

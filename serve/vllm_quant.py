@@ -1,10 +1,11 @@
-"""Quantization method `crepe_nm` for vLLM: packed linear layers on the CPU, dense ones expanded at load elsewhere.
+"""Quantization method `crepe_nm` for vLLM: packed linear layers on CPUs and CUDA devices, dense ones elsewhere.
 
 Importing this module registers the method; see `vllm_plugin`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,10 +24,14 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from ..errors import CheckpointError, ConfigError
 from ..packed import dispatch, ops
+from ..packed.cuda.layout import misfit
+from ..packed.cuda.linear import CudaLinear
 from ..packed.format import COLUMN_MULTIPLE, DTYPES, slice_columns, unpack, validate
 from ..packed.prepare import Prepared, prepare
 from ..packed_config import QUANT_METHOD, PackedConfig
 from ..pattern import NM
+
+_LOG = logging.getLogger("crepe_deploy")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -137,7 +142,7 @@ class CrepeNmLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check what was loaded and turn it into the kernels' layout (dense on other devices than the CPU)."""
+        """Check what was loaded and turn it into its device's kernel layout; dense where no kernel serves it."""
         values, mask = layer.weight_values.data, layer.weight_mask.data
         self._check_loaded(layer, values, mask)
         if layer.crepe_cut_at_load:
@@ -146,7 +151,7 @@ class CrepeNmLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for name in ("weight", "weight_values", "weight_mask"):
             delattr(layer, name)
         if values.device.type != "cpu":
-            layer.weight = _frozen(unpack(values.cpu(), mask.cpu()).to(values.device))
+            self._to_device(layer, values, mask)
             return
         weight = prepare(values, mask, self.prefix)
         ops.ensure_registered()
@@ -154,6 +159,18 @@ class CrepeNmLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.kernel_offsets, layer.kernel_plan = _frozen(weight.offsets), _frozen(dispatch.plan_for(weight))
         layer.kernel_rows = weight.out_features
         dispatch.tune(weight, layer.kernel_plan.data, dispatch.USUAL_TOKENS)
+
+    def _to_device(self, layer: Any, values: Tensor, mask: Tensor) -> None:
+        """The GPU kernels' layout, measured for the usual batches before vLLM captures its graphs."""
+        reason = misfit(mask.shape[0], mask.shape[1] * 8, values.dtype)
+        if values.device.type != "cuda":
+            reason = f"there are no packed kernels for {values.device.type}"
+        if reason is not None:
+            _LOG.warning("%s: served dense, as large and as fast as before pruning: %s", self.prefix, reason)
+            layer.weight = _frozen(unpack(values.cpu(), mask.cpu()).to(values.device))
+            return
+        layer.crepe_on_device = CudaLinear(values, mask, values.device, self.prefix)
+        layer.crepe_on_device.tune()
 
     def _check_loaded(self, layer: Any, values: Tensor, mask: Tensor) -> None:
         if bool(torch.isnan(values).any()):
@@ -166,6 +183,9 @@ class CrepeNmLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x `(..., in)` -> `(..., out)`."""
+        if "crepe_on_device" in layer._modules:
+            y: Tensor = layer.crepe_on_device(x, bias)
+            return y
         if "kernel_values" not in layer._parameters:
             return torch.nn.functional.linear(x, layer.weight, bias)
         weight = Prepared(

@@ -15,6 +15,7 @@ import transformers as tf
 from crepe_deploy.export.pipeline import export_checkpoint
 from safetensors.torch import load_file, save_file
 
+from crepe_deploy import hf
 from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.packed.linear import PackedLinear
 from crepe_deploy.pattern import parse_pattern
@@ -164,3 +165,11 @@ def test_importing_crepe_deploy_is_enough(tmp_path: Path, order: str) -> None:
 def test_importing_crepe_deploy_imports_nothing_heavy() -> None:
     done = run_python("import sys, crepe_deploy; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "place, runs", [("cpu", True), ("cuda", True), ("cuda:0", True), ("0", True), ("cuda:1", False), ("disk", False)]
+)
+def test_places_of_a_machine_with_one_gpu(monkeypatch: pytest.MonkeyPatch, place: str, runs: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert hf._runs_on(place) == runs

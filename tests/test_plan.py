@@ -11,8 +11,9 @@ import torch
 from crepe_deploy.export.packed import export_packed
 
 from crepe_deploy.cli import main
+from crepe_deploy.doctor import gpu_lines
 from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.plan import lines, plan
+from crepe_deploy.plan import gpu_gains, gpu_truth, lines, plan
 from crepe_deploy.prune import PruneConfig, prune
 from crepe_deploy.sources import resolve_model
 
@@ -51,3 +52,22 @@ def test_doctor_says_which_kernels_run_and_why(
     packed = json.loads(capsys.readouterr().out)["packed_cpu"]
     assert packed["isa"] in packed["supported"]
     assert packed["reason"]
+
+
+def test_gpu_gains_are_ranges_over_what_was_measured() -> None:
+    found = [{"batch": 1, "gain_over_dense": gain} for gain in (1.5, 1.2)] + [{"batch": 64, "gain_over_dense": 0.9}]
+    assert gpu_gains(found).endswith("batch 1: 1.20x to 1.50x, batch 64: 0.90x to 0.90x")
+
+
+def test_without_a_gpu_no_speed_is_promised() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "no speed is promised" in gpu_truth({(64, 64)})
+    assert "nothing measured" in gpu_lines([])[0]
+
+
+def test_measured_gpu_choices_are_one_line_a_shape() -> None:
+    entry = {"dtype": "bfloat16", "kind": "nibble", "shape": [64, 128], "choice": "stream n16 m1 s1 w4 p1"}
+    found = [entry | {"batch": 16, "gain_over_dense": None}, entry | {"batch": 1, "gain_over_dense": 1.5}]
+    (line,) = gpu_lines(found)
+    assert line == "  64x128 bfloat16 nibble, by batch, over dense: 1: stream 1.50x, 16: stream"

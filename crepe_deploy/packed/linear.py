@@ -202,7 +202,7 @@ class PackedLinear(nn.Module):
         """Moving to another device goes through the stored tensors: kernel layouts belong to one device."""
         if self.prepared and fn(self._somewhere()).device != self._somewhere().device:
             self._back_to_stored()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         return self
 
     def _somewhere(self) -> Tensor:

@@ -12,7 +12,7 @@ share the skeleton and differ in how a lane learns its four entries (`_group`):
     DENSE   the control: an ordinary weight, 8 bytes a group
 
 Few tokens (BM 1, 2 or 4) are multiplied on the ordinary cores, more on the tensor cores, one product for each of a
-group's four positions, so that expanded weights need no reordering. Sums are kept in fp32. With SPLIT > 1
+group's four positions, so that expanded weights need no reordering. Sums are kept in fp32. With `parts` > 1
 programs share a row block: each leaves a partial sum and the one that arrives last adds them in order, so the result
 does not depend on who that was. `triton` is needed to import this module.
 """
@@ -213,25 +213,25 @@ def _write(
 
 
 @triton.jit
-def _finish(total: tl.tensor, bias: tl.tensor, out: tl.tensor, partial: tl.tensor, counters: tl.tensor, place: tl.tensor, rows: tl.tensor, valid: tl.tensor, size: tl.tensor, SPLIT: tl.constexpr, BIAS: tl.constexpr) -> tl.tensor:  # fmt: skip  # noqa: E501
-    """Write a block's result; with SPLIT, leave the partial sum and let the last program to arrive add them all."""
-    if SPLIT == 1:
+def _finish(total: tl.tensor, bias: tl.tensor, out: tl.tensor, partial: tl.tensor, counters: tl.tensor, place: tl.tensor, rows: tl.tensor, valid: tl.tensor, size: tl.tensor, parts: tl.tensor, SHARED: tl.constexpr, BIAS: tl.constexpr) -> tl.tensor:  # fmt: skip  # noqa: E501
+    """Write a block's result; when SHARED, leave the partial sum and let the last program to arrive add them all."""
+    if not SHARED:
         _write(total, bias, out, place, rows, valid, BIAS)
     else:
         tl.store(partial + tl.program_id(1) * size + place, total, mask=valid, cache_modifier=".cg")
         tl.debug_barrier()  # every thread's partial sums before the one thread that says they are there
         arrived = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel")
-        if arrived == SPLIT - 1:
+        if arrived == parts - 1:
             total = tl.full(total.shape, 0, tl.float32)
-            for part in tl.static_range(SPLIT):
+            for part in range(parts):
                 total += tl.load(partial + part * size + place, mask=valid, other=0, cache_modifier=".cg")
             _write(total, bias, out, place, rows, valid, BIAS)
             tl.store(counters + tl.program_id(0), 0)  # as it was found, for the next call
 
 
-@triton.jit(do_not_specialize=["M"])
-def stream_few(x: tl.tensor, values: tl.tensor, meta: tl.tensor, offsets: tl.tensor, bias: tl.tensor, out: tl.tensor, partial: tl.tensor, counters: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor, kept: tl.tensor, KIND: tl.constexpr, BF16: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr) -> None:  # fmt: skip  # noqa: E501
-    """At most BM = 1, 2 or 4 tokens, on the ordinary cores. Grid: row blocks, SPLIT. M is BM or less."""
+@triton.jit(do_not_specialize=["M", "parts"])
+def stream_few(x: tl.tensor, values: tl.tensor, meta: tl.tensor, offsets: tl.tensor, bias: tl.tensor, out: tl.tensor, partial: tl.tensor, counters: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor, kept: tl.tensor, parts: tl.tensor, KIND: tl.constexpr, BF16: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr) -> None:  # fmt: skip  # noqa: E501
+    """At most BM = 1, 2 or 4 tokens, on the ordinary cores. Grid: row blocks, parts. M is BM or less."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = rows[:, None]
     lanes = tl.arange(0, GROUPS)[None, :]
@@ -239,7 +239,7 @@ def stream_few(x: tl.tensor, values: tl.tensor, meta: tl.tensor, offsets: tl.ten
     supers = (groups + GROUPS * STEPS - 1) // (GROUPS * STEPS)
     sums0 = tl.full([BN, GROUPS], 0, tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
-    for s in range(tl.program_id(1) * supers // SPLIT, (tl.program_id(1) + 1) * supers // SPLIT):
+    for s in range(tl.program_id(1) * supers // parts, (tl.program_id(1) + 1) * supers // parts):
         planes = lanes
         if KIND == NIBBLE:
             planes = tl.load(meta + row * (supers * GROUPS) + s * GROUPS + lanes, mask=row < N, other=0)
@@ -270,12 +270,12 @@ def stream_few(x: tl.tensor, values: tl.tensor, meta: tl.tensor, offsets: tl.ten
         total = tl.where(token == 2, tl.reduce(sums2, 1, _add)[:, None], total)
         total = tl.where(token == 3, tl.reduce(sums3, 1, _add)[:, None], total)
     valid = (row < N) & (token < M)
-    _finish(total, bias, out, partial, counters, token * N + row, row + token * 0, valid, M * N, SPLIT, BIAS)
+    _finish(total, bias, out, partial, counters, token * N + row, row + token * 0, valid, M * N, parts, SHARED, BIAS)
 
 
-@triton.jit(do_not_specialize=["M"])
-def stream_many(x: tl.tensor, values: tl.tensor, meta: tl.tensor, offsets: tl.tensor, bias: tl.tensor, out: tl.tensor, partial: tl.tensor, counters: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor, kept: tl.tensor, KIND: tl.constexpr, BF16: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr) -> None:  # fmt: skip  # noqa: E501
-    """Blocks of BM >= 16 tokens, on the tensor cores. Grid: row blocks, SPLIT, token blocks; SPLIT > 1 if M <= BM."""
+@triton.jit(do_not_specialize=["M", "parts"])
+def stream_many(x: tl.tensor, values: tl.tensor, meta: tl.tensor, offsets: tl.tensor, bias: tl.tensor, out: tl.tensor, partial: tl.tensor, counters: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor, kept: tl.tensor, parts: tl.tensor, KIND: tl.constexpr, BF16: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr) -> None:  # fmt: skip  # noqa: E501
+    """Blocks of BM >= 16 tokens, on the tensor cores. Grid: row blocks, parts, token blocks; parts > 1 if M <= BM."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = rows[:, None]
     token = (tl.program_id(2) * BM + tl.arange(0, BM))[None, :]
@@ -284,7 +284,7 @@ def stream_many(x: tl.tensor, values: tl.tensor, meta: tl.tensor, offsets: tl.te
     groups = K // 4
     supers = (groups + GROUPS * STEPS - 1) // (GROUPS * STEPS)
     total = tl.full([BN, BM], 0, tl.float32)
-    for s in range(tl.program_id(1) * supers // SPLIT, (tl.program_id(1) + 1) * supers // SPLIT):
+    for s in range(tl.program_id(1) * supers // parts, (tl.program_id(1) + 1) * supers // parts):
         planes = lanes
         if KIND == NIBBLE:
             planes = tl.load(meta + row * (supers * GROUPS) + s * GROUPS + lanes, mask=row < N, other=0)
@@ -302,7 +302,7 @@ def stream_many(x: tl.tensor, values: tl.tensor, meta: tl.tensor, offsets: tl.te
             total = tl.dot(_half(e2, BF16), _half((quad >> 32).to(tl.int32), BF16), total)
             total = tl.dot(_half(e3, BF16), _half((quad >> 48).to(tl.int32), BF16), total)
     valid = (row < N) & (token < M)
-    _finish(total, bias, out, partial, counters, token * N + row, row + token * 0, valid, M * N, SPLIT, BIAS)
+    _finish(total, bias, out, partial, counters, token * N + row, row + token * 0, valid, M * N, parts, SHARED, BIAS)
 
 
 @triton.jit

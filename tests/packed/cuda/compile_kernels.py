@@ -12,14 +12,14 @@ from triton.compiler import ASTSource
 from crepe_deploy.packed.cuda import kernels
 
 WORDS = {0: "*i64", 1: "*i32", 2: "*u16", 3: "*u16"}
-LINEAR = ("x", "values", "meta", "offsets", "bias", "out", "partial", "counters", "M", "N", "K", "kept")
+LINEAR = ("x", "values", "meta", "offsets", "bias", "out", "partial", "counters", "M", "N", "K", "kept", "parts")
 
 
-def build(capability: int, function: Any, kind: int, tokens: int, rows: int, split: int = 2) -> Any:
+def build(capability: int, function: Any, kind: int, tokens: int, rows: int, shared: bool = True) -> Any:
     """The compiled linear kernel of one kind."""
     signature = dict.fromkeys(LINEAR, "*i32") | {"x": "*i64", "values": WORDS[kind], "bias": "*bf16", "out": "*bf16"}
-    signature |= {"partial": "*fp32", "M": "i32", "N": "i32", "K": "i32", "kept": "i32"}
-    constants = {"KIND": kind, "BF16": True, "BN": rows, "BM": tokens, "SPLIT": split, "BIAS": True, "EVEN": True}
+    signature |= {"partial": "*fp32", "M": "i32", "N": "i32", "K": "i32", "kept": "i32", "parts": "i32"}
+    constants = {"KIND": kind, "BF16": True, "BN": rows, "BM": tokens, "SHARED": shared, "BIAS": True, "EVEN": True}
     return compiled(capability, function, signature, constants)
 
 
