@@ -27,7 +27,10 @@ def summary_table(scene: Scene) -> Table:
         row = [cell(arm.name), cell(words(arm, comparison)), _weights(arm), estimate(arm.perplexity_ratio(), "×")]
         row += [estimate(arm.ratio(point.name, metric), "×") for point, _, metric, _ in shown]
         rows.append(tuple(row))
-    caption = f"Every candidate against the baseline “{scene.run.baseline}”, with 95 % intervals over rounds"
+    caption = (
+        f"Every candidate against the baseline “{scene.run.baseline}”, with 95 % intervals: "
+        "of speeds over rounds, of perplexity over windows of text"
+    )
     table = Table(scene.name("summary"), caption, tuple(columns), tuple(rows), scene.machine)
     return without_empty_columns(table)
 
