@@ -18,8 +18,8 @@ _TRUTH = {
     "packed": (
         "The pruned weights are stored without their zeros, in the format `crepe-nm`: smaller on disk and in memory. "
         "transformers (after `import crepe_deploy`) and vLLM (by itself, once crepe-deploy is installed) run it from "
-        "the packed weights on a CPU; on a GPU the weights are expanded at load, so there it is a smaller download "
-        "and nothing more. Readers without crepe-deploy refuse it. `crepe-deploy export --format dense` gives the "
+        "the packed weights on CPUs and NVIDIA GPUs; no GPU speed has been measured, so none is claimed. Readers "
+        "without crepe-deploy refuse it. `crepe-deploy export --format dense` gives the "
         "plain folder back, bit by bit."
     ),
     "onnx": (

@@ -158,7 +158,7 @@ class PackedLinear(nn.Module):
             self.prepare()
             return self.forward(x)
         weight = Prepared(
-            held["kernel_values"],  # type: ignore[arg-type]
+            held["kernel_values"],
             held["kernel_mask"],  # type: ignore[arg-type]
             held["kernel_offsets"],  # type: ignore[arg-type]
             self.out_features,
@@ -202,7 +202,7 @@ class PackedLinear(nn.Module):
         """Moving to another device goes through the stored tensors: kernel layouts belong to one device."""
         if self.prepared and fn(self._somewhere()).device != self._somewhere().device:
             self._back_to_stored()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _somewhere(self) -> Tensor:

@@ -1,0 +1,1 @@
+"""Measure the packed GPU kernels; see docs/gpu.md."""

@@ -1,0 +1,73 @@
+"""The table of docs/gpu.md, made from the results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from crepe_deploy.errors import ConfigError
+
+BEGIN: Final = "<!-- gpu results: made by bench/gpu/run.py -->"
+END: Final = "<!-- end of gpu results -->"
+NOTHING: Final = "No GPU figure exists yet."
+
+
+def render(results: dict[str, Any]) -> str:
+    """Markdown: the machine, one row a shape and pattern with the ratio for each batch, and the model's rows."""
+    if results["rehearsal"]:
+        return "A rehearsal: its numbers mean nothing."
+    if not results["layers"] and not results["model"]:
+        return NOTHING
+    return "\n\n".join(
+        [device_line(results["machine"]["device"]), layer_table(results["layers"]), model_table(results)]
+    )
+
+
+def device_line(device: dict[str, Any]) -> str:
+    """Device, versions, bandwidth."""
+    facts = device["valid_for"]
+    return (
+        f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, cuSPARSELt {facts['cusparselt']}; copy "
+        f"{device['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 product {device['bf16_product_flop_per_s'] / 1e12:.0f} "
+        "TFLOP/s. Over the best dense baseline, bf16, cold cache, CUDA graphs, medians; in brackets the share of the "
+        "copy bandwidth."
+    )
+
+
+def layer_table(layers: dict[str, list[dict[str, Any]]]) -> str:
+    """Ratio over dense by batch; a wrong result is marked."""
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for name, rows in layers.items():
+        for row in rows:
+            cell = f"{row['over_dense']:.2f} ({row['of_copy_bandwidth']:.0%})" + ("" if row["correct"] else " WRONG")
+            found.setdefault((name.rpartition("/")[0], row["pattern"]), {})[row["batch"]] = cell
+    batches = sorted({batch for cells in found.values() for batch in cells})
+    lines = ["| layer | pattern | " + " | ".join(f"batch {batch}" for batch in batches) + " |"]
+    lines.append("|---|---|" + "---:|" * len(batches))
+    for (layer, pattern), cells in found.items():
+        lines.append(f"| {layer} | {pattern} | " + " | ".join(cells.get(batch, "") for batch in batches) + " |")
+    return "\n".join(lines)
+
+
+def model_table(results: dict[str, Any]) -> str:
+    """Milliseconds and ratios of the whole model; empty until the dense one was measured."""
+    rows = results["model"]
+    if "dense" not in rows:
+        return ""
+    lines = ["| random Llama-3.1-8B | decode ms | over dense | prefill ms | over dense | GB |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for name, row in rows.items():
+        cells = [name]
+        for what in ("decode", "prefill"):
+            cells += [f"{row['ms'][what]:.2f}", f"{rows['dense']['ms'][what] / row['ms'][what]:.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{row['resident_bytes'] / 1e9:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def write_into(page: Path, text: str) -> None:
+    """Put the table between the page's markers. Raises ConfigError when they are not there."""
+    content = page.read_text(encoding="utf-8")
+    if content.count(BEGIN) != 1 or content.count(END) != 1:
+        raise ConfigError(f"{page} has no place for the table; it needs the lines {BEGIN} and {END}")
+    head, _, rest = content.partition(BEGIN)
+    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
