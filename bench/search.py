@@ -1,9 +1,9 @@
-"""The search on a real model: what PHO and hill climbing find, what they cost, and how both do on text they never saw.
+"""The search on a real model: what it finds, what it costs, and how that does on a text it never saw.
 
-    python -m crepe_deploy.bench.search [--seed 0] [--hill-climb 40] [--out bench/results/search.json]
+    python -m crepe_deploy.bench.search [--optimizer pho|hill-climb] [--seed 0] [--out bench/results/search.json]
 
 SmolLM2-135M-Instruct (dequantised Q4_1), 2:4, calibrated on 16 x 512 tokens of c4 train, searched on 4 x 512 tokens of
-c4 valid. The found presets and the anchors are then compared, paired by window, on 12 x 512 tokens of wiki valid.
+c4 valid. The found preset and the anchors are then compared, paired by window, on 12 x 512 tokens of wiki valid.
 """
 
 from __future__ import annotations
@@ -73,23 +73,20 @@ def _by_window(values: list[float], *, ratio: bool) -> Estimate:
     return estimate([torch.tensor([value]) for value in values], exp_mean if ratio else mean)
 
 
-def measure(assets_dir: Path, seed: int, hill_climb: int, evaluations: int | None, fit: int) -> dict[str, Any]:
-    """Search with PHO and, for `hill_climb` evaluations, by hill climbing; compare what they found."""
+def measure(assets_dir: Path, optimizer: Any, seed: int, evaluations: int | None) -> dict[str, Any]:
+    """Search, and compare what was found with the anchors on the held-out text."""
     assets = ensure_assets(assets_dir)
     tokenizer = load_tokenizer(assets.model)
     calibration = calibration_windows(assets.text("c4", "train"), tokenizer, 16, 512, seed=seed)
     text = calibration_windows(assets.text("c4", "valid"), tokenizer, 4, 512, seed=seed)
     held_out = calibration_windows(assets.text("wiki", "valid"), tokenizer, HELD_OUT_SAMPLES, 512, seed=0)
-    configs = {"PHO": SearchConfig(PATTERN, evaluations=evaluations, fit=fit, seed=seed)}
-    if hill_climb:
-        configs["hill climbing"] = SearchConfig(PATTERN, "hill-climb", evaluations=hill_climb, seed=seed)
-    presets = {name: find(assets, config, calibration, text) for name, config in configs.items()}
-    settings = {name: Setting(preset["method"], preset["params"]) for name, preset in presets.items()} | anchors()
+    preset = find(assets, SearchConfig(PATTERN, optimizer, evaluations=evaluations, seed=seed), calibration, text)
+    settings = {"found": Setting(preset["method"], preset["params"]), **anchors()}
     return {
         "model": MODEL_NAME,
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "presets": presets,
+        "preset": preset,
         "held_out": {"text": held_out.record(), "settings": compare(assets, settings, calibration, held_out)},
     }
 
@@ -99,19 +96,18 @@ def _say(line: str) -> None:
 
 
 @click.command()
+@click.option("--optimizer", type=click.Choice(["pho", "hill-climb"]), default="pho", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--evaluations", type=int, default=None, help="Of PHO's filter.")
-@click.option("--fit", type=int, default=16, show_default=True)
-@click.option("--hill-climb", type=int, default=0, show_default=True, help="Evaluations of hill climbing; 0: none.")
+@click.option("--evaluations", type=int, default=None, help="Of the optimiser.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the results here as JSON.")
 @click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
-def main(seed: int, evaluations: int | None, fit: int, hill_climb: int, out: Path | None, assets_dir: Path) -> None:
+def main(optimizer: str, seed: int, evaluations: int | None, out: Path | None, assets_dir: Path) -> None:
     """Search, compare, print the comparison."""
-    result = measure(assets_dir, seed, hill_climb, evaluations, fit)
-    options = "" if evaluations is None else f" --evaluations {evaluations}"
-    command = f"python -m crepe_deploy.bench.search --seed {seed} --fit {fit} --hill-climb {hill_climb}{options}"
-    result = {"command": command, **result}
-    click.echo(json.dumps(result["held_out"]["settings"], indent=2))
+    options = f"--optimizer {optimizer} --seed {seed}"
+    options += "" if evaluations is None else f" --evaluations {evaluations}"
+    result: dict[str, Any] = {"command": f"python -m crepe_deploy.bench.search {options}"}
+    result |= measure(assets_dir, optimizer, seed, evaluations)
+    click.echo(json.dumps(result["held_out"], indent=2))
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

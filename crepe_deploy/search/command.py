@@ -43,7 +43,7 @@ EXIT_RESUMABLE = 75
     "--proxy",
     default="auto",
     show_default=True,
-    help="auto (the one that ranks best), gini, diagonal-error, sketch-error, token-error, retained-mass.",
+    help="auto (what ranks best), gini, diagonal-error, sketch-error, token-error, retained-mass, fitted.",
 )
 @click.option("--evaluations", type=click.IntRange(1), default=None, help="Default: pho 240, hill-climb 60.")
 @click.option(

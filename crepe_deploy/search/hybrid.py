@@ -1,33 +1,41 @@
 """PHO, hybrid: proxies filter, the judge decides.
 
 1. Fit: a Latin hypercube of settings and the anchors are judged. Spearman's correlation of every proxy with the KL to
-   the dense model is measured; it fits the sign of proxies that have none and, with --proxy auto, chooses the proxy.
-2. Filter: CMA-ES minimises that proxy, which needs no model.
-3. Decide: its best settings, spread over the space, are judged. Of everything judged the lowest KL is the result, so
-   that it is never worse than an anchor on the search text.
+   the dense model is measured; it fits the sign of proxies that have none and, with --proxy auto, chooses the filter: a
+   proxy, or the surface fitted over two of them, whose own correlation is that of predictions for left-out settings.
+2. Filter: CMA-ES minimises what was chosen, which needs no model.
+3. Decide: its best settings, spread over the space, are judged. Steps 1 (with all that is judged by then) to 3 are
+   done `ROUNDS` times. Of everything judged the lowest KL is the result, so that it is never worse than an anchor on
+   the search text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from .evaluate import Evaluator
 from .judge import Verdict
-from .optimise import Expired, Found, Report, cma_es, quiet, to_unit
-from .proxies import Proxy
+from .optimise import Evaluate, Expired, Found, Report, cma_es, quiet, to_unit
+from .proxies import PROXIES
 from .space import Setting, Space, anchors
+from .surrogate import NAME, fit_surface, left_out
 
+ROUNDS = 2
 SPREAD = 0.1  # finalists are at least this far apart, in units of an axis's length
+
+
+Damage: TypeAlias = Callable[[Mapping[str, float]], float]
 
 
 @dataclass(frozen=True)
 class Filter:
-    """The proxy that filters, the sign that turns it into damage, and how every proxy ranked what was judged."""
+    """What filters, its sign (+1: more is more damage), and how every proxy ranked what had been judged."""
 
     proxy: str
     sign: int
@@ -37,11 +45,11 @@ class Filter:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All judged settings and their verdicts, the evaluations of the optimiser, and the filter where one was used."""
+    """All judged settings and their verdicts, how many the optimiser evaluated, and the filter of each round."""
 
     judged: list[tuple[Setting, Verdict]]
-    found: Found
-    filter: Filter | None
+    evaluations: int
+    filters: list[Filter]
 
 
 def latin_hypercube(space: Space, count: int, seed: int) -> list[Setting]:
@@ -65,36 +73,48 @@ def spearman(left: list[float], right: list[float]) -> float:
 
 
 def correlations(evaluator: Evaluator, judged: list[tuple[Setting, Verdict]]) -> dict[str, float]:
-    """Spearman's correlation of every proxy with the KL over judged settings."""
+    """Spearman's correlation with the KL over judged settings: of every proxy, and of the surface's predictions."""
     values = evaluator.proxies([setting for setting, _ in judged])
     kl = [verdict.mean_kl for _, verdict in judged]
-    return {name: spearman([each[name] for each in values], kl) for name in values[0]}
+    measured = {name: spearman([each[name] for each in values], kl) for name in PROXIES}
+    return {**measured, NAME: spearman(left_out(values, kl), kl)}
 
 
-def choose_filter(measured: dict[str, float], proxies: dict[str, Proxy], count: int) -> Filter:
-    """The proxy of `proxies` that ranks damage best with its own sign, or with the fitted one where it has none."""
-    signs = {name: proxy.sign or (1 if measured[name] >= 0 else -1) for name, proxy in proxies.items()}
-    best = max(proxies, key=lambda name: signs[name] * measured[name])
+def choose_filter(measured: dict[str, float], wanted: str, count: int) -> Filter:
+    """The filter called `wanted`, or for "auto" the one that ranks damage best in the direction of its sign.
+
+    A proxy without a sign gets the measured one. Equal ones: the first of the registry.
+    """
+    signs = {name: PROXIES[name].sign if name in PROXIES else 1 for name in measured}
+    signs = {name: sign or (1 if measured[name] >= 0 else -1) for name, sign in signs.items()}
+    best = max(measured, key=lambda name: signs[name] * measured[name]) if wanted == "auto" else wanted
     return Filter(best, signs[best], measured, count)
 
 
-def spread_out(space: Space, found: Found, count: int) -> list[Setting]:
-    """The best `count` settings of which none is nearly another; fewer where there are no more."""
-    taken: list[tuple[Setting, list[float]]] = []
+def spread_out(space: Space, found: Found, count: int, known: list[Setting]) -> list[Setting]:
+    """The best `count` settings of which none is nearly another or one that is `known`; fewer where there are no more.
+
+    Known settings of other methods than CRePE have no place in the space and are passed over.
+    """
+    taken = [_units(space, setting) for setting in known if setting.method == "crepe"]
+    new: list[Setting] = []
     for setting, _ in found.ranked:
-        units = [to_unit(value, axis) for value, axis in zip(space.point(setting), space.axes, strict=True)]
-        if all(math.dist(units, other) >= SPREAD for _, other in taken):
-            taken.append((setting, units))
-        if len(taken) == count:
-            break
-    return [setting for setting, _ in taken]
+        units = _units(space, setting)
+        if len(new) < count and all(math.dist(units, other) >= SPREAD for other in taken):
+            new.append(setting)
+            taken.append(units)
+    return new
+
+
+def _units(space: Space, setting: Setting) -> list[float]:
+    return [to_unit(value, axis) for value, axis in zip(space.point(setting), space.axes, strict=True)]
 
 
 def pho(
     space: Space,
     evaluator: Evaluator,
-    proxies: dict[str, Proxy],
     *,
+    proxy: str,
     fit: int,
     finalists: int,
     evaluations: int,
@@ -103,24 +123,46 @@ def pho(
     say: Callable[[str], None],
     report: Report = quiet,
 ) -> Outcome:
-    """Run the three steps of the module's docstring.
+    """Run the steps of the module's docstring; `evaluations` and `finalists` are shared out over the rounds.
 
     expired: given how many settings will still be judged, tells whether the filter must stop to leave time for them.
     """
-    known = list(anchors().values())
-    first = _distinct([*known, *latin_hypercube(space, fit, seed)])
+    first = _distinct([*anchors().values(), *latin_hypercube(space, fit, seed)])
     judged = list(zip(first, evaluator.verdicts(first, "fitting proxies"), strict=True))
-    chosen = choose_filter(correlations(evaluator, judged), proxies, len(judged))
-    say(_fitted(chosen))
+    filters: list[Filter] = []
+    asked = 0
+    for number in range(ROUNDS):
+        filters.append(choose_filter(correlations(evaluator, judged), proxy, len(judged)))
+        say(_fitted(filters[-1]))
+        part, share = evaluations * (number + 1) // ROUNDS - asked, -(-finalists // ROUNDS)
+        found = cma_es(
+            space,
+            min((pair for pair in judged if pair[0].method == "crepe"), key=lambda pair: pair[1].mean_kl)[0],
+            _evaluation(evaluator, filters[-1], judged),
+            evaluations=part,
+            seed=seed + number,
+            expired=expired(share * (ROUNDS - number)),
+            report=report,
+        )
+        asked += len(found.ranked)
+        new = spread_out(space, found, share, [setting for setting, _ in judged])
+        judged += zip(new, evaluator.verdicts(new, "deciding"), strict=True)
+    return Outcome(judged, asked, filters)
 
-    def damage(settings: list[Setting]) -> list[float]:
-        return [chosen.sign * values[chosen.proxy] for values in evaluator.proxies(settings)]
 
-    best = min((pair for pair in judged if pair[0].method == "crepe"), key=lambda pair: pair[1].mean_kl)[0]
-    found = cma_es(space, best, damage, evaluations=evaluations, seed=seed, expired=expired(finalists), report=report)
-    new = [setting for setting in spread_out(space, found, finalists) if setting.key not in {s.key for s in first}]
-    judged += zip(new, evaluator.verdicts(new, "deciding"), strict=True)
-    return Outcome(judged, found, chosen)
+def _evaluation(evaluator: Evaluator, chosen: Filter, judged: list[tuple[Setting, Verdict]]) -> Evaluate:
+    """What CMA-ES minimises."""
+    damage: Damage
+    if chosen.proxy == NAME:
+        kl = [verdict.mean_kl for _, verdict in judged]
+        damage = fit_surface(evaluator.proxies([setting for setting, _ in judged]), kl)
+    else:
+        damage = partial(_signed, chosen)
+    return lambda settings: [damage(values) for values in evaluator.proxies(settings)]
+
+
+def _signed(chosen: Filter, values: Mapping[str, float]) -> float:
+    return chosen.sign * values[chosen.proxy]
 
 
 def _fitted(chosen: Filter) -> str:

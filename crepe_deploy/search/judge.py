@@ -6,7 +6,7 @@ setting's hidden states, and restored. So memory holds one block, a copy of it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from crepe_deploy.families import Decoder, LinearSpec
 from crepe_deploy.methods.base import ScoreMethod, SolveMethod, Stats
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Step, silent
-from crepe_deploy.scoring import kl_per_token, token_nll
 from crepe_deploy.select import select
 
 from .space import Setting
@@ -103,9 +102,11 @@ class Judge:
         found = [Verdict([], []) for _ in settings]
         windows = [torch.cat(stream.hidden) for stream in (dense, *streams)]
         for number, ids in enumerate(self.tokens):
-            reference = self._logits(ids, windows[0][number])
+            likely = torch.log_softmax(self._logits(ids, windows[0][number]), dim=-1)
+            reference = likely.exp()  # shared by all settings, as is its entropy
+            entropy = -torch.linalg.vecdot(reference, likely)
             for setting, verdict, hidden in zip(settings, found, windows[1:], strict=True):
-                kl, nll = _compare_logits(reference, self._logits(ids, hidden[number]), ids[1:])
+                kl, nll = _compare_logits(reference, entropy, self._logits(ids, hidden[number]), ids[1:])
                 if not kl + nll < float("inf"):
                     raise NumericalError(f"{setting.key} gives NaN or infinite likelihoods on the search text")
                 verdict.kl.append(kl)
@@ -123,14 +124,16 @@ def _score_method(setting: Setting) -> ScoreMethod:
     return method
 
 
-def _compare_logits(reference: Tensor, logits: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Mean KL and mean negative log likelihood of (n, vocabulary) logits, in chunks of rows."""
+def _compare_logits(reference: Tensor, entropy: Tensor, logits: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Mean KL and mean negative log likelihood of `logits` (n, vocabulary).
+
+    reference: the dense model's probabilities (n, vocabulary); entropy: their entropies (n,).
+    """
     kl, nll = 0.0, 0.0
-    for rows in _chunks(len(targets)):
-        kl += float(kl_per_token(reference[rows], logits[rows]).double().sum())
-        nll += float(token_nll(logits[rows], targets[rows]).double().sum())
+    for start in range(0, len(targets), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        likely = torch.log_softmax(logits[rows], dim=-1)
+        cross = torch.linalg.vecdot(reference[rows], likely)
+        kl -= float((entropy[rows] + cross).clamp_max(0).double().sum())
+        nll -= float(likely.gather(1, targets[rows, None]).double().sum())
     return kl / len(targets), nll / len(targets)
-
-
-def _chunks(size: int) -> Iterable[slice]:
-    return (slice(start, start + LOGIT_ROWS) for start in range(0, size, LOGIT_ROWS))

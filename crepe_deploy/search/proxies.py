@@ -28,6 +28,7 @@ from crepe_deploy.select import select
 
 from .sample import LayerSample, score_band
 from .space import Setting
+from .surrogate import NAME
 
 TINY = 1e-30
 
@@ -96,13 +97,11 @@ PROXIES: dict[str, Proxy] = {
 }
 
 
-def get_proxies(name: str) -> dict[str, Proxy]:
-    """All proxies for "auto", else the one of that name. Raises ConfigError listing the known ones."""
-    if name == "auto":
-        return PROXIES
-    if name not in PROXIES:
-        raise ConfigError(f"proxy '{name}' is unknown; known: auto, {', '.join(PROXIES)}")
-    return {name: PROXIES[name]}
+def check_proxy(name: str) -> None:
+    """Raise ConfigError, listing the known names, unless `name` is a proxy, "auto" or the fitted surface."""
+    known = ("auto", *PROXIES, NAME)
+    if name not in known:
+        raise ConfigError(f"proxy '{name}' is unknown; known: {', '.join(known)}")
 
 
 @torch.inference_mode()

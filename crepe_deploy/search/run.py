@@ -30,7 +30,7 @@ from .hybrid import Outcome, correlations, pho
 from .journal import open_journal
 from .judge import Verdict
 from .optimise import Expired, require_cmaes
-from .proxies import get_proxies
+from .proxies import check_proxy
 from .space import KERNEL_SIZES, Setting, Space, anchors
 from .statistics import SampleRule
 
@@ -137,7 +137,7 @@ def _prepare(
         raise OutputError(f"{out} cannot be written: its folder does not exist")
     if config.optimizer not in EVALUATIONS:
         raise ConfigError(f"optimizer '{config.optimizer}' is unknown; known: {', '.join(EVALUATIONS)}")
-    get_proxies(config.proxy)
+    check_proxy(config.proxy)
     if config.optimizer == "pho":
         require_cmaes()
     decoder = Decoder(model.folder, config.dtype)
@@ -180,7 +180,7 @@ def _pho(run: _Search) -> Outcome:
     return pho(
         run.space,
         run.evaluator,
-        get_proxies(config.proxy),
+        proxy=config.proxy,
         fit=config.fit,
         finalists=config.finalists,
         evaluations=_budget(config),
@@ -204,7 +204,7 @@ def _climb(run: _Search) -> Outcome:
     budget = _budget(run.config)
     report = _report(run.say, "perplexity", budget)
     found = hill_climb(run.space, known[0], perplexity, evaluations=budget, expired=run.expired(0), report=report)
-    return Outcome(list(judged.values()), found, None)
+    return Outcome(list(judged.values()), len(found.ranked), [])
 
 
 def _document(out: Path, run: _Search, identity: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
@@ -214,11 +214,11 @@ def _document(out: Path, run: _Search, identity: dict[str, Any], outcome: Outcom
     found = {each.key: value for each, value in outcome.judged}
     provenance = {
         **identity,
-        "evaluations": len(outcome.found.ranked),
+        "evaluations": outcome.evaluations,
         "judged": len(outcome.judged),
         "result": _figures(verdict),
         "anchors": {name: _figures(found[anchor.key]) for name, anchor in anchors().items()},
-        "filter": None if outcome.filter is None else asdict(outcome.filter),
+        "filters": [asdict(chosen) for chosen in outcome.filters],
         "spearman_with_kl": correlations(run.evaluator, outcome.judged),
         "proxies": run.evaluator.proxies([setting])[0],
         "proxy_standard_errors": run.evaluator.errors(setting),

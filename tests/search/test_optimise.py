@@ -15,8 +15,8 @@ from crepe_deploy.search.hill_climb import hill_climb
 from crepe_deploy.search.hybrid import choose_filter, spearman, spread_out
 from crepe_deploy.search.journal import open_journal
 from crepe_deploy.search.optimise import cma_es, rank, to_unit
-from crepe_deploy.search.proxies import PROXIES
 from crepe_deploy.search.space import Setting, Space, anchors
+from crepe_deploy.search.surrogate import fit_surface, left_out
 
 START = anchors()["RIA, a = 0.5"]
 PLANTED = [1.2, -1.0, 0.9, 5, 1]
@@ -105,11 +105,38 @@ def test_spearman_is_scipys() -> None:
 
 
 def test_the_filter_fits_a_sign_only_where_there_is_none() -> None:
-    measured = {"gini": -0.9, "diagonal-error": -0.95, "sketch-error": 0.2, "token-error": 0.3, "retained-mass": 0.8}
-    chosen = choose_filter(measured, PROXIES, 20)
+    measured = {"gini": -0.9, "diagonal-error": -0.95, "sketch-error": 0.2, "retained-mass": 0.8, "fitted": 0.5}
+    chosen = choose_filter(measured, "auto", 20)
     assert (chosen.proxy, chosen.sign) == ("gini", -1)
-    only = choose_filter(measured, {"retained-mass": PROXIES["retained-mass"]}, 20)
-    assert (only.proxy, only.sign) == ("retained-mass", -1)
+    assert choose_filter({**measured, "gini": 0.1}, "auto", 20).proxy == "fitted"
+    asked = choose_filter(measured, "retained-mass", 20)
+    assert (asked.proxy, asked.sign) == ("retained-mass", -1)
+
+
+def planted_surface(count: int, noise: float) -> tuple[list[dict[str, float]], list[float]]:
+    """Proxies and a KL with its least value inside their range, at gini 0.65 and error 0.08."""
+    generator = np.random.default_rng(0)
+    gini, error = generator.uniform(0.5, 0.8, count), generator.uniform(0.05, 0.12, count)
+    kl = 1.8 * np.exp(20 * np.log(gini / 0.65) ** 2 + 3 * np.log(error / 0.08) ** 2)
+    kl *= np.exp(noise * generator.standard_normal(count))
+    return [{"gini": g, "diagonal-error": e} for g, e in zip(gini, error, strict=True)], kl.tolist()
+
+
+def test_the_surface_finds_an_optimum_between_the_extremes_of_its_proxies() -> None:
+    proxies, kl = planted_surface(20, 0.01)
+    surface = fit_surface(proxies, kl)
+    predicted = [surface(each) for each in proxies]
+    assert spearman(predicted, kl) > 0.95 and spearman(left_out(proxies, kl), kl) > 0.85
+    grid = [{"gini": g, "diagonal-error": e} for g in np.arange(0.5, 0.8, 0.01) for e in np.arange(0.05, 0.12, 0.005)]
+    best = min(grid, key=surface)
+    assert best["gini"] == pytest.approx(0.65, abs=0.03) and best["diagonal-error"] == pytest.approx(0.08, abs=0.015)
+
+
+def test_the_surface_promises_nothing_for_noise() -> None:
+    proxies, kl = planted_surface(20, 0.0)
+    shuffled = np.random.default_rng(1).permutation(kl).tolist()
+    assert spearman(left_out(proxies, shuffled), shuffled) < 0.4
+    assert math.isfinite(fit_surface(proxies[:2], kl[:2])(proxies[3]))
 
 
 def test_finalists_lie_apart() -> None:
@@ -117,7 +144,9 @@ def test_finalists_lie_apart() -> None:
     near = [space.setting([0, 0, 0.5 + 0.01 * step, 2, 0]) for step in range(5)]
     far = space.setting([2, 0, 1.2, 2, 0])
     found = rank({setting.key: (setting, float(index)) for index, setting in enumerate([*near, far])})
-    assert spread_out(space, found, 3) == [near[0], far]
+    assert spread_out(space, found, 3, []) == [near[0], far]
+    assert spread_out(space, found, 1, []) == [near[0]]
+    assert spread_out(space, found, 3, [near[4], anchors()["Wanda"]]) == [far]
 
 
 def journal(path: Path, **more: object) -> Path:

@@ -9,7 +9,7 @@ from torch import Tensor
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.methods.base import ScoreMethod, Stats
 from crepe_deploy.pattern import NM
-from crepe_deploy.search.proxies import PROXIES, Rows, get_proxies, gini_index, proxy_errors, proxy_values
+from crepe_deploy.search.proxies import PROXIES, Rows, check_proxy, gini_index, proxy_errors, proxy_values
 from crepe_deploy.search.sample import Band, LayerSample, band_starts, cut_band, score_band
 from crepe_deploy.search.space import Setting, Space, anchors
 from crepe_deploy.search.statistics import InputSums, SampleRule
@@ -170,7 +170,7 @@ def test_sampled_proxies_hit_the_whole_matrix_within_their_standard_errors() -> 
 
 
 def test_unknown_proxies_are_named() -> None:
-    assert list(get_proxies("gini")) == ["gini"]
-    assert get_proxies("auto") is PROXIES
+    for name in ("auto", "fitted", *PROXIES):
+        check_proxy(name)
     with pytest.raises(ConfigError, match="proxy 'ginny' is unknown; known: auto, gini"):
-        get_proxies("ginny")
+        check_proxy("ginny")
