@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ from crepe_deploy.bench.summary import failures
 from crepe_deploy.errors import ConfigError, CrepeError
 
 from .scenes import NAMES, scenario_of
+
+
+@pytest.fixture(autouse=True)
+def _logs_with_the_test(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logs that failures leave behind go where pytest clears up."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("logs")))
 
 
 def candidate_of(scenario: Scenario, name: str) -> tuple[Run, Candidate]:
