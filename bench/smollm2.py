@@ -23,7 +23,7 @@ CALIBRATION: Final = ("--calib-samples", "16", "--calib-length", "512", "--seed"
 def build(root: Path, assets_dir: Path, only: str | None = None) -> list[Path]:
     """Prune and export what is missing below `root`, or only the folder of this name; returns what was made."""
     assets = ensure_assets(assets_dir)
-    commands = {
+    commands: dict[str, tuple[str, ...]] = {
         f"{method}-{pattern.replace(':', 'of')}": (
             "prune-and-export", str(assets.model), "--method", method, "--sparsity", pattern,
             "--calib", str(assets.text("c4", "train")), *CALIBRATION, "--format", formats,
