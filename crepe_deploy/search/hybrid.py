@@ -1,8 +1,10 @@
 """PHO, hybrid: proxies filter, the judge decides.
 
 1. Fit: a Latin hypercube of settings and the anchors are judged. Spearman's correlation of every proxy with the KL to
-   the dense model is measured; it fits the sign of proxies that have none and, with --proxy auto, chooses the filter: a
-   proxy, or the surface fitted over two of them, whose own correlation is that of predictions for left-out settings.
+   the dense model is measured; it fits the sign of proxies that have none and, with --proxy auto, chooses the filter:
+   the proxy that ranks best in the first round, the surface fitted over two of them in the second. The best proxy's
+   own optimum may be an extreme that no judge would choose, and the surface is worth nothing where it was not fitted;
+   so neither is trusted alone.
 2. Filter: CMA-ES minimises what was chosen, which needs no model.
 3. Decide: its best settings, spread over the space, are judged. Steps 1 (with all that is judged by then) to 3 are
    done `ROUNDS` times. Of everything judged the lowest KL is the result, so that it is never worse than an anchor on
@@ -80,15 +82,15 @@ def correlations(evaluator: Evaluator, judged: list[tuple[Setting, Verdict]]) ->
     return {**measured, NAME: spearman(left_out(values, kl), kl)}
 
 
-def choose_filter(measured: dict[str, float], wanted: str, count: int) -> Filter:
-    """The filter called `wanted`, or for "auto" the one that ranks damage best in the direction of its sign.
+def choose_filter(measured: dict[str, float], wanted: str, count: int, number: int = 0) -> Filter:
+    """The filter called `wanted`; for "auto" the proxy that ranks damage best by its sign, the surface after round 0.
 
     A proxy without a sign gets the measured one. Equal ones: the first of the registry.
     """
-    signs = {name: PROXIES[name].sign if name in PROXIES else 1 for name in measured}
-    signs = {name: sign or (1 if measured[name] >= 0 else -1) for name, sign in signs.items()}
-    best = max(measured, key=lambda name: signs[name] * measured[name]) if wanted == "auto" else wanted
-    return Filter(best, signs[best], measured, count)
+    signs = {name: proxy.sign or (1 if measured[name] >= 0 else -1) for name, proxy in PROXIES.items()}
+    best = max(PROXIES, key=lambda name: signs[name] * measured[name]) if number == 0 else NAME
+    name = best if wanted == "auto" else wanted
+    return Filter(name, signs.get(name, 1), measured, count)
 
 
 def spread_out(space: Space, found: Found, count: int, known: list[Setting]) -> list[Setting]:
@@ -132,7 +134,7 @@ def pho(
     filters: list[Filter] = []
     asked = 0
     for number in range(ROUNDS):
-        filters.append(choose_filter(correlations(evaluator, judged), proxy, len(judged)))
+        filters.append(choose_filter(correlations(evaluator, judged), proxy, len(judged), number))
         say(_fitted(filters[-1]))
         part, share = evaluations * (number + 1) // ROUNDS - asked, -(-finalists // ROUNDS)
         found = cma_es(

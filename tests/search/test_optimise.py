@@ -105,10 +105,11 @@ def test_spearman_is_scipys() -> None:
 
 
 def test_the_filter_fits_a_sign_only_where_there_is_none() -> None:
-    measured = {"gini": -0.9, "diagonal-error": -0.95, "sketch-error": 0.2, "retained-mass": 0.8, "fitted": 0.5}
-    chosen = choose_filter(measured, "auto", 20)
+    measured = {"gini": -0.9, "diagonal-error": -0.95, "sketch-error": 0.2, "token-error": 0.3, "retained-mass": 0.8}
+    chosen = choose_filter({**measured, "fitted": 0.99}, "auto", 20)
     assert (chosen.proxy, chosen.sign) == ("gini", -1)
-    assert choose_filter({**measured, "gini": 0.1}, "auto", 20).proxy == "fitted"
+    assert choose_filter({**measured, "gini": 0.1}, "auto", 20).proxy == "token-error"
+    assert choose_filter({**measured, "fitted": 0.1}, "auto", 20, number=1).proxy == "fitted"
     asked = choose_filter(measured, "retained-mass", 20)
     assert (asked.proxy, asked.sign) == ("retained-mass", -1)
 
