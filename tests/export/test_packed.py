@@ -115,19 +115,6 @@ def test_excluded_and_unpackable_layers_stay_dense_and_are_listed(tmp_path: Path
     assert ignore == sorted(["lm_head", *attention, "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"])
 
 
-def test_the_greedy_prompt_is_what_transformers_answers(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    source = pruned(tmp_path, dtype=torch.float32)
-    greedy = export_checkpoint(source, tmp_path / "packed", "packed").metrics["greedy"]
-    ids = torch.tensor([greedy["prompt_token_ids"]])
-    model = AutoModelForCausalLM.from_pretrained(source).eval()
-    expected = model.generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
-    assert greedy["dtype"] == greedy["checkpoint_dtype"] == "float32" and len(greedy["margins"]) == 16
-    free = greedy["token_ids"].index(1) if 1 in greedy["token_ids"] else 16  # generate suppresses end-of-text
-    assert greedy["token_ids"][:free] == expected.tolist()[:free]
-
-
 def test_a_matrix_pattern_is_refused_before_pruning(tmp_path: Path) -> None:
     model = resolve_model(str(make_pico_llama(tmp_path / "model")))
     config = PruneConfig("magnitude", Unstructured(0.5, "matrix"))
