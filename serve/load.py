@@ -109,13 +109,13 @@ def read_result(content: dict[str, Any], load: Load) -> Served:
         rows = list(zip(*columns, strict=True))
         if len(rows) != load.requests:
             raise ServeError(f"vllm bench serve reports {len(rows)} of {load.requests} requests")
-        return Served(float(content["duration"]), [_answer(*row, load.output_tokens) for row in rows])
+        return Served(float(content["duration"]), [_answer(load.output_tokens, *row) for row in rows])
     except (KeyError, TypeError, ValueError) as error:
         raise ServeError(f"vllm bench serve's result is not understood (another version?): {error!r}") from error
 
 
 def _answer(
-    prompt_tokens: int, output_tokens: int, ttft_s: float, itl_s: list[float], error: str, expected: int
+    expected: int, prompt_tokens: int, output_tokens: int, ttft_s: float, itl_s: list[float], error: str
 ) -> Answer:
     """A failed request has 0 tokens there; its error may be empty, and a traceback otherwise."""
     failure: str | None = None
