@@ -59,7 +59,9 @@ def left_out(proxies: Sequence[Mapping[str, float]], kl: Sequence[float]) -> lis
 
 
 def _logs(proxies: Sequence[Mapping[str, float]]) -> Array:
-    return np.log(np.maximum([[each[name] for name in FEATURES] for each in proxies], TINY))
+    values = np.array([[each[name] for name in FEATURES] for each in proxies], dtype=np.float64)
+    logs: Array = np.log(np.maximum(values, TINY))
+    return logs
 
 
 def _terms(values: Array) -> Array:
