@@ -197,7 +197,11 @@ def student_cdf(t: float, freedom: float) -> float:
     """Student's t distribution; the normal one for infinitely many degrees of freedom."""
     if math.isinf(freedom):
         return NormalDist().cdf(t)
-    tail = _incomplete_beta(freedom / (freedom + t * t), freedom / 2, 0.5) / 2
+    square = t * t
+    if square < freedom:  # near the middle the tail is one half less something small
+        within = _incomplete_beta(square / (freedom + square), 0.5, freedom / 2) / 2
+        return 0.5 + math.copysign(within, t)
+    tail = _incomplete_beta(freedom / (freedom + square), freedom / 2, 0.5) / 2
     return 1 - tail if t > 0 else tail
 
 

@@ -234,8 +234,8 @@ def test_refusals_come_before_any_work(tmp_path: Path, text: Path) -> None:
         attempt(include="nothing")
     with pytest.raises(ConfigError, match="not a regular expression"):
         attempt(include="(")
-    with pytest.raises(ConfigError, match="feed 'both' is unknown"):
-        attempt(feed="both")
+    with pytest.raises(ConfigError, match="feed 'sideways' is unknown"):
+        attempt(feed="sideways")
     with pytest.raises(ConfigError, match="dtype 'int3' is unknown"):
         attempt(dtype="int3")
     with pytest.raises(OutputError, match="--overwrite"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -238,10 +239,11 @@ def test_what_pytest_benchmark_really_writes_is_read(
     (tmp_path / "test_nap.py").write_text(test)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-q", "test_nap.py", "--benchmark-only", "--benchmark-json"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not a worker's
     for name in ("a.json", "b.json"):
-        subprocess.run([*command, name], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run([*command, name], cwd=tmp_path, check=True, capture_output=True, env=env)
     compare = [*command[:-1], "--benchmark-compare=a.json"]
-    assert b"test_nap" in subprocess.run(compare, cwd=tmp_path, check=True, capture_output=True).stdout
+    assert b"test_nap" in subprocess.run(compare, cwd=tmp_path, check=True, capture_output=True, env=env).stdout
     assert call(monkeypatch, tmp_path / "a.json", tmp_path / "b.json", "--max-slowdown", 5) == 0
     assert "test_nap.py::test_nap time_s" in capsys.readouterr().out
 
