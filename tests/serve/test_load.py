@@ -162,5 +162,6 @@ def test_a_real_server_under_load(tmp_path: Path) -> None:
     assert not healthy(server.url)
     assert errors(Series(point="load", visits=[visit])) == []
     assert [request.output_tokens for request in visit.requests] == [6] * 8
-    assert all(request.prompt_tokens == 8 for request in visit.requests)
+    lengths = [request.prompt_tokens for request in visit.requests]  # the server's; bytes that are no text make 9
+    assert 8 <= min(lengths) <= max(lengths) <= 9, lengths
     assert all(value is not None and value > 0 for value in (metric.of(visit) for metric in METRICS.values()))
