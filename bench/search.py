@@ -1,6 +1,7 @@
 """The search on a real model: what it finds, what it costs, and how that does on a text it never saw.
 
     python -m crepe_deploy.bench.search [--optimizer pho|hill-climb] [--seed 0] [--out bench/results/search.json]
+    python -m crepe_deploy.bench.search --preset found.json     compare what `crepe-deploy search` wrote
 
 SmolLM2-135M-Instruct (dequantised Q4_1), 2:4, calibrated on 16 x 512 tokens of c4 train, searched on 4 x 512 tokens of
 c4 valid. The found preset and the anchors are then compared, paired by window, on 12 x 512 tokens of wiki valid.
@@ -73,14 +74,18 @@ def _by_window(values: list[float], *, ratio: bool) -> Estimate:
     return estimate([torch.tensor([value]) for value in values], exp_mean if ratio else mean)
 
 
-def measure(assets_dir: Path, optimizer: Any, seed: int, evaluations: int | None) -> dict[str, Any]:
-    """Search, and compare what was found with the anchors on the held-out text."""
+def measure(assets_dir: Path, optimizer: Any, seed: int, evaluations: int | None, found: Path | None) -> dict[str, Any]:
+    """Search, unless `found` is a preset already, and compare it with the anchors on the held-out text."""
     assets = ensure_assets(assets_dir)
     tokenizer = load_tokenizer(assets.model)
     calibration = calibration_windows(assets.text("c4", "train"), tokenizer, 16, 512, seed=seed)
     text = calibration_windows(assets.text("c4", "valid"), tokenizer, 4, 512, seed=seed)
     held_out = calibration_windows(assets.text("wiki", "valid"), tokenizer, HELD_OUT_SAMPLES, 512, seed=0)
-    preset = find(assets, SearchConfig(PATTERN, optimizer, evaluations=evaluations, seed=seed), calibration, text)
+    if found is not None:
+        preset = vars(load_preset(str(found)))
+    else:
+        config = SearchConfig(PATTERN, optimizer, evaluations=evaluations, seed=seed)
+        preset = find(assets, config, calibration, text)
     settings = {"found": Setting(preset["method"], preset["params"]), **anchors()}
     return {
         "model": MODEL_NAME,
@@ -99,14 +104,18 @@ def _say(line: str) -> None:
 @click.option("--optimizer", type=click.Choice(["pho", "hill-climb"]), default="pho", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--evaluations", type=int, default=None, help="Of the optimiser.")
+@click.option("--preset", type=click.Path(path_type=Path), default=None, help="Compare this one; no search.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the results here as JSON.")
 @click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
-def main(optimizer: str, seed: int, evaluations: int | None, out: Path | None, assets_dir: Path) -> None:
+def main(
+    optimizer: str, seed: int, evaluations: int | None, preset: Path | None, out: Path | None, assets_dir: Path
+) -> None:
     """Search, compare, print the comparison."""
     options = f"--optimizer {optimizer} --seed {seed}"
     options += "" if evaluations is None else f" --evaluations {evaluations}"
+    options = options if preset is None else f"--preset {preset.name} --seed {seed}"
     result: dict[str, Any] = {"command": f"python -m crepe_deploy.bench.search {options}"}
-    result |= measure(assets_dir, optimizer, seed, evaluations)
+    result |= measure(assets_dir, optimizer, seed, evaluations, preset)
     click.echo(json.dumps(result["held_out"], indent=2))
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
