@@ -15,15 +15,14 @@ gain. `floor` is what a difference must exceed besides, in the metric's own unit
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, get_args
+from typing import Annotated, Final, Literal, Self, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import ConfigError
 from .metrics import METRICS
+from .yaml_files import read_yaml
 
 TIME: Final = "time_s"  # what a micro-benchmark measures
 REQUEST_METRICS: Final = ("ttft_s", "tpot_s", "itl_s", "latency_s", TIME)
@@ -108,35 +107,11 @@ def slowdown_budgets(max_slowdown: float, metrics: tuple[str, ...]) -> Budgets:
 
 def load_budgets(path: Path) -> Budgets:
     """Read a budgets file. Raises ConfigError naming the file, the key and what is wrong with it."""
-    try:
-        document = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    document = read_yaml(path)
     try:
         return Budgets.model_validate(document)
     except ValidationError as error:
         raise ConfigError(f"{path} is no budgets file: {_first(error)}") from error
-
-
-def parse_yaml(text: str) -> Any:
-    """YAML, of which JSON is a part; a key given twice is an error, where the parser itself would keep the last one."""
-    return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506
-
-
-class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
-    """The safe loader, refusing repeated keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping whose keys are all different."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = {str(key) for key in keys if keys.count(key) > 1}
-        if repeated:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"repeated key {', '.join(sorted(repeated))}", node.start_mark
-            )
-        return dict(super().construct_mapping(node, deep))
 
 
 def _first(error: ValidationError) -> str:

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import ConfigError
-from .budgets import parse_yaml
 from .result import Point, Workload
+from .yaml_files import read_yaml
 
 AGAIN: Final = " again"
 
@@ -129,12 +128,7 @@ class Scenario(_Strict):
 
 def load_scenario(path: Path) -> Scenario:
     """Read a scenario; its paths are relative to the file. Raises ConfigError naming the file, the key and its fix."""
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Scenario.model_fields)}")
     return resolve(parse(content, str(path)), path.parent)
