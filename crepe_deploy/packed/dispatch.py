@@ -239,9 +239,12 @@ def describe() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    """The processor's name with its model and stepping, which tell generations apart that share a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "model\t", "stepping"))]
-    return " ".join(dict.fromkeys(names)) or platform.processor() or platform.machine()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = found.get("model name") or platform.processor() or platform.machine()
+    details = [f"{key} {found[key]}" for key in ("model", "stepping") if key in found]
+    return f"{name} ({', '.join(details)})" if details else name
