@@ -9,7 +9,7 @@ SPEC   := pyproject.toml constraints.txt Makefile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test lint gate bench assets browser clean
+.PHONY: setup demo test lint gate bench report assets browser clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.base
@@ -79,7 +79,7 @@ lint: $(VENV)/.dev
 	@rm -rf .types build && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target .types . 2>/dev/null
 	@rm -rf build && cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p crepe_deploy
 
-# The measurements of bench/results/; about an hour on two cores, best with nothing else running.
+# The measurements of bench/results/; about two hours on two cores, best with nothing else running.
 bench: $(VENV)/.dev assets
 	@$(BIN)/python -m crepe_deploy.bench.pruning --out bench/results/pruning.json
 	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4,16:32 --out bench/results/ladder.json
@@ -88,11 +88,20 @@ bench: $(VENV)/.dev assets
 	@$(BIN)/python -m crepe_deploy.bench.preset_grid --seeds 0,1,2 --out bench/results/preset_grid.json
 	@$(BIN)/python -m crepe_deploy.bench.kernels --out bench/results/kernels.json
 	@$(BIN)/python -m crepe_deploy.bench.onnx --out bench/results/onnx.json
-	@$(BIN)/crepe-deploy bench configs/bench-onnx.yaml --out bench/results/onnx-speed.json --overwrite
+	@$(BIN)/crepe-deploy bench configs/bench-onnx.yaml --threads 2 --out bench/results/onnx-speed.json --overwrite
 	@$(BIN)/python -m crepe_deploy.bench.smollm2
 	@$(BIN)/crepe-deploy bench configs/bench-smollm2.yaml --out bench/results/smollm2.json --overwrite
+	@for pattern in 2of4 16of32; do \
+	  $(BIN)/python -m crepe_deploy.bench.packed_parity out/bench/smollm2/crepe-$$pattern/dense \
+	    out/bench/smollm2/crepe-$$pattern/packed --out bench/results/packed_parity-$$pattern.json || exit 1; \
+	done
 	@$(BIN)/python -m crepe_deploy.bench.llama_1b
 	@$(BIN)/crepe-deploy bench configs/bench-llama-1b.yaml --out bench/results/llama-1b.json --overwrite
+	@$(MAKE) report
+
+# One offline page of what `make bench` measured.
+report: $(VENV)/.dev
+	@$(BIN)/crepe-deploy report bench/results/smollm2.json bench/results/llama-1b.json --out out/report --overwrite
 
 clean:
 	rm -rf $(VENV) .types build *.egg-info .pytest_cache .mypy_cache .ruff_cache
