@@ -9,6 +9,7 @@ from typing import Any, Final
 from ..checkpoint import read_json
 from ..errors import VerifyError
 from ..manifest import MANIFEST_NAME, Manifest, load_manifest, sha256_file
+from ..structural.layout import is_per_layer, layer_widths
 from .result import Layer
 
 WEIGHT_SUFFIXES: Final = (".safetensors", ".onnx", ".data", ".onnx_data")
@@ -50,7 +51,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         scheme = str(quantised.get("quant_method", "dense"))
         return {"method": None, "pattern": None, "format": scheme, "kind": scheme, "layers": []}
     method, pattern = manifest.config.get("method"), manifest.config.get("pattern")
-    if not manifest.tensors:
+    if not manifest.tensors and "structural" not in manifest.config:
         method = pattern = None
     words = [str(word) for word in (method, pattern, manifest.format) if word is not None]
     return {
@@ -79,6 +80,9 @@ def layers(manifest: Manifest) -> list[Layer]:
 def kv_token_bytes(folder: Path, dtype: str) -> int | None:
     """Bytes that the key-value cache needs for one token in `dtype`; None for a config that does not say."""
     config = text_config(folder)
+    if is_per_layer(config) and dtype in _ITEM_BYTES:
+        groups = sum(layer.kv_heads for layer in layer_widths(config))
+        return int(2 * groups * config["head_dim"] * _ITEM_BYTES[dtype])
     heads = config.get("num_attention_heads", config.get("n_head"))
     blocks = config.get("num_hidden_layers", config.get("n_layer"))
     hidden = config.get("hidden_size", config.get("n_embd"))

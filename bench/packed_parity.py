@@ -2,8 +2,10 @@
 
     python -m crepe_deploy.bench.packed_parity DENSE PACKED [--out bench/results/packed_parity-2of4.json]
 
-DENSE and PACKED are the two exports of one pruning. Eight prompts are continued greedily for 64 tokens in float32,
-each reader in a process of its own; the reference is transformers on DENSE.
+DENSE and PACKED are two exports of one pruning; they may also be two layouts of a structural one, where the reader
+`vllm-stock` is vLLM without crepe-deploy's plugin and with the checkpoint's own configuration file. Eight prompts are
+continued greedily for 64 tokens in float32, each reader in a process of its own; the reference is transformers on
+DENSE.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ PROMPTS = (
     "def fibonacci(n):",
     "The quick brown fox",
 )
+STOCK = "vllm-stock"
 READERS = ("transformers", "vllm", "vllm-compiled", "vllm-tp3")  # SmolLM2 has 9 heads and 3 KV heads
 
 
@@ -70,6 +73,7 @@ def vllm_tokens(folder: Path, prompts: list[list[int]], reader: str) -> dict[str
         max_model_len=512,
         max_num_seqs=len(prompts),
         block_size=32,
+        trust_remote_code=reader == STOCK,
     )
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
@@ -93,6 +97,8 @@ def run_reader(reader: str, folder: Path, prompts: list[list[int]]) -> Any:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    if reader == STOCK:
+        settings["VLLM_PLUGINS"] = "lora_filesystem_resolver"
     code = "import sys, json; from pathlib import Path; from crepe_deploy.bench.packed_parity import child"
     main = "if __name__ == '__main__': child(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))"
     with tempfile.TemporaryDirectory() as scratch:
@@ -143,7 +149,7 @@ def describe(packed: Path) -> dict[str, Any]:
         "command": "python -m crepe_deploy.bench.packed_parity DENSE PACKED",
         "model": Path(manifest.source.id).name,
         "pattern": manifest.config["pattern"],
-        "method": manifest.config["resolved_method"],
+        "method": manifest.config.get("resolved_method", manifest.config["method"]),
         "size": manifest.metrics["size"],
         "what": f"{TOKENS} greedy tokens in float32 against transformers on the dense export",
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), **versions()},

@@ -1,4 +1,4 @@
-"""Registers `crepe_deploy.hf` with transformers the moment transformers is used, without importing it before."""
+"""Registers our parts with transformers the moment it is used, without importing it before."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Final
 
-WATCHED: Final = "transformers.quantizers.auto"
-REGISTERS: Final = "crepe_deploy.hf"
+# transformers' module -> ours that registers something there.
+REGISTERS: Final = {
+    "transformers.quantizers.auto": "crepe_deploy.hf",
+    "transformers.models.auto.configuration_auto": "crepe_deploy.structural.hf_auto",
+}
 
 
 class _Watcher(MetaPathFinder):
-    """Waits for one module, lets it load as usual, and imports ours after it."""
+    """Waits for these modules, lets each load as usual, and imports ours after it."""
+
+    def __init__(self, waiting: dict[str, str]) -> None:
+        self.waiting = waiting
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != WATCHED:
+        registers = self.waiting.pop(fullname, None)
+        if registers is None:
             return None
-        sys.meta_path.remove(self)
+        if not self.waiting:
+            sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return None
@@ -30,15 +38,19 @@ class _Watcher(MetaPathFinder):
 
         def execute_then_register(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(REGISTERS)
+            importlib.import_module(registers)
 
         spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
         return spec
 
 
 def install() -> None:
-    """Register now if transformers' quantizers are loaded already, else when they are; once."""
-    if WATCHED in sys.modules:
-        importlib.import_module(REGISTERS)
-    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())
+    """Register now what transformers has loaded already, the rest when it is; once."""
+    waiting = {}
+    for theirs, ours in REGISTERS.items():
+        if theirs in sys.modules:
+            importlib.import_module(ours)
+        else:
+            waiting[theirs] = ours
+    if waiting and not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher(waiting))

@@ -23,6 +23,7 @@ from .methods.base import Stats
 PRE_NORM = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
 RESIDUALS: dict[str, dict[str, str]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), PRE_NORM),
+    **dict.fromkeys(("crepe_llama", "crepe_mistral", "crepe_qwen2", "crepe_qwen3"), PRE_NORM),
     "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
 }
 

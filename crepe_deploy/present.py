@@ -61,3 +61,12 @@ def tensor_lines(tensors: list[dict[str, Any]]) -> list[str]:
         f"{tensor['shape']!s:>16}  {tensor['name']}"
         for tensor in tensors
     ]
+
+
+def width_lines(layers: list[dict[str, Any]]) -> list[str]:
+    """What each layer of a structurally pruned model kept, one line a layer."""
+    return [
+        f"layer {found['layer']}: {found['heads']} query heads, {found['kv_heads']} KV heads, "
+        f"{found['intermediate']} neurons"
+        for found in layers
+    ]

@@ -34,6 +34,20 @@ _TRUTH = {
         "activations, so there it is no smaller and no faster. Zeros take a byte like every other value: pruning made "
         "this folder neither smaller nor faster."
     ),
+    "uniform": (
+        "Whole attention heads and feed-forward neurons were removed, the same number in every layer: an ordinary, "
+        "smaller model that every Hugging Face reader and server loads, with nothing to install."
+    ),
+    "per-layer": (
+        "Whole attention heads and feed-forward neurons were removed, each layer its own number. transformers (after "
+        "`import crepe_deploy`) and vLLM (by itself, once crepe-deploy is installed) run it on their own layers; others"
+        " refuse its model type. `crepe-deploy export --format deci` makes a folder for vLLM without crepe-deploy."
+    ),
+    "deci": (
+        "Whole attention heads and feed-forward neurons were removed, each layer its own number, written in the DeciLM "
+        "layout: `vllm serve DIR --trust-remote-code` (for the small configuration file beside the weights) serves it "
+        "without crepe-deploy. Layers with fewer heads are padded with heads of zeros; transformers has no such model."
+    ),
 }
 
 
@@ -50,7 +64,7 @@ def card_text(manifest: Manifest) -> str:
     rows = {
         "base model": source.id + (f" @ {source.revision}" if source.revision else ""),
         "licence": source.license or "not stated by the base model; its terms apply",
-        **(_pruning_rows(manifest) if manifest.tensors else {"pruning": "none"}),
+        **_pruning(manifest),
         "format": manifest.format,
         **_size_rows(manifest),
         "made with": f"crepe-deploy {manifest.versions['crepe-deploy']}",
@@ -58,7 +72,9 @@ def card_text(manifest: Manifest) -> str:
     }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     title = f"# {', '.join([Path(source.id).name, *_done(manifest)])}"
-    closing = ["", _TRUTH.get(manifest.format, ""), "", "`manifest.json` holds every tensor's counts and hashes."]
+    structural = manifest.config.get("structural", {})
+    layout = structural.get("layout", "dense") if manifest.format == "dense" else manifest.format
+    closing = ["", _TRUTH.get(layout, ""), "", "`manifest.json` holds every tensor's counts and hashes."]
     return "\n".join([*front, title, "", *table, *closing]) + "\n"
 
 
@@ -66,7 +82,28 @@ def _done(manifest: Manifest) -> list[str]:
     """What was done to the base model, for the title."""
     pattern, method = manifest.config["pattern"], manifest.config["method"] or "an unknown method"
     pruned = [f"pruned to {pattern} with {method}"] if manifest.tensors else []
+    if "structural" in manifest.config:
+        pruned = ["structurally pruned"]
     return [*pruned, *(["quantised to int8"] if manifest.format == "int8" else [])]
+
+
+def _pruning(manifest: Manifest) -> dict[str, str]:
+    if "structural" in manifest.config:
+        return _structural_rows(manifest)
+    return _pruning_rows(manifest) if manifest.tensors else {"pruning": "none"}
+
+
+def _structural_rows(manifest: Manifest) -> dict[str, str]:
+    structural, kept = manifest.config["structural"], manifest.metrics["parameters"]
+    spans = [
+        f"{min(column)} to {max(column)} of {whole}"
+        for column, whole in zip(zip(*structural["layers"], strict=True), structural["dense"], strict=True)
+    ]
+    return {
+        "method": str(manifest.config["method"]),
+        "parameters of heads and neurons kept": f"{kept['kept']:.4%}",
+        "query heads, KV heads, neurons in a layer": "; ".join(spans),
+    }
 
 
 def _pruning_rows(manifest: Manifest) -> dict[str, str]:
@@ -95,7 +132,8 @@ def _mixed(metrics: dict[str, Any]) -> str:
 
 
 def _front_matter(manifest: Manifest) -> list[str]:
-    tags = [*(["pruned", "sparse"] if manifest.tensors else []), *(["int8"] if manifest.format == "int8" else [])]
+    tags = ["pruned", "sparse"] if manifest.tensors else ["pruned"] if "structural" in manifest.config else []
+    tags = [*tags, *(["int8"] if manifest.format == "int8" else [])]
     lines = ["library_name: transformers", f"tags: [{', '.join([*tags, 'crepe-deploy'])}]"]
     if manifest.source.kind == "hub":
         lines.append(f"base_model: {manifest.source.id}")
@@ -109,6 +147,8 @@ def _size_rows(manifest: Manifest) -> dict[str, str]:
     if "file_bytes_over_dense" not in size:
         return {}
     layers = "quantised" if manifest.format == "int8" else "packed"
+    if "structural" in manifest.config:
+        layers = "decoder"
     return {
         f"bytes of the {layers} layers, over dense": f"{size['weight_bytes_over_dense']:.4f}",
         "bytes of all weight files, over dense": f"{size['file_bytes_over_dense']:.4f}",

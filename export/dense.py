@@ -18,6 +18,7 @@ from ..errors import ConfigError, VerifyError
 from ..manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify
 from ..pattern import parse_record
 from ..progress import Step, silent, ticker
+from ..structural.check import is_structural
 from ..writing import disk_errors
 from .card import CARD_NAME, write_card
 from .greedy import GREEDY_TOKENS, greedy_of
@@ -77,6 +78,8 @@ def _recount(folder: Path, parent: Manifest, tick: Callable[[], None]) -> None:
 
 
 def _metrics(parent: Manifest, greedy: dict[str, Any]) -> dict[str, Any]:
+    if is_structural(parent):
+        return {**parent.metrics, "greedy": greedy}  # as small as before: nothing was removed or added here
     weight_bytes = {"weight_bytes_over_dense": 1.0}
     kept = {name: value for name, value in parent.metrics.items() if name != "left_dense"}
     return {

@@ -25,6 +25,7 @@ from .int8 import export_int8, int8_tensors
 from .onnx.export import export_onnx
 from .onnx.support import DEFAULT, OnnxOptions, check_model, check_options
 from .packed import export_packed
+from .structural import export_deci
 
 Exporter = Callable[..., Manifest]
 EXPORTERS: dict[str, Exporter] = {
@@ -32,6 +33,7 @@ EXPORTERS: dict[str, Exporter] = {
     "packed": export_packed,
     "int8": export_int8,
     "onnx": export_onnx,
+    "deci": export_deci,
 }
 
 
@@ -97,6 +99,8 @@ def prune_and_export(
     check_formats(formats)
     if "packed" in formats:
         packed_config(config.pattern)  # refused before pruning rather than after
+    if "deci" in formats:
+        raise ConfigError("--format deci is for folders with widths per layer: crepe-deploy export DIR --format deci")
     if "int8" in formats:
         int8_tensors(Decoder(model.folder))
     if "onnx" in formats:

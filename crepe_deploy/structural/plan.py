@@ -7,9 +7,10 @@ query heads in each of them. Head size and hidden size never change.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ class LayerPlan:
         _ascending("groups", self.groups)
         _ascending("neurons", self.neurons)
         if len(self.queries) != len(self.groups):
-            raise ConfigError(f"{len(self.groups)} KV groups are kept, and query heads of {len(self.queries)} are given")
+            raise ConfigError(f"{len(self.groups)} KV groups are kept, with query heads for {len(self.queries)}")
         for group, kept in zip(self.groups, self.queries, strict=True):
             _ascending(f"query heads of group {group}", kept)
         if len({len(kept) for kept in self.queries}) > 1:
@@ -168,7 +169,7 @@ class LayerPlan:
         if tuple(self.o_proj.shape) != shape:
             raise ConfigError(f"o_proj has shape {tuple(self.o_proj.shape)}; the kept heads need {shape}")
         if self.down_proj.shape[0] != geometry.hidden:
-            raise ConfigError(f"down_proj has {self.down_proj.shape[0]} rows; the model's hidden size is {geometry.hidden}")
+            raise ConfigError(f"down_proj has {self.down_proj.shape[0]} rows; the hidden size is {geometry.hidden}")
 
     def kept_heads(self, geometry: Geometry) -> tuple[int, ...]:
         """The source's query heads that stay, in kept order."""
@@ -186,6 +187,14 @@ class LayerPlan:
         return head_features(self.groups, geometry.head_dim)
 
 
+class Plans(Protocol):
+    """One plan for each layer, by index; a list is one, and so is what reads each from disk when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> LayerPlan: ...
+
+
 def head_features(heads: Sequence[int], head_dim: int) -> Tensor:
     """The features of `heads`, each `head_dim` long, in the order given: int64 (len(heads) * head_dim,)."""
     starts = torch.tensor(heads, dtype=torch.int64).unsqueeze(1) * head_dim
@@ -195,5 +204,5 @@ def head_features(heads: Sequence[int], head_dim: int) -> Tensor:
 def _ascending(what: str, kept: tuple[int, ...]) -> None:
     if not kept:
         raise ConfigError(f"{what}: none is kept; at least one is needed")
-    if kept[0] < 0 or any(later <= earlier for earlier, later in zip(kept, kept[1:], strict=False)):
+    if kept[0] < 0 or any(later <= earlier for earlier, later in itertools.pairwise(kept)):
         raise ConfigError(f"{what}: indices must ascend from 0 without repeats")

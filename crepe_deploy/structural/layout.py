@@ -1,0 +1,237 @@
+"""`config.json` of a structurally pruned checkpoint, and the shapes that it promises: pure functions of dictionaries.
+
+Three layouts hold the same sliced tensors:
+
+uniform    every layer has the same widths: an ordinary configuration of an ordinary family, for any server.
+per-layer  model type `crepe_FAMILY`: the source's configuration, and `per_layer_config` with what each layer keeps.
+deci       DeciLM (`nemotron-nas`), which stock vLLM serves: `block_configs`. Its query head count is one for all
+           layers, and KV heads must divide it, so narrower layers are padded with heads of zeros.
+
+Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from ..errors import CheckpointError, ConfigError, UnsupportedModel
+
+FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
+PREFIX: Final = "crepe_"
+DECI_TYPE: Final = "nemotron-nas"
+DECI_CLASS: Final = "DeciLMForCausalLM"
+PER_LAYER_CLASSES: Final = {f"{PREFIX}{family}": f"Crepe{family.capitalize()}ForCausalLM" for family in FAMILIES}
+_NAMES: Final = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "intermediate": "intermediate_size"}
+_WINDOW_KEYS: Final = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+Content = dict[str, Any]
+
+
+class Widths(NamedTuple):
+    """Query heads, KV heads and FFN neurons of one layer."""
+
+    heads: int
+    kv_heads: int
+    intermediate: int
+
+    def __str__(self) -> str:
+        return f"{self.heads} query heads, {self.kv_heads} KV heads, {self.intermediate} neurons"
+
+
+def check_family(content: Mapping[str, Any]) -> str:
+    """The model type, when its structure can be pruned. Raises UnsupportedModel naming it."""
+    name = content.get("model_type", "unknown")
+    if name not in FAMILIES:
+        raise UnsupportedModel(
+            f"model type '{name}': structural pruning knows {', '.join(FAMILIES)}; prune it to an N:M pattern instead"
+        )
+    return str(name)
+
+
+def uniform_content(content: Mapping[str, Any], head_dim: int, widths: Sequence[Widths]) -> Content:
+    """The configuration of a model whose layers all have the same widths. Raises ConfigError where they have not.
+
+    Two families have a derived head size somewhere, and so are written as another one that computes the same: Llama
+    with a head count that does not divide the hidden size (transformers refuses it) as Mistral without a window; Qwen2
+    with fewer heads (vLLM derives its head size) as Llama with biases, whose o_proj biases are zeros.
+    Raises ConfigError where no stock family fits.
+    """
+    family, first = check_family(content), widths[0]
+    for index, found in enumerate(widths):
+        if found != first:
+            raise ConfigError(f"--widths uniform: layer {index} keeps {found}; layer 0 keeps {first}")
+    sized = {**content, "head_dim": head_dim, **{_NAMES[name]: value for name, value in first._asdict().items()}}
+    hidden, divides = sized["hidden_size"], sized["hidden_size"] % first.heads == 0
+    if family == "qwen2" and first.heads * head_dim != hidden:
+        if sized.get("use_sliding_window") or not divides:
+            why = "a sliding window" if divides else f"{first.heads} heads, which do not divide hidden size {hidden},"
+            raise ConfigError(f"--widths uniform: no stock family serves Qwen2 with {why}: use --widths per-layer")
+        return _as_llama(sized)
+    if family == "llama" and not divides:
+        if sized.get("attention_bias") or sized.get("mlp_bias"):
+            raise ConfigError(
+                f"--widths uniform: no stock family serves {first.heads} heads with biases at hidden size {hidden}, "
+                "which they do not divide: use --widths per-layer"
+            )
+        return _as_mistral(sized)
+    return sized
+
+
+def _as_llama(content: Content) -> Content:
+    kept = {name: value for name, value in content.items() if name not in _WINDOW_KEYS}
+    tokens = {name: content.get(name) for name in ("bos_token_id", "eos_token_id")}
+    return {
+        **kept, **tokens, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True,
+        "mlp_bias": False,
+    }  # fmt: skip
+
+
+def _as_mistral(content: Content) -> Content:
+    dropped = ("attention_bias", "mlp_bias", "pretraining_tp")
+    kept = {name: value for name, value in content.items() if name not in dropped}
+    return {**kept, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+def has_zero_o_bias(source: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
+    """Whether the layout asks for o_proj biases that the source does not have."""
+    return source.get("model_type") == "qwen2" and content.get("model_type") == "llama"
+
+
+def per_layer_content(
+    content: Mapping[str, Any], head_dim: int, widths: Sequence[Widths], kv_heads: int, *, remote_code: bool = False
+) -> Content:
+    """The configuration for per-layer widths: the source's own numbers, and what differs from them layer by layer.
+
+    kv_heads: of the source. remote_code: name the modelling files that lie beside the weights.
+    """
+    name = PREFIX + check_family(content)
+    whole = Widths(content["num_attention_heads"], kv_heads, content["intermediate_size"])
+    digits = len(str(len(widths) - 1))
+    differing = {
+        str(index).zfill(digits): {
+            _NAMES[field]: value for field, value in found._asdict().items() if value != getattr(whole, field)
+        }
+        for index, found in enumerate(widths)
+    }
+    written = {
+        **content,
+        "model_type": name,
+        "architectures": [PER_LAYER_CLASSES[name]],
+        "head_dim": head_dim,
+        "num_key_value_heads": kv_heads,
+        "per_layer_config": {index: entry for index, entry in differing.items() if entry},
+    }
+    if remote_code:
+        stem = PER_LAYER_CLASSES[name].removesuffix("ForCausalLM")
+        written["auto_map"] = {
+            "AutoConfig": f"configuration_crepe.{stem}Config",
+            "AutoModel": f"modeling_crepe.{stem}Model",
+            "AutoModelForCausalLM": f"modeling_crepe.{stem}ForCausalLM",
+        }
+    return written
+
+
+def deci_widths(widths: Sequence[Widths]) -> list[Widths]:
+    """What each layer is padded to: one query head count, KV heads that divide it, room for every kept head.
+
+    Of the possible head counts the one with the fewest padded query and KV heads over all layers is taken.
+    """
+    most = max(found.heads for found in widths)
+    # The power of two from twice `most` up always fits: no group count needs more than doubling to become one.
+    candidates = range(most, 4 * most + 1)
+    fitted = [found for heads in candidates if (found := _padded(widths, heads))]
+    return min(fitted, key=lambda found: sum(layer.heads + layer.kv_heads for layer in found))
+
+
+def _padded(widths: Sequence[Widths], heads: int) -> list[Widths] | None:
+    """`widths` padded to `heads` query heads each; None where a layer's groups do not fit."""
+    padded = []
+    for layer in widths:
+        queries = layer.heads // layer.kv_heads
+        fits = (count for count in range(layer.kv_heads, heads // queries + 1) if heads % count == 0)
+        kv_heads = next(fits, None)
+        if kv_heads is None:
+            return None
+        padded.append(Widths(heads, kv_heads, layer.intermediate))
+    return padded
+
+
+def deci_content(content: Mapping[str, Any], head_dim: int, padded: Sequence[Widths]) -> Content:
+    """The DeciLM configuration of layers padded by `deci_widths`. Raises UnsupportedModel for what DeciLM has not."""
+    family = check_family(content)
+    if family == "qwen3":
+        raise UnsupportedModel("the DeciLM layout has no norms of queries and keys, which qwen3 needs: use the plugin")
+    if (family == "mistral" and content.get("sliding_window") is not None) or content.get("use_sliding_window"):
+        raise UnsupportedModel("the DeciLM layout has no sliding window, which this model has: use the plugin")
+    dropped = ("num_key_value_heads", "intermediate_size", *_WINDOW_KEYS)
+    kept = {name: value for name, value in content.items() if name not in dropped}
+    blocks = [
+        {
+            "attention": {"no_op": False, "n_heads_in_group": layer.heads // layer.kv_heads},
+            "ffn": {"no_op": False, "intermediate_size": layer.intermediate},
+        }
+        for layer in padded
+    ]
+    return {
+        **kept,
+        **({"qkv_bias": True} if family == "qwen2" else {}),
+        "model_type": DECI_TYPE,
+        "architectures": [DECI_CLASS],
+        "head_dim": head_dim,
+        "num_attention_heads": padded[0].heads,
+        "block_configs": blocks,
+        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
+    }
+
+
+def layer_widths(content: Mapping[str, Any]) -> list[Widths]:
+    """The widths of every layer that a `config.json` of any layout states. Raises CheckpointError for a wrong one."""
+    try:
+        if content.get("model_type") == DECI_TYPE:
+            heads = content["num_attention_heads"]
+            return [
+                Widths(heads, heads // block["attention"]["n_heads_in_group"], block["ffn"]["intermediate_size"])
+                for block in content["block_configs"]
+            ]
+        heads = content["num_attention_heads"]
+        whole = {
+            "num_attention_heads": heads,
+            "num_key_value_heads": content.get("num_key_value_heads") or heads,
+            "intermediate_size": content["intermediate_size"],
+        }
+        entries = {int(index): entry for index, entry in (content.get("per_layer_config") or {}).items()}
+        layers = range(content["num_hidden_layers"])
+        if entries.keys() - set(layers):
+            raise CheckpointError(f"config.json: per_layer_config names layer {max(entries)} of {len(layers)}")
+        merged = [{**whole, **entries.get(index, {})} for index in layers]
+        return [Widths(*(int(layer[name]) for name in _NAMES.values())) for layer in merged]
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"config.json does not state the widths of its layers: {error!r}") from error
+
+
+def layer_shapes(content: Mapping[str, Any]) -> list[dict[str, tuple[int, int]]]:
+    """For every layer the shapes of its matrices, by name within the layer. Raises CheckpointError."""
+    try:
+        hidden, head_dim = int(content["hidden_size"]), content.get("head_dim")
+        size = int(head_dim or hidden // content["num_attention_heads"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json does not state the size of its heads: {error!r}") from error
+    return [_shapes(hidden, size, layer) for layer in layer_widths(content)]
+
+
+def _shapes(hidden: int, head_dim: int, layer: Widths) -> dict[str, tuple[int, int]]:
+    queries, keys = layer.heads * head_dim, layer.kv_heads * head_dim
+    return {
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "mlp.gate_proj.weight": (layer.intermediate, hidden),
+        "mlp.up_proj.weight": (layer.intermediate, hidden),
+        "mlp.down_proj.weight": (hidden, layer.intermediate),
+    }
+
+
+def is_per_layer(content: Mapping[str, Any]) -> bool:
+    """Whether layers may have widths of their own."""
+    return str(content.get("model_type", "")) in {*PER_LAYER_CLASSES, DECI_TYPE}

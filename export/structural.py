@@ -1,0 +1,288 @@
+"""Structural pruning's last step: a physically smaller checkpoint from a dense one and what each layer keeps.
+
+Tensors are sliced one at a time as they stream through, the output projections replaced by their refit versions. The
+result is reopened and must compute what the dense model computes with the dropped heads and neurons masked.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..calibrate import embed
+from ..checkpoint import CheckpointReader, read_json
+from ..companions import copy_companions
+from ..errors import ConfigError
+from ..families import PROOF_DTYPE, Decoder
+from ..manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify, versions
+from ..progress import Step, silent, ticker
+from ..proof import check_parity, walk_logits
+from ..sources import Model, describe_source
+from ..structural import layout as layouts
+from ..structural.check import check_shapes
+from ..structural.layout import Content, Widths
+from ..structural.plan import Geometry, Plans
+from ..structural.slicing import in_layer, masked, padded, sized, sliced
+from ..writing import CheckpointWriter, Planned, atomic_folder, check_output, require_disk, write_json
+from .card import write_card
+from .greedy import GREEDY_TOKENS, record_greedy
+
+Transform = Callable[[int, str, Tensor], Tensor]
+LAYOUTS = ("plugin", "deci")
+PROBE_TOKENS = 64
+_CODE = Path(layouts.__file__).parent
+_O_WEIGHT, _O_BIAS = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the sliced tensors are written.
+
+    content: `config.json`. proof: the `config.json` with which crepe-deploy's own classes compute the same, where it is
+    another. kept, written: the widths of each layer before and after padding. code: files to lie beside the weights.
+    zero_o_bias: whether o_proj gets biases of zeros.
+    """
+
+    name: str
+    content: Content
+    proof: Content
+    kept: list[Widths]
+    written: list[Widths]
+    code: tuple[str, ...] = ()
+    zero_o_bias: bool = False
+
+
+def choose_layout(
+    content: Content, geometry: Geometry, kept: Sequence[Widths], widths: str, layout: str = "plugin",
+    remote_code: bool = False,
+) -> Layout:  # fmt: skip
+    """The layout for these widths. Raises ConfigError for options or widths that do not fit, UnsupportedModel."""
+    if widths not in ("uniform", "per-layer"):
+        raise ConfigError(f"widths '{widths}' are unknown; known: uniform, per-layer")
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout '{layout}' is unknown; known: {', '.join(LAYOUTS)}")
+    if (layout == "deci" or remote_code) and widths == "uniform":
+        raise ConfigError("uniform widths are a plain checkpoint, with neither --layout deci nor --remote-code")
+    if layout == "deci" and remote_code:
+        raise ConfigError("--remote-code adds modelling files for transformers; --layout deci has vLLM's own model")
+    stated = list(kept)
+    if widths == "uniform":
+        written = layouts.uniform_content(content, geometry.head_dim, stated)
+        zeros = layouts.has_zero_o_bias(content, written)
+        return Layout("uniform", written, written, stated, stated, zero_o_bias=zeros)
+    if layout == "deci":
+        return _deci(content, geometry.head_dim, geometry.kv_heads, stated)
+    written = layouts.per_layer_content(content, geometry.head_dim, stated, geometry.kv_heads, remote_code=remote_code)
+    code = ("configuration_crepe.py", "modeling_crepe.py") if remote_code else ()
+    return Layout("per-layer", written, written, stated, stated, code)
+
+
+def _deci(content: Content, head_dim: int, kv_heads: int, kept: list[Widths]) -> Layout:
+    target = layouts.deci_widths(kept)
+    proof = layouts.per_layer_content(content, head_dim, target, kv_heads)
+    written = layouts.deci_content(content, head_dim, target)
+    return Layout("deci", written, proof, kept, target, ("configuration_decilm.py",))
+
+
+def assemble(
+    source: Model,
+    plans: Plans,
+    out: Path,
+    *,
+    widths: Literal["uniform", "per-layer"] = "per-layer",
+    layout: str = "plugin",
+    remote_code: bool = False,
+    overwrite: bool = False,
+    record: dict[str, Any] | None = None,
+    calibration: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+    step: Step = silent,
+) -> Manifest:
+    """Write what `plans` keep of `source` into the folder `out`, which appears whole and proven or not at all.
+
+    plans: one for each layer; read several times, one at a time, so they may lie on disk. widths: "uniform" wants
+    equal widths and writes a checkpoint for any server; "per-layer" one for transformers and vLLM with crepe-deploy
+    installed. layout: "deci" instead writes per-layer widths for stock vLLM. remote_code: put the modelling files
+    beside the weights. record, calibration, metrics: what the manifest is to say of how the plans were found.
+    Raises ConfigError, UnsupportedModel, OutputError before any work; NumericalError, DiskFullError, ParityError.
+    """
+    check_output(out, overwrite=overwrite, inputs=(source.folder,))
+    decoder = Decoder(source.folder, PROOF_DTYPE)
+    content = read_json(source.folder / "config.json")
+    layouts.check_family(content)
+    geometry = Geometry.from_config(decoder.config)
+    kept = _checked(plans, geometry)
+    chosen = choose_layout(content, geometry, kept, widths, layout, remote_code)
+
+    def transform(index: int, path: str, tensor: Tensor) -> Tensor:
+        small = sliced(path, tensor, plans[index], geometry)
+        return padded(path, small, chosen.kept[index], chosen.written[index], geometry.head_dim)
+
+    tick = ticker(step, 2 * geometry.layers + GREEDY_TOKENS)
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        _write(decoder.reader, folder, chosen, geometry.head_dim, transform, tick)
+        copy_companions(source.folder, folder)
+        write_json(folder / "config.json", chosen.proof)
+        proven = _prove(folder, decoder, plans, geometry, tick)
+        found = {**(metrics or {}), **proven, "greedy": record_greedy(folder, tick=tick)}
+        found["parameters"] = _parameters(plans, geometry)
+        config = {"method": "structural", **(record or {}), "pattern": "structural"}
+        config["structural"] = {**_layers(chosen), "dense": [geometry.heads, geometry.kv_heads, geometry.intermediate]}
+        manifest = Manifest(
+            stage="structural", format="dense", versions=versions(), source=describe_source(source), config=config,
+            calibration=calibration, dense_tensors=sorted(CheckpointReader(folder).tensors), metrics=found,
+        )  # fmt: skip
+        return _finish(folder, manifest, chosen, decoder.reader)
+
+
+def export_deci(source: Path, folder: Path, *, link: bool = False, step: Step = silent) -> Manifest:
+    """The checkpoint `source` with widths per layer in the DeciLM layout, in the existing, empty `folder`.
+
+    link: nothing to do here. Raises VerifyError, ConfigError (another kind of source), UnsupportedModel, ParityError.
+    """
+    parent, content = verify(source), read_json(source / "config.json")
+    if content.get("model_type") not in layouts.PER_LAYER_CLASSES or parent.format != "dense":
+        raise ConfigError(f"{source} has no widths per layer; --format deci reads a dense folder that has")
+    if parent.tensors:
+        raise ConfigError(f"{source} holds zeros in a pattern, which the DeciLM layout's added heads would hide")
+    family = {**content, "model_type": content["model_type"].removeprefix(layouts.PREFIX)}
+    for name in ("per_layer_config", "auto_map"):
+        family.pop(name, None)
+    head_dim = int(content["head_dim"])
+    chosen = _deci(family, head_dim, content["num_key_value_heads"], layouts.layer_widths(content))
+    decoder = Decoder(source, PROOF_DTYPE)
+
+    def transform(index: int, path: str, tensor: Tensor) -> Tensor:
+        return padded(path, tensor, chosen.kept[index], chosen.written[index], head_dim)
+
+    tick = ticker(step, 2 * len(chosen.kept))
+    _write(decoder.reader, folder, chosen, head_dim, transform, tick)
+    copy_companions(source, folder)
+    write_json(folder / "config.json", chosen.proof)
+    tokens = _probe(decoder)
+    proven = {"parity": check_parity(folder, PROOF_DTYPE, tokens, walk_logits(decoder, tokens))}
+    config = {**parent.config, "structural": {**parent.config.get("structural", {}), **_layers(chosen)}}
+    update = {
+        "stage": "export", "parent": sha256_file(source / MANIFEST_NAME), "config": config,
+        "metrics": {**parent.metrics, **proven},
+    }  # fmt: skip
+    return _finish(folder, parent.model_copy(update=update), chosen, decoder.reader)
+
+
+def _checked(plans: Plans, geometry: Geometry) -> list[Widths]:
+    if len(plans) != geometry.layers:
+        raise ConfigError(f"{len(plans)} layers are planned, and the model has {geometry.layers}")
+    kept = []
+    for index in range(geometry.layers):
+        plan = plans[index]
+        try:
+            plan.check(geometry)
+        except ConfigError as error:
+            raise ConfigError(f"layer {index}: {error}") from error
+        kept.append(Widths(*plan.widths))
+    return kept
+
+
+def _write(
+    reader: CheckpointReader, folder: Path, layout: Layout, head_dim: int, transform: Transform,
+    tick: Callable[[], None],
+) -> None:  # fmt: skip
+    """Stream every tensor through `transform` into the source's own shards; a tick for each layer's q projection."""
+    plan: dict[str, Planned] = {}
+    for info in reader:
+        place = in_layer(info.name)
+        shape = info.shape if place is None else sized(place[1], info.shape, layout.written[place[0]], head_dim)
+        plan[info.name] = Planned(info.file.name, info.dtype, shape)
+        if layout.zero_o_bias and place is not None and place[1] == _O_WEIGHT:
+            plan[info.name.removesuffix(_O_WEIGHT) + _O_BIAS] = Planned(info.file.name, info.dtype, shape[:1])
+    require_disk(folder, sum(planned.size_bytes for planned in plan.values()))
+    with CheckpointWriter(folder, plan) as writer:
+        for info in reader:
+            place = in_layer(info.name)
+            tensor = reader.load_finite(info.name)
+            writer.write(info.name, tensor if place is None else transform(*place, tensor))
+            if place is not None and place[1] == _O_WEIGHT:
+                tick()
+        for name in plan.keys() - reader.tensors.keys():
+            writer.write(name, torch.zeros(plan[name].shape, dtype=plan[name].dtype))
+
+
+def _prove(
+    folder: Path, decoder: Decoder, plans: Plans, geometry: Geometry, tick: Callable[[], None]
+) -> dict[str, Any]:
+    """Compare the written folder's logits with the masked dense model's, in float64. Raises ParityError."""
+    tokens = _probe(decoder)
+    parity = check_parity(folder, PROOF_DTYPE, tokens, masked_logits(decoder, plans, geometry, tokens, tick))
+    return {"parity": {**parity, "what": "logits of the smaller files against the dense model, masked, in float64"}}
+
+
+def masked_logits(
+    decoder: Decoder, plans: Plans, geometry: Geometry, tokens: Tensor,
+    tick: Callable[[], None] = lambda: None,
+) -> Tensor:  # fmt: skip
+    """Logits (batch, length, vocab) of the dense model with dropped heads and neurons masked and refits in place.
+
+    The weights are those of the files' dtype, computed with in the decoder's.
+    """
+    (stream,) = embed(decoder, [tokens])
+    for index in range(len(decoder.blocks)):
+        with decoder.block(index) as (block, weights):
+            for key, tensor in weights.items():
+                place = in_layer(key)
+                if place is not None and place[1].endswith(("o_proj.weight", "down_proj.weight")):
+                    whole = masked(place[1], tensor, plans[index], geometry)
+                    block.get_parameter(place[1]).data = whole.to(decoder.dtype)
+            stream.run(block, index, advance=True)
+        tick()
+    return decoder.logits(tokens, torch.cat(stream.hidden))
+
+
+def _probe(decoder: Decoder) -> Tensor:
+    length = min(PROBE_TOKENS, decoder.context_length)
+    return torch.randint(decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def _layers(layout: Layout) -> dict[str, Any]:
+    padding = {"padded_to": [list(found) for found in layout.written]} if layout.written != layout.kept else {}
+    layers = [list(found) for found in layout.kept]
+    return {"layout": layout.name, "order": list(Widths._fields), "layers": layers, **padding}
+
+
+def _parameters(plans: Plans, geometry: Geometry) -> dict[str, Any]:
+    kept = sum(plans[index].parameters(geometry) for index in range(geometry.layers))
+    return {
+        "prunable_dense": geometry.parameters,
+        "prunable_kept": kept,
+        "kept": kept / geometry.parameters,
+        "what": "weights and biases of heads and neurons, without norms, embeddings and the head",
+    }
+
+
+def _finish(folder: Path, manifest: Manifest, layout: Layout, source: CheckpointReader) -> Manifest:
+    """The final configuration, code, size, card, hashes and manifest; the shapes are checked once more."""
+    write_json(folder / "config.json", layout.content)
+    for name in layout.code:
+        shutil.copyfile(_CODE / name, folder / name)
+    check_shapes(folder)
+    manifest = manifest.model_copy(update={"metrics": {**manifest.metrics, "size": _size(folder, source)}})
+    write_card(folder, manifest)
+    manifest = manifest.model_copy(update={"files": hash_folder(folder)})
+    save_manifest(folder, manifest)
+    return manifest
+
+
+def _size(folder: Path, source: CheckpointReader) -> dict[str, Any]:
+    written = CheckpointReader(folder)
+    layers = [sum(info.size_bytes for info in reader if in_layer(info.name)) for reader in (source, written)]
+    before, after = (sum(path.stat().st_size for path in reader.files) for reader in (source, written))
+    return {
+        "weight_bytes_over_dense": layers[1] / layers[0],
+        "file_bytes_over_dense": after / before,
+        "what": "bytes of the decoder layers, and of all weight files, over what they were made from",
+    }

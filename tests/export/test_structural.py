@@ -1,0 +1,371 @@
+"""Structurally pruned checkpoints compute what the masked model computes, wherever they are loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from crepe_deploy.export import structural
+from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.export.structural import assemble
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config
+
+from crepe_deploy.checkpoint import read_json
+from crepe_deploy.cli import cli
+from crepe_deploy.errors import ConfigError, NumericalError, OutputError, ParityError, UnsupportedModel, VerifyError
+from crepe_deploy.families import Decoder
+from crepe_deploy.manifest import verify
+from crepe_deploy.packed.linear import PackedLinear
+from crepe_deploy.pattern import parse_pattern
+from crepe_deploy.prune import PruneConfig, prune
+from crepe_deploy.quality import evaluate
+from crepe_deploy.sources import resolve_model
+from crepe_deploy.structural.check import check_shapes
+from crepe_deploy.structural.plan import Geometry, LayerPlan
+from crepe_deploy.texts import calibration_windows, load_tokenizer
+
+from ..pico import VOCAB, make_pico, sample_text
+from ..structural.random_plans import CONFIGS, UNEVEN, Kept, make_model, masked_model_logits, random_plans
+
+TOKENS = torch.arange(2, 42).view(2, 20)
+EVEN: tuple[Kept, ...] = ((2, 2, 32),) * 3
+
+
+def plans_for(model: Path, kept: tuple[Kept, ...], seed: int = 0) -> list[LayerPlan]:
+    return random_plans(Geometry.from_config(Decoder(model).config), kept, seed)
+
+
+def assembled(folder: Path, family: str, kept: tuple[Kept, ...], widths: Any, **options: Any) -> tuple[Path, Any]:
+    """A random model, sliced: the folder and the masked model's logits."""
+    overrides = options.pop("overrides", {})
+    model = make_model(folder / "model", family, **overrides)
+    plans = plans_for(model, kept)
+    assemble(resolve_model(str(model)), plans, folder / "out", widths=widths, **options)
+    return folder / "out", masked_model_logits(model, plans, TOKENS)
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(TOKENS).logits
+    return found
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+BIASED = {"attention_bias": True, "mlp_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "kept", "written", "overrides"),
+    [
+        *((family, EVEN, "llama" if family == "qwen2" else family, {}) for family in CONFIGS),
+        ("llama", EVEN, "llama", BIASED),
+        ("llama", ((3, 2, 40),) * 3, "mistral", {}),  # 6 heads do not divide 64, which Llama asks for
+        ("qwen2", ((4, 2, 40),) * 3, "qwen2", {}),
+        ("qwen3", ((3, 1, 40),) * 3, "qwen3", {"attention_bias": True}),
+        ("llama", EVEN, "llama", {"tie_word_embeddings": True}),
+    ],
+)
+def test_uniform_widths_are_an_ordinary_model(
+    tmp_path: Path, family: str, kept: tuple[Kept, ...], written: str, overrides: dict[str, Any]
+) -> None:
+    out, expected = assembled(tmp_path, family, kept, "uniform", overrides=overrides)
+    model = load(out)
+    assert model.config.model_type == written and type(model).__module__.startswith("transformers.")
+    groups, queries, neurons = kept[0]
+    assert model.config.num_attention_heads == groups * queries and model.config.intermediate_size == neurons
+    same(logits(model), expected)
+    assert float(expected.abs().max()) > 0.5
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_widths_per_layer(tmp_path: Path, family: str, biased: bool) -> None:
+    overrides = (BIASED if family == "llama" else {"attention_bias": True}) if biased else {}
+    if family == "mistral" and biased:
+        overrides = {"sliding_window": 8}
+    out, expected = assembled(tmp_path, family, UNEVEN, "per-layer", overrides=overrides)
+    model = load(out)
+    assert model.config.model_type == f"crepe_{family}"
+    same(logits(model), expected)
+    rows = [layer.self_attn.q_proj.weight.shape[0] for layer in model.model.layers]
+    assert rows == [groups * queries * 8 for groups, queries, _ in UNEVEN]
+    assert [layer.mlp.down_proj.weight.shape[1] for layer in model.model.layers] == [96, 32, 50]
+
+
+def test_a_model_with_widths_per_layer_saves_reloads_and_generates(tmp_path: Path) -> None:
+    out, expected = assembled(tmp_path, "qwen3", UNEVEN, "per-layer")
+    model = load(out)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again", attn_implementation="eager")
+    assert read_json(tmp_path / "again" / "config.json")["per_layer_config"] == {
+        "1": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32},
+        "2": {"num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 50},
+    }
+    same(logits(again), expected)
+    options = {"max_new_tokens": 12, "do_sample": False, "min_new_tokens": 12}
+    cached = model.generate(TOKENS, use_cache=True, **options)
+    assert torch.equal(cached, again.generate(TOKENS, use_cache=False, **options))
+    base = AutoModel.from_pretrained(out, dtype=torch.float32)
+    with torch.inference_mode():
+        same(model.lm_head(base(TOKENS).last_hidden_state), expected)
+
+
+def test_equal_widths_per_layer_are_allowed(tmp_path: Path) -> None:
+    out, expected = assembled(tmp_path, "llama", ((4, 2, 96),) * 3, "per-layer")
+    assert read_json(out / "config.json")["per_layer_config"] == {}
+    same(logits(load(out)), expected)
+
+
+LOAD = """
+import json, sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+folder, options = sys.argv[1], json.loads(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+with torch.inference_mode():
+    torch.save(model(torch.arange(2, 42).view(2, 20)).logits, sys.argv[3])
+assert not any(name.startswith("crepe_deploy") for name in sys.modules)
+"""
+
+
+def plain(folder: Path, code: str = LOAD, **options: Any) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """Run `code` where crepe_deploy is never imported; the file that it writes logits to."""
+    target = folder.parent / "logits.pt"
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder.parent / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-c", code, str(folder), json.dumps(options), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    return done, target
+
+
+def test_unmodified_transformers_loads_uniform_widths(tmp_path: Path) -> None:
+    out, expected = assembled(tmp_path, "qwen2", EVEN, "uniform")
+    done, target = plain(out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(torch.load(target), expected)
+
+
+def test_unmodified_transformers_refuses_widths_per_layer_unless_code_lies_beside_them(tmp_path: Path) -> None:
+    out, expected = assembled(tmp_path, "llama", UNEVEN, "per-layer", remote_code=True)
+    done, target = plain(out, trust_remote_code=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(torch.load(target), expected)
+    same(logits(load(out)), expected)  # with crepe-deploy its own classes are used, and nothing need be trusted
+    for path in out.glob("*.py"):
+        path.unlink()
+    config = read_json(out / "config.json")
+    del config["auto_map"]
+    (out / "config.json").write_text(json.dumps(config))
+    done, _ = plain(out)
+    assert done.returncode != 0 and "crepe_llama" in done.stderr
+
+
+def test_code_lies_beside_the_weights_only_when_asked_for(tmp_path: Path) -> None:
+    out, _ = assembled(tmp_path, "llama", UNEVEN, "per-layer")
+    assert not list(out.glob("*.py")) and "auto_map" not in read_json(out / "config.json")
+
+
+READ_DECI = """
+import sys
+from transformers import AutoConfig
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+blocks = config.block_configs
+heads = config.num_attention_heads
+print([(heads // block.attention.n_heads_in_group, block.ffn.intermediate_size) for block in blocks])
+assert not blocks[0].attention.no_op
+assert not hasattr(blocks[0].ffn, "ffn_mult") and not hasattr(blocks[0].ffn, "hidden_act")
+config.save_pretrained(sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_decilm_layout_holds_the_same_model_padded(tmp_path: Path, family: str) -> None:
+    out, expected = assembled(tmp_path, family, UNEVEN, "per-layer")
+    export_checkpoint(out, tmp_path / "deci", "deci")
+    manifest = verify(tmp_path / "deci")
+    assert manifest.config["structural"]["padded_to"] == [[8, 4, 96], [8, 1, 32], [8, 4, 50]]
+    assert manifest.metrics["greedy"] == verify(out).metrics["greedy"]
+    done, _ = plain(tmp_path / "deci", READ_DECI)
+    assert done.returncode == 0 and done.stdout.strip() == "[(4, 96), (1, 32), (4, 50)]", done.stderr[-2000:]
+    assert read_json(tmp_path / "logits.pt" / "config.json")["block_configs"][1]["ffn"]["intermediate_size"] == 32
+    # Read as a model with widths per layer, the padded files compute the same.
+    config = read_json(out / "config.json")
+    config["per_layer_config"] = {
+        str(index): {"num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": neurons}
+        for index, (heads, groups, neurons) in enumerate(manifest.config["structural"]["padded_to"])
+    }
+    shutil.copytree(tmp_path / "deci", tmp_path / "read")
+    (tmp_path / "read" / "config.json").write_text(json.dumps(config))
+    same(logits(load(tmp_path / "read")), expected)
+    with pytest.raises(UnsupportedModel, match="needs code from the checkpoint"):
+        Decoder(tmp_path / "deci")
+
+
+def test_the_decilm_layout_written_at_once_is_the_exported_one(tmp_path: Path) -> None:
+    out, _ = assembled(tmp_path / "a", "llama", UNEVEN, "per-layer")
+    export_checkpoint(out, tmp_path / "deci", "deci")
+    direct, _ = assembled(tmp_path / "b", "llama", UNEVEN, "per-layer", layout="deci")
+    assert read_json(direct / "config.json") == read_json(tmp_path / "deci" / "config.json")
+    first, second = load_file(direct / "model.safetensors"), load_file(tmp_path / "deci" / "model.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "part"), [("qwen3", {}, "norms of queries"), ("mistral", {"sliding_window": 8}, "sliding")]
+)
+def test_the_decilm_layout_refuses_what_it_cannot_hold(
+    tmp_path: Path, family: str, overrides: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=part):
+        assembled(tmp_path, family, UNEVEN, "per-layer", layout="deci", overrides=overrides)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_decilm_export_refuses_other_folders(tmp_path: Path) -> None:
+    out, _ = assembled(tmp_path, "llama", EVEN, "uniform")
+    with pytest.raises(ConfigError, match="no widths per layer"):
+        export_checkpoint(out, tmp_path / "deci", "deci")
+    config = PruneConfig("magnitude", parse_pattern("2:4"))
+    with pytest.raises(ConfigError, match="--format deci is for folders with widths per layer"):
+        prune_and_export(resolve_model(str(out)), tmp_path / "both", config, None, formats=("dense", "deci"))
+    uneven, _ = assembled(tmp_path / "b", "llama", ((4, 2, 96), (2, 2, 32), (1, 1, 64)), "per-layer")
+    prune(resolve_model(str(uneven)), tmp_path / "pruned", config, None)
+    with pytest.raises(ConfigError, match="zeros in a pattern"):
+        export_checkpoint(tmp_path / "pruned", tmp_path / "deci", "deci")
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per-layer"])
+def test_it_can_be_pruned_to_a_pattern_and_packed(tmp_path: Path, widths: str) -> None:
+    kept = EVEN if widths == "uniform" else ((4, 2, 96), (2, 2, 32), (1, 1, 64))
+    out, _ = assembled(tmp_path, "llama", kept, widths)
+    config = PruneConfig("magnitude", parse_pattern("2:4"))
+    report = prune_and_export(resolve_model(str(out)), tmp_path / "nm", config, None, formats=("dense", "packed"))
+    assert report["pruned_tensors"] == 21
+    dense, packed = load(tmp_path / "nm" / "dense"), load(tmp_path / "nm" / "packed")
+    same(logits(packed), logits(dense))
+    layers = sum(isinstance(module, PackedLinear) for module in packed.modules())
+    assert layers == (21 if widths == "uniform" else 20)  # one o_proj of 8 input columns stays dense
+
+
+def test_every_step_of_pruning_works_on_layers_of_different_widths(tmp_path: Path) -> None:
+    kept = ((4, 2, 96), (2, 2, 32), (1, 1, 64))
+    out, _ = assembled(tmp_path, "llama", kept, "per-layer")
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(3000))
+    calibration = calibration_windows(text, load_tokenizer(out), 4, 32)
+    config = PruneConfig("wanda", parse_pattern("4:8"), permute="fold", reconstruct="exact", feed="both")
+    manifest = prune(resolve_model(str(out)), tmp_path / "nm", config, calibration)
+    assert manifest.metrics["sparsity_of_pruned_tensors"] == 0.5
+    report = evaluate(tmp_path / "nm", text, window=32, max_tokens=256, against=out)
+    assert report.paired is not None and 0 < report.paired.kl_mean.value < 5
+
+
+def test_manifest_card_verify_and_inspect(tmp_path: Path) -> None:
+    out, _ = assembled(tmp_path, "mistral", UNEVEN, "per-layer", record={"method": "tyr", "seed": 3})
+    manifest = verify(out)
+    kept = sum(plan.parameters(Geometry.from_config(Decoder(tmp_path / "model").config)) for plan in
+               plans_for(tmp_path / "model", UNEVEN))  # fmt: skip
+    assert manifest.metrics["parameters"]["prunable_kept"] == kept
+    assert manifest.config["seed"] == 3 and manifest.config["structural"]["layers"][1] == [2, 1, 32]
+    stored = sum(tensor.numel() for name, tensor in load_file(out / "model.safetensors").items() if "_proj" in name)
+    assert stored == kept
+    card = (out / "README.md").read_text()
+    assert "structurally pruned" in card and "2 to 8 of 8; 1 to 4 of 4; 32 to 96 of 96" in card
+    runner = CliRunner()
+    assert runner.invoke(cli, ["verify", str(out)]).exit_code == 0
+    shown = json.loads(runner.invoke(cli, ["inspect", str(out), "--json"]).stdout)
+    assert shown["layers"][2] == {"layer": 2, "heads": 3, "kv_heads": 3, "intermediate": 50}
+    assert "layer 1: 2 query heads, 1 KV heads, 32 neurons" in runner.invoke(cli, ["inspect", str(out)]).stdout
+    export_checkpoint(out, tmp_path / "copy", "dense")
+    assert verify(tmp_path / "copy").metrics["size"] == manifest.metrics["size"]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda config: config["per_layer_config"]["1"].update(intermediate_size=40), "layers.1.mlp.gate_proj"),
+        (lambda config: config["per_layer_config"].pop("2"), "layers.2.self_attn.q_proj"),
+        (lambda config: config.update(num_hidden_layers=2, per_layer_config={
+            "1": config["per_layer_config"]["1"]}), "belongs to layer 2"),
+        (lambda config: config.update(num_hidden_layers=4), "layers.3.self_attn.q_proj.weight' is missing"),
+    ],
+)  # fmt: skip
+def test_shapes_that_config_json_does_not_promise_are_named(tmp_path: Path, change: Any, part: str) -> None:
+    out, _ = assembled(tmp_path, "llama", UNEVEN, "per-layer")
+    check_shapes(out)
+    config = read_json(out / "config.json")
+    change(config)
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerifyError, match=part):
+        check_shapes(out)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "error", "part"),
+    [
+        ({"widths": "uniform"}, UNEVEN, ConfigError, "layer 1 keeps 2 query heads, 1 KV heads, 32 neurons"),
+        ({"widths": "uniform", "layout": "deci"}, EVEN, ConfigError, "uniform widths are a plain checkpoint"),
+        ({"widths": "uniform", "remote_code": True}, EVEN, ConfigError, "uniform widths are a plain checkpoint"),
+        ({"widths": "other"}, EVEN, ConfigError, "known: uniform, per-layer"),
+        ({"layout": "gguf"}, EVEN, ConfigError, "known: plugin, deci"),
+        ({"layout": "deci", "remote_code": True}, UNEVEN, ConfigError, "--remote-code adds"),
+        ({}, UNEVEN[:2], ConfigError, "2 layers are planned, and the model has 3"),
+    ],
+)
+def test_options_and_plans_that_do_not_fit_are_refused(
+    tmp_path: Path, options: dict[str, Any], kept: tuple[Kept, ...], error: type[Exception], part: str
+) -> None:
+    with pytest.raises(error, match=part):
+        assembled(tmp_path, "llama", kept, **{"widths": "per-layer", **options})
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_other_families_other_models_plans_and_used_folders_are_refused(tmp_path: Path) -> None:
+    config = Gemma2Config(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=8, max_position_embeddings=512,
+    )  # fmt: skip
+    gemma = make_pico(tmp_path / "gemma", config)
+    with pytest.raises(UnsupportedModel, match="'gemma2': structural pruning knows llama, mistral, qwen2, qwen3"):
+        assemble(resolve_model(str(gemma)), plans_for(gemma, EVEN), tmp_path / "out")
+    model = make_model(tmp_path / "model", "llama", num_key_value_heads=2)
+    with pytest.raises(ConfigError, match="layer 0: KV group"):
+        assemble(resolve_model(str(model)), plans_for(gemma, UNEVEN), tmp_path / "out")
+    with pytest.raises(OutputError):
+        assemble(resolve_model(str(model)), plans_for(model, EVEN), model)
+
+
+def test_a_refit_that_overflows_the_files_dtype_is_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama", torch.float16)
+    plans = plans_for(model, EVEN)
+    plans[1].down_proj[0, 0] = 1e6
+    with pytest.raises(NumericalError, match=r"mlp\.down_proj\.weight: the refit weight does not fit float16"):
+        assemble(resolve_model(str(model)), plans, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrongly_sliced_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = structural.sliced
+
+    def wrong(path: str, *rest: Any) -> torch.Tensor:
+        tensor = right(path, *rest)
+        return tensor.flip(0) if path == "mlp.up_proj.weight" else tensor
+
+    monkeypatch.setattr(structural, "sliced", wrong)
+    with pytest.raises(ParityError):
+        assembled(tmp_path, "llama", UNEVEN, "per-layer")
+    assert not (tmp_path / "out").exists()
