@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "gpt2": {},
 }
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROOF_DTYPE = "float64"  # for comparisons: real models' residuals reach 1e4, where float32 keeps three decimals
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class Decoder:
         setattr(parent, self.blocks_path.rpartition(".")[2], nn.ModuleList(self.slots))
 
     def _compute_dtype(self, dtype: str) -> torch.dtype:
+        if dtype == PROOF_DTYPE:
+            return torch.float64
         if dtype != "auto":
             if dtype not in COMPUTE_DTYPES:
                 raise ConfigError(f"dtype '{dtype}' is unknown; known: auto, {', '.join(COMPUTE_DTYPES)}")
@@ -196,20 +199,29 @@ class Decoder:
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Run everything after the blocks: tokens (batch, length), hidden (batch, length, width) -> fp32 logits."""
+        with self.head() as run:
+            return run(tokens, hidden).float()
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """Yield what `logits` runs, loaded once for many calls; its logits are in the dtype of computation."""
         tied = getattr(self.model, "all_tied_weights_keys", {}) or {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._tied_released(tied))
             stack.enter_context(self._materialised(self.model, ""))
             for name, source in tied.items():
                 _assign(self.model, name, self.model.get_parameter(source).data)
-            self.slots[-1].replacement = hidden
-            try:
-                with torch.inference_mode():
-                    output = self.model(input_ids=tokens, use_cache=False).logits
-            finally:
-                self.slots[-1].replacement = None
-        logits: Tensor = output.float()
-        return logits
+
+            def run(tokens: Tensor, hidden: Tensor) -> Tensor:
+                self.slots[-1].replacement = hidden
+                try:
+                    with torch.inference_mode():
+                        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+                finally:
+                    self.slots[-1].replacement = None
+                return logits
+
+            yield run
 
     @contextlib.contextmanager
     def _tied_released(self, tied: dict[str, str]) -> Iterator[None]:
