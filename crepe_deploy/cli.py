@@ -13,9 +13,10 @@ import click
 
 from . import __version__
 from .errors import ConfigError, CrepeError
-from .present import quality_lines, report_lines, tensor_lines
+from .present import quality_lines, report_lines, tensor_lines, width_lines
 from .prune_options import json_option, options, overwrite_option, prepare, prune_options, say
 from .search.command import search_command
+from .structural.command import tyr_options
 
 EXIT_INTERRUPTED = 130
 
@@ -75,10 +76,26 @@ def prune_command(out: Path, overwrite: bool, as_json: bool, **given: Any) -> No
     _print(summary, as_json, [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros, verified"])
 
 
+@cli.command("tyr")
+@tyr_options
+def tyr_command(layout: str, remote_code: bool, as_json: bool, **given: Any) -> None:
+    """Remove whole KV groups and FFN neurons from MODEL: OUT/dense/ is a physically smaller checkpoint.
+
+    The widths of the layers are searched, after Tyr-the-Pruner. Exit code 75 means stopped: the same command with
+    --resume goes on.
+    """
+    _prepare_libraries()
+    from .export.tyr import writer
+    from .structural.command import lines, run
+
+    report = run(writer(given["widths"], layout, remote_code), **given)
+    _print(report, as_json, lines(report))
+
+
 @cli.command("export")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: SOURCE/../FORMAT.")
-@click.option("--format", "format_name", default="dense", show_default=True, help="dense, packed, int8 or onnx.")
+@click.option("--format", "format_name", default="dense", show_default=True, help="dense, packed, int8, onnx or deci.")
 @_onnx_options
 @overwrite_option
 @json_option
@@ -156,22 +173,32 @@ def doctor_command(retune: bool, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @json_option
 def inspect_command(folder: Path, as_json: bool) -> None:
-    """Count the zeros of every tensor in FOLDER and name the pattern that holds."""
+    """Count the zeros of every tensor in FOLDER, name the pattern that holds, and say the widths of uneven layers."""
     from .audit import inspect_folder
     from .export.onnx.inspect import inspect_onnx, is_onnx
+    from .structural.check import describe
 
-    tensors = inspect_onnx(folder) if is_onnx(folder) else inspect_folder(folder)
-    _print({"folder": str(folder), "tensors": tensors}, as_json, tensor_lines(tensors))
+    onnx = is_onnx(folder)
+    tensors = inspect_onnx(folder) if onnx else inspect_folder(folder)
+    layers = None if onnx else describe(folder)
+    document = {"folder": str(folder), "tensors": tensors, **({"layers": layers} if layers else {})}
+    _print(document, as_json, [*tensor_lines(tensors), *width_lines(layers or [])])
 
 
 @cli.command("verify")
 @click.argument("folder", type=click.Path(path_type=Path))
 @json_option
 def verify_command(folder: Path, as_json: bool) -> None:
-    """Compare every file of FOLDER with its manifest; exit 1 naming the file that differs."""
+    """Compare every file of FOLDER with its manifest; exit 1 naming the file that differs.
+
+    After structural pruning every tensor's shape is compared with config.json too.
+    """
     from .manifest import verify
+    from .structural.check import check_shapes, is_structural
 
     manifest = verify(folder)
+    if is_structural(manifest):
+        check_shapes(folder)
     summary = {"folder": str(folder), "files": len(manifest.files), "verified": True}
     _print(summary, as_json, [f"{folder}: {len(manifest.files)} files match the manifest"])
 

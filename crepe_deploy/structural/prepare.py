@@ -1,0 +1,184 @@
+"""A run's fixed parts, and everything that can be refused before any weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from crepe_deploy.checkpoint import read_json
+from crepe_deploy.errors import ConfigError
+from crepe_deploy.families import Decoder
+from crepe_deploy.phases import Phases
+from crepe_deploy.progress import Step
+from crepe_deploy.search.journal import Journal, open_journal
+from crepe_deploy.sources import Model, describe_source
+from crepe_deploy.texts import CalibrationSet
+from crepe_deploy.writing import check_output, disk_errors, require_disk
+
+from .config import TyrConfig
+from .fitness import cache_bytes
+from .layout import Widths, uniform_content
+from .narrow import require_family
+from .plan import Geometry
+from .supernet import LayerLevels, Store, planned_bytes
+from .units import Budget, Units, Width, plan_budget, splits
+
+Show = Callable[[str], AbstractContextManager[Step]]
+Say = Callable[[str], None]
+
+JOURNAL = "journal.jsonl"
+MOST_LEVELS = 9
+
+
+@dataclass
+class Run:
+    """budget: of units, with per-layer widths. shared: the splits that all layers could have, with uniform ones.
+
+    work: the folder of the journal and the supernets.
+    """
+
+    config: TyrConfig
+    decoder: Decoder
+    geometry: Geometry
+    units: Units
+    budget: Budget | None
+    shared: list[Width]
+    calibration: CalibrationSet
+    work: Path
+    journal: Journal
+    show: Show
+    say: Say
+    phases: Phases = field(default_factory=Phases)
+
+    @property
+    def pruning_tokens(self) -> Tensor:
+        """Windows (samples, length) that local pruning is calibrated on."""
+        return self.calibration.tokens[: len(self.calibration.tokens) - self.config.search_samples]
+
+    @property
+    def search_tokens(self) -> Tensor:
+        """Windows (samples, length) that candidates are judged on; -0 means all of them."""
+        return self.calibration.tokens[-self.config.search_samples :]
+
+    def store(self, name: str) -> Store:
+        """A supernet in the working folder."""
+        return Store(self.work / name)
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run for `out` keeps its journal and its supernet until it is done."""
+    return out.with_name(out.name + ".work")
+
+
+def prepare_run(
+    model: Model, out: Path, config: TyrConfig, calibration: CalibrationSet, *,
+    resume: bool, overwrite: bool, show: Show, say: Say,
+) -> Run:  # fmt: skip
+    """Refuse what cannot work, say what the run will take, and open its journal.
+
+    Raises ConfigError, OutputError, UnsupportedModel, CheckpointError, DiskFullError.
+    """
+    config.check()
+    check_output(out, overwrite=overwrite, inputs=(model.folder,))
+    decoder = Decoder(model.folder, config.dtype)
+    require_family(decoder)
+    geometry = Geometry.from_config(decoder.config)
+    _check_windows(config, calibration, decoder)
+    units = Units(geometry, config.multiple, _attention_unit(config, geometry))
+    budget: Budget | None = None
+    shared: list[Width] = []
+    if config.widths == "uniform":
+        shared = _shared_widths(model.folder, geometry, config)
+    else:
+        budget = plan_budget(units, config.sparsity)
+    work = work_folder(out)
+    _plan_room(work, config, units, shared, calibration, decoder, say)
+    identity = {
+        "source": describe_source(model).model_dump(mode="json"), "calibration": calibration.record(),
+        "config": asdict(config), "what": "structural pruning",
+    }  # fmt: skip
+    if not resume:
+        with disk_errors(work):
+            if overwrite:
+                shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True, exist_ok=True)
+    journal = open_journal(work / JOURNAL, identity, resume=resume, overwrite=overwrite)
+    return Run(config, decoder, geometry, units, budget, shared, calibration, work, journal, show, say)
+
+
+def _check_windows(config: TyrConfig, calibration: CalibrationSet, decoder: Decoder) -> None:
+    samples, length = calibration.tokens.shape
+    if length > decoder.context_length:
+        raise ConfigError(f"windows of {length} tokens exceed the model's context of {decoder.context_length}")
+    if config.search_samples >= samples:
+        raise ConfigError(f"{config.search_samples} of {samples} windows are for the search: none is left to prune on")
+
+
+def _attention_unit(config: TyrConfig, geometry: Geometry) -> Literal["groups", "queries"]:
+    if config.attention == "auto":
+        return "groups" if geometry.kv_heads > 1 else "queries"
+    return "groups" if config.attention == "groups" else "queries"
+
+
+def _shared_widths(folder: Path, geometry: Geometry, config: TyrConfig) -> list[Width]:
+    """The splits that a plain configuration can hold. Raises ConfigError where there is none."""
+    content, refused = read_json(folder / "config.json"), ""
+    found: list[Width] = []
+    for width in splits(geometry, config.multiple, config.sparsity):
+        sizes = Widths(width.groups * width.queries, width.groups, width.neurons)
+        try:
+            uniform_content(content, geometry.head_dim, [sizes] * geometry.layers)
+        except ConfigError as error:
+            refused = str(error)
+        else:
+            found.append(width)
+    if not found:
+        raise ConfigError(f"no width of --widths uniform can be written as a plain configuration: {refused}")
+    return found
+
+
+def _plan_room(
+    work: Path, config: TyrConfig, units: Units, shared: list[Width], calibration: CalibrationSet, decoder: Decoder,
+    say: Say,
+) -> None:  # fmt: skip
+    """Say what the search will take on disk and in memory, and refuse a disk that is too small."""
+    weights = sum(info.size_bytes for info in decoder.reader)
+    if not config.searches:
+        require_disk(work, 2 * weights)
+        return
+    disk = supernet_bound(units, shared, decoder.dtype.itemsize)
+    cache = cache_bytes(decoder, calibration.tokens[-config.search_samples :], config.fitness, config.top_k)
+    say(
+        f"plan: the supernet takes at most {disk / 1e6:,.0f} MB in {work}, the dense model's side of the fitness "
+        f"{cache / 1e6:,.0f} MB of memory"
+    )
+    require_disk(work, disk + 2 * weights)
+
+
+def supernet_bound(units: Units, shared: Sequence[Width], itemsize: int) -> int:
+    """The most bytes that any iteration's supernet takes; one is on disk at a time."""
+    geometry = units.geometry
+    if shared:
+        return planned_bytes(geometry, shared_levels(shared, shared[0], geometry.layers), itemsize)
+    attention, neurons = (
+        tuple(range(max(1, count - MOST_LEVELS + 1), count + 1))
+        for count in (units.attention_count, units.neuron_count)
+    )
+    layer = LayerLevels(
+        tuple(units.attention_level(level) for level in attention), tuple(level * units.multiple for level in neurons),
+        units.attention_level(attention[-1]), neurons[-1] * units.multiple,
+    )  # fmt: skip
+    return planned_bytes(geometry, [layer] * geometry.layers, itemsize)
+
+
+def shared_levels(widths: Sequence[Width], centre: Width, layers: int) -> list[LayerLevels]:
+    """The levels of a supernet that holds all these widths for every layer."""
+    attention = tuple(sorted({(width.groups, width.queries) for width in widths}))
+    neurons = tuple(sorted({width.neurons for width in widths}))
+    return [LayerLevels(attention, neurons, (centre.groups, centre.queries), centre.neurons)] * layers

@@ -1,0 +1,171 @@
+"""The stages of a run: which widths the layers get, and their last pruning."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from crepe_deploy.progress import ticker
+
+from .allocate import flap_allocation, flap_scores
+from .build import Builder
+from .config import METHODS
+from .evolve import Rules, evolve, ladders, selection, staged
+from .fitness import Judge, Reference, dense_reference
+from .prepare import Run, shared_levels
+from .stored import StoredPlans
+from .supernet import LayerLevels, Store
+from .units import Allocation, Units, Width, even, proportional, step_units
+
+Widths = tuple[Width, ...]
+
+
+def find_widths(run: Run) -> tuple[Widths, dict[str, Any]]:
+    """The width of every layer, and what the report says of how it was found."""
+    allocate = METHODS[run.config.method].allocate
+    if allocate == "search":
+        return _search_shared(run) if run.config.widths == "uniform" else _search(run)
+    if allocate == "flap" and run.budget is not None:
+        with run.phases("allocate"), run.show("scoring channels") as step:
+            scores = flap_scores(run.decoder, run.pruning_tokens, step)
+        return run.units.widths(flap_allocation(scores, run.units, run.budget)), {}
+    return start(run), {}
+
+
+def start(run: Run) -> Widths:
+    """The widths without a search: as even as units allow, or the split that prunes attention and FFN most alike."""
+    if run.budget is None:
+        return (proportional(run.geometry, run.shared),) * run.geometry.layers
+    return run.units.widths(even(run.units, run.budget))
+
+
+def finish(run: Run, widths: Widths) -> StoredPlans:
+    """Prune the dense model once more to `widths`, or take the supernet's levels; see `TyrConfig.finish`."""
+    config, rules = run.config, run.config.rules()
+    if config.searches and config.finish == "supernet":
+        return StoredPlans(run.store(_last_store(run)), widths)
+    store, wanted = run.store("final"), [_single(width) for width in widths]
+    with run.phases("finish"), run.show("pruning to the found widths") as step:
+        builder = _builder(run, step)
+        if rules.refit and config.finish == "paired":
+            builder.build_paired(wanted, store)
+        else:
+            builder.build(wanted, store, "single" if rules.refit else "none")
+    return StoredPlans(store, widths)
+
+
+def _last_store(run: Run) -> str:
+    return "shared" if run.config.widths == "uniform" else f"iteration-{run.config.iterations - 1}"
+
+
+def _single(width: Width) -> LayerLevels:
+    attention = (width.groups, width.queries)
+    return LayerLevels((attention,), (width.neurons,), attention, width.neurons)
+
+
+def _builder(run: Run, step: Any) -> Builder:
+    tick = ticker(step, run.geometry.layers)
+    return Builder(run.decoder, run.geometry, run.pruning_tokens, run.config.rules(), run.say, tick)
+
+
+def _build(run: Run, wanted: Sequence[LayerLevels], store: Store, label: str) -> None:
+    with run.phases("supernet"), run.show(label) as step:
+        _builder(run, step).build(wanted, store, run.config.accumulation)
+
+
+def _reference(run: Run) -> Reference:
+    with run.phases("reference"):
+        return dense_reference(run.decoder, run.search_tokens, run.config.fitness, run.config.top_k)
+
+
+def iteration_levels(units: Units, centre: Allocation, iteration: int) -> list[LayerLevels]:
+    """The levels of one iteration's supernet around `centre`."""
+    rungs = ladders(units, centre, *_steps(units, iteration))
+    return [
+        LayerLevels(
+            tuple(units.attention_level(level) for level in attention),
+            tuple(level * units.multiple for level in neurons),
+            units.attention_level(kept[0]),
+            kept[1] * units.multiple,
+        )
+        for attention, neurons, kept in zip(
+            rungs.attention, rungs.neurons, zip(centre.attention, centre.neurons, strict=True), strict=True
+        )
+    ]
+
+
+def _steps(units: Units, iteration: int) -> tuple[int, int]:
+    return step_units(units.attention_count, iteration), step_units(units.neuron_count, iteration)
+
+
+def _search(run: Run) -> tuple[Widths, dict[str, Any]]:
+    """The paper's search: iterations of a supernet around the best so far, each with finer levels."""
+    assert run.budget is not None
+    config, units = run.config, run.units
+    allocation, history = even(units, run.budget), []
+    reference: Reference | None = None
+    candidates, seconds = 0, 0.0
+    for iteration in range(config.iterations):
+        store = run.store(f"iteration-{iteration}")
+        rules = Rules(config.generations, config.offspring, len(run.search_tokens), config.seed)
+        unfinished = run.journal.get("generation", f"{iteration}.{config.generations}") is None
+        if unfinished or (iteration == config.iterations - 1 and config.finish == "supernet"):
+            if iteration:
+                run.store(f"iteration-{iteration - 1}").remove()
+            wanted = iteration_levels(units, allocation, iteration)
+            _build(run, wanted, store, f"supernet {iteration + 1}/{config.iterations}")
+            reference = reference or _reference(run)
+        judge = Judge(run.decoder, run.geometry, reference, store) if reference is not None else None
+        rungs = ladders(units, allocation, *_steps(units, iteration))
+        begun = time.monotonic()
+        with run.phases("search"):
+            allocation, fitness = evolve(
+                allocation, rungs, rules, iteration, _scorer(judge, units), run.journal, run.say
+            )  # fmt: skip
+        seconds += time.monotonic() - begun
+        candidates += sum(judge.evaluated.values()) if judge is not None else 0
+        history.append({"fitness": fitness, **asdict(allocation)})
+    facts = {
+        "search": {
+            "iterations": history,
+            "candidate_evaluations": candidates,
+            "evaluations_a_minute": round(60 * candidates / seconds, 1) if seconds and candidates else None,
+        }
+    }
+    return units.widths(allocation), facts
+
+
+def _scorer(judge: Judge | None, units: Units) -> Any:
+    def score(allocations: Sequence[Allocation], windows: Sequence[int]) -> list[float]:
+        assert judge is not None
+        return judge([units.widths(allocation) for allocation in allocations], windows)
+
+    return score
+
+
+def _search_shared(run: Run) -> tuple[Widths, dict[str, Any]]:
+    """One width for all layers: every split of the budget between attention and FFN, judged in stages."""
+    layers, store = run.geometry.layers, run.store("shared")
+    entry = run.journal.get("split", "best")
+    if entry is None or run.config.finish == "supernet":
+        wanted = shared_levels(run.shared, start(run)[0], layers)
+        _build(run, wanted, store, "supernet")
+    if entry is None:
+        judge = Judge(run.decoder, run.geometry, _reference(run), store)
+        pool = len(run.search_tokens)
+
+        def score(widths: Sequence[Width], windows: Sequence[int]) -> list[float]:
+            return judge([(width,) * layers for width in widths], windows)
+
+        with run.phases("search"):
+            stages = selection(len(run.shared), pool)
+            stages = tuple(replace(stage, keep=max(stage.keep, 2)) for stage in stages[:-1]) + stages[-1:]
+            best, fitness = staged(run.shared, stages, score, pool, random.Random(str(run.config.seed)))
+        run.say(f"{len(run.shared)} splits judged: best fitness {fitness:.5g} with {best}")
+        entry = {"groups": best.groups, "queries": best.queries, "neurons": best.neurons, "fitness": fitness}
+        run.journal.add("split", "best", entry)
+    width = Width(entry["groups"], entry["queries"], entry["neurons"])
+    return (width,) * layers, {"search": {"splits": len(run.shared), "best": entry}}

@@ -1,0 +1,77 @@
+"""Structural pruning from a model to the plan of every layer: refuse early, find widths, prune to them, report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from crepe_deploy.manifest import versions
+from crepe_deploy.memory import peak_rss_bytes
+from crepe_deploy.sources import Model
+from crepe_deploy.texts import CalibrationSet
+
+from .config import TyrConfig
+from .plan import LayerPlan
+from .prepare import Run, Say, Show, prepare_run
+from .stages import find_widths, finish
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found. plans: one for each layer. report: JSON-ready, for the manifest and the user."""
+
+    model: Model
+    config: TyrConfig
+    calibration: CalibrationSet
+    plans: Sequence[LayerPlan]
+    report: dict[str, Any]
+
+
+def tyr(
+    model: Model, out: Path, config: TyrConfig, calibration: CalibrationSet, *,
+    resume: bool, overwrite: bool, show: Show, say: Say, write: Callable[[Outcome, Path, bool], dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """Prune `model` structurally and let `write` make what belongs into `out`; returns the report with what it adds.
+
+    The folder OUT.work holds what a stopped run goes on from with `resume`; it is removed at the end.
+    Raises ConfigError, OutputError, UnsupportedModel, DiskFullError before any work, NumericalError, VerifyError.
+    """
+    started = time.monotonic()
+    run = prepare_run(model, out, config, calibration, resume=resume, overwrite=overwrite, show=show, say=say)
+    widths, facts = find_widths(run)
+    plans = finish(run, widths)
+    report = _report(run, plans, facts, time.monotonic() - started)
+    written = write(Outcome(model, config, calibration, plans, report), out, overwrite)
+    shutil.rmtree(run.work, ignore_errors=True)
+    return {"out": str(out), **report, **written}
+
+
+def _report(run: Run, plans: Sequence[LayerPlan], facts: dict[str, Any], seconds: float) -> dict[str, Any]:
+    dense, kept = run.geometry.parameters, sum(plan.parameters(run.geometry) for plan in plans)
+    return {
+        "method": run.config.method,
+        "widths": run.config.widths,
+        "sparsity": {"asked": run.config.sparsity, "reached": 1 - kept / dense},
+        "parameters": {
+            "what": "linear parameters of the decoder layers; embeddings, norms and lm_head are untouched",
+            "dense": dense,
+            "kept": kept,
+            "attention_unit": run.units.attention,
+            "attention_unit_parameters": run.units.attention_parameters,
+            "ffn_unit_parameters": run.units.neuron_parameters,
+        },
+        "layers": [
+            {"heads": plan.heads, "kv_heads": plan.kv_heads, "intermediate_size": plan.intermediate_size}
+            for plan in plans
+        ],
+        "config": asdict(run.config),
+        "calibration": run.calibration.record(),
+        **facts,
+        "seconds": {**{name: round(value, 2) for name, value in run.phases.seconds.items()}, "all": round(seconds, 2)},
+        "peak_rss_bytes": peak_rss_bytes(),
+        "versions": versions(),
+    }

@@ -1,0 +1,257 @@
+"""`crepe-deploy tyr` from end to end on a tiny model: what it writes, refuses, and leaves behind when stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from crepe_deploy import writing
+from crepe_deploy.checkpoint import CheckpointReader
+from crepe_deploy.cli import main
+from crepe_deploy.manifest import verify
+from crepe_deploy.structural import build, evolve
+from crepe_deploy.structural.command import EXIT_RESUMABLE
+from crepe_deploy.structural.plan import Geometry
+
+from ..pico import make_pico_llama, sample_text
+
+GEOMETRY = Geometry(hidden=64, heads=8, kv_heads=4, head_dim=8, intermediate=128, layers=3)
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pico") / "model"
+    return make_pico_llama(folder, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calib.txt"
+    path.write_text(sample_text(4000), encoding="utf-8")
+    return path
+
+
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, out: Path, *more: str
+) -> tuple[int, Any, str]:
+    """Exit code, the JSON document (None without one) and stderr of the command with these options."""
+    options = [
+        "tyr", str(pico), "--out", str(out), "--sparsity", "0.25", "--calib", str(text), "--calib-samples", "4",
+        "--calib-length", "32", "--iterations", "2", "--generations", "2", "--offspring", "6", "--ffn-multiple", "16",
+        "--seed", "0", "--json", *more,
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["crepe-deploy", *options])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    return int(stopped.value.code or 0), json.loads(printed.out) if printed.out else None, printed.err
+
+
+def parameters_on_disk(folder: Path) -> int:
+    """Elements of the layers' matrices in the written files."""
+    return sum(
+        info.shape[0] * info.shape[1]
+        for info in CheckpointReader(folder)
+        if ".layers." in info.name and len(info.shape) == 2
+    )
+
+
+def weights_of(folder: Path) -> dict[str, str]:
+    """sha256 of every weight file."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+def test_uniform_widths_load_in_unmodified_transformers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, report, _ = command(monkeypatch, capsys, pico, text, out, "--widths", "uniform")
+    assert code == 0
+    verify(out / "dense")
+    kept = parameters_on_disk(out / "dense")
+    assert kept == report["parameters"]["kept"] <= 0.75 * GEOMETRY.parameters
+    assert 0.75 * GEOMETRY.parameters - kept < 3 * 16 * GEOMETRY.neuron_parameters
+    config = json.loads((out / "dense" / "config.json").read_text())
+    assert len({tuple(layer.values()) for layer in report["layers"]}) == 1
+    assert config["intermediate_size"] == report["layers"][0]["intermediate_size"]
+    assert "per_layer_config" not in config and "auto_map" not in config
+    model = AutoModelForCausalLM.from_pretrained(str(out / "dense"), dtype=torch.float32)
+    assert model.num_parameters() < AutoModelForCausalLM.from_pretrained(str(pico)).num_parameters()
+    assert torch.isfinite(model(input_ids=torch.arange(20)[None]).logits).all()
+    assert json.loads((out / "report.json").read_text())["layers"] == report["layers"]
+    assert not out.with_name("out.work").exists()
+
+
+def test_per_layer_widths_spend_the_budget_to_the_last_unit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, report, err = command(monkeypatch, capsys, pico, text, out, "--widths", "per-layer")
+    assert code == 0
+    manifest = verify(out / "dense")
+    kept = parameters_on_disk(out / "dense")
+    assert kept == report["parameters"]["kept"] <= 0.75 * GEOMETRY.parameters
+    assert 0.75 * GEOMETRY.parameters - kept < 16 * GEOMETRY.neuron_parameters
+    assert [step["fitness"] for step in report["search"]["iterations"]]
+    assert "the supernet takes at most" in err and "best fitness so far" in err
+    assert manifest.calibration is not None and manifest.calibration["samples"] == 4
+    assert manifest.config["seed"] == 0 and manifest.config["accumulation"] == "expectation"
+    assert report["search"]["iterations"][-1]["attention"] == [layer["kv_heads"] for layer in report["layers"]]
+
+
+@pytest.mark.parametrize("method", ["uniform", "flap", "magnitude", "random"])
+@pytest.mark.parametrize("widths", ["uniform", "per-layer"])
+def test_baselines_have_as_many_parameters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
+    method: str, widths: str,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    code, _, _ = command(monkeypatch, capsys, pico, text, out, "--widths", widths, "--method", method)
+    assert code == 0
+    kept = parameters_on_disk(out / "dense")
+    step = (3 if widths == "uniform" else 1) * 16 * GEOMETRY.neuron_parameters
+    assert 0 <= 0.75 * GEOMETRY.parameters - kept < step
+    if method in ("magnitude", "random", "flap"):
+        dense, small = CheckpointReader(pico), CheckpointReader(out / "dense")
+        name = "model.layers.0.mlp.down_proj.weight"
+        columns = {column.numpy().tobytes() for column in dense.load(name).T.contiguous()}
+        assert {column.numpy().tobytes() for column in small.load(name).T.contiguous()} <= columns
+
+
+@pytest.mark.parametrize("finish", ["single", "supernet"])
+@pytest.mark.parametrize("widths", ["uniform", "per-layer"])
+def test_other_finishes_write_what_they_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
+    finish: str, widths: str,
+) -> None:  # fmt: skip
+    more = ("--finish", finish, "--widths", widths, "--fitness", "hidden", "--search-samples", "2", "--no-refit")
+    code, report, _ = command(monkeypatch, capsys, pico, text, tmp_path / "out", *more)
+    assert code == 0 and report["config"]["refit"] is False
+    verify(tmp_path / "out" / "dense")
+
+
+class Stop:
+    """Calls through, and presses Ctrl-C at the n-th call."""
+
+    def __init__(self, inner: Any, at: int) -> None:
+        self.inner, self.left = inner, at
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("place", ["supernet", "search", "second supernet", "finish"])
+def test_a_stopped_run_goes_on_to_the_same_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
+    place: str,
+) -> None:  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    code, expected, _ = command(monkeypatch, capsys, pico, text, whole)
+    assert code == 0
+    with monkeypatch.context() as patch:
+        if place == "search":
+            patch.setattr(evolve, "staged", Stop(evolve.staged, 2))
+        else:
+            at = {"supernet": 2, "second supernet": 5, "finish": 8}[place]
+            patch.setattr(build, "neuron_levels", Stop(build.neuron_levels, at))
+        code, report, err = command(monkeypatch, capsys, pico, text, out)
+        assert (code, report) == (EXIT_RESUMABLE, None) and "--resume goes on" in err
+    assert not out.exists() and out.with_name("out.work").is_dir()
+    code, _, err = command(monkeypatch, capsys, pico, text, out)
+    assert code == 2 and "--resume" in err
+    code, _, err = command(monkeypatch, capsys, pico, text, out, "--resume", "--seed", "1")
+    assert code == 2 and "another search" in err
+    code, report, _ = command(monkeypatch, capsys, pico, text, out, "--resume")
+    assert code == 0
+    assert report["layers"] == expected["layers"]
+    assert [step["fitness"] for step in report["search"]["iterations"]] == [
+        step["fitness"] for step in expected["search"]["iterations"]
+    ]
+    assert weights_of(out / "dense") == weights_of(whole / "dense")
+    assert not out.with_name("out.work").exists()
+
+
+def test_a_level_damaged_between_stop_and_resume_is_named_and_rebuilt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert command(monkeypatch, capsys, pico, text, whole)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(evolve, "staged", Stop(evolve.staged, 1))
+        assert command(monkeypatch, capsys, pico, text, out)[0] == EXIT_RESUMABLE
+    victim = next(out.with_name("out.work").glob("iteration-0/layer-0002/ffn-*.safetensors"))
+    data = bytearray(victim.read_bytes())
+    data[-3] ^= 255
+    victim.write_bytes(bytes(data))
+    code, _, err = command(monkeypatch, capsys, pico, text, out, "--resume")
+    assert code == 0 and f"{victim} differs" in err
+    assert weights_of(out / "dense") == weights_of(whole / "dense")
+
+
+def test_the_seed_decides(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+) -> None:
+    results = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        command(monkeypatch, capsys, pico, text, tmp_path / name, "--seed", seed)
+        results.append(weights_of(tmp_path / name / "dense"))
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--sparsity", "0.99"), "at most 0."),
+        (("--sparsity", "1.5"), "between 0 and 1"),
+        (("--sparsity", "0"), "between 0 and 1"),
+        (("--ffn-multiple", "48"), "does not divide"),
+        (("--no-refit", "--finish", "paired"), "needs the refit"),
+        (("--widths", "uniform", "--layout", "deci"), "plain checkpoint"),
+        (("--calib-samples", "4000"), "are missing"),
+        (("--resume",), "nothing to resume"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
+    more: tuple[str, ...], message: str,
+) -> None:  # fmt: skip
+    code, _, err = command(monkeypatch, capsys, pico, text, tmp_path / "out", *more)
+    assert code == 2 and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_refused_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=writing.DISK_MARGIN_BYTES + 1_000_000)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: usage)
+    code, _, err = command(monkeypatch, capsys, pico, text, tmp_path / "out")
+    assert code == 1 and "GB free" in err and "out.work" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unsupported_family_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+) -> None:
+    from transformers import GPTNeoXConfig
+
+    from ..pico import VOCAB, make_pico
+
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )  # fmt: skip
+    other = make_pico(tmp_path / "neox", config)
+    code, _, err = command(monkeypatch, capsys, other, text, tmp_path / "out")
+    assert code == 2 and "gpt_neox" in err and "llama" in err
