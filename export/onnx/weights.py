@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
+from .simplify import simplify
 
 Load = Callable[[str], Tensor]
 WRAPPER: Final = "model."
@@ -58,11 +59,10 @@ def attach(graph_model: Any, load: Load, model: nn.Module) -> None:
     Raises CheckpointError for a large constant that is no parameter: it would be computed from memory never filled.
     """
     import onnx_ir as ir
-    from onnxscript.optimizer import optimize_ir
 
     matrices = _matrices(graph_model, model)
     _store_as_read(graph_model, matrices)
-    optimize_ir(graph_model, should_fold=lambda node: False if _reads(node, matrices) else None)
+    simplify(graph_model, lambda node: False if _reads(node, matrices) else None)
     for value in list(graph_model.graph.initializers.values()):
         tensor = value.const_value
         if id(value) in matrices:
