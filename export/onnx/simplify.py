@@ -1,8 +1,8 @@
 """A traced graph made simpler by onnxscript's passes: constants folded, what does nothing removed.
 
-`onnxscript.optimizer.optimize_ir` does the same with every rule it knows, most of them for convolutions. One of those has
-a pattern with several outputs and searches the whole graph at every node, which took minutes on a model of 30 layers;
-here are the rules that apply to decoders.
+`onnxscript.optimizer.optimize_ir` does the same with every rule it knows, most of them for convolutions. One of those
+has a pattern with several outputs and searches the whole graph at every node, which took minutes on a model of 30
+layers; here are the rules that apply to decoders.
 """
 
 from __future__ import annotations
