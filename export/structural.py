@@ -6,6 +6,7 @@ result is reopened and must compute what the dense model computes with the dropp
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class Layout:
     written: list[Widths]
     code: tuple[str, ...] = ()
     zero_o_bias: bool = False
+
+    @property
+    def format(self) -> str:
+        """What the manifest calls the folder: only our own classes and the families' read it as a dense one."""
+        return "deci" if self.name == "deci" else "dense"
 
 
 def choose_layout(
@@ -120,8 +126,10 @@ def assemble(
     kept = _checked(plans, geometry)
     chosen = choose_layout(content, geometry, kept, widths, layout, remote_code)
 
+    plan_of = functools.lru_cache(maxsize=1)(plans.__getitem__)  # for the tensors of one layer, which lie together
+
     def transform(index: int, path: str, tensor: Tensor) -> Tensor:
-        small = sliced(path, tensor, plans[index], geometry)
+        small = sliced(path, tensor, plan_of(index), geometry)
         return padded(path, small, chosen.kept[index], chosen.written[index], geometry.head_dim)
 
     tick = ticker(step, 2 * geometry.layers + GREEDY_TOKENS)
@@ -135,10 +143,11 @@ def assemble(
         config = {"method": "structural", **(record or {}), "pattern": "structural"}
         config["structural"] = {**_layers(chosen), "dense": [geometry.heads, geometry.kv_heads, geometry.intermediate]}
         manifest = Manifest(
-            stage="structural", format="dense", versions=versions(), source=describe_source(source), config=config,
-            calibration=calibration, dense_tensors=sorted(CheckpointReader(folder).tensors), metrics=found,
+            stage="structural", format=chosen.format, versions=versions(), source=describe_source(source),
+            config=config, calibration=calibration, dense_tensors=sorted(CheckpointReader(folder).tensors),
+            metrics=found,
         )  # fmt: skip
-        return _finish(folder, manifest, chosen, decoder.reader)
+        return _finish(folder, manifest, chosen, _size(folder, decoder.reader, {}))
 
 
 def export_deci(source: Path, folder: Path, *, link: bool = False, step: Step = silent) -> Manifest:
@@ -161,7 +170,7 @@ def export_deci(source: Path, folder: Path, *, link: bool = False, step: Step = 
     def transform(index: int, path: str, tensor: Tensor) -> Tensor:
         return padded(path, tensor, chosen.kept[index], chosen.written[index], head_dim)
 
-    tick = ticker(step, 2 * len(chosen.kept))
+    tick = ticker(step, len(chosen.kept))
     _write(decoder.reader, folder, chosen, head_dim, transform, tick)
     copy_companions(source, folder)
     write_json(folder / "config.json", chosen.proof)
@@ -169,10 +178,11 @@ def export_deci(source: Path, folder: Path, *, link: bool = False, step: Step = 
     proven = {"parity": check_parity(folder, PROOF_DTYPE, tokens, walk_logits(decoder, tokens))}
     config = {**parent.config, "structural": {**parent.config.get("structural", {}), **_layers(chosen)}}
     update = {
-        "stage": "export", "parent": sha256_file(source / MANIFEST_NAME), "config": config,
+        "stage": "export", "format": chosen.format, "parent": sha256_file(source / MANIFEST_NAME), "config": config,
         "metrics": {**parent.metrics, **proven},
     }  # fmt: skip
-    return _finish(folder, parent.model_copy(update=update), chosen, decoder.reader)
+    size = _size(folder, decoder.reader, parent.metrics.get("size", {}))
+    return _finish(folder, parent.model_copy(update=update), chosen, size)
 
 
 def _checked(plans: Plans, geometry: Geometry) -> list[Widths]:
@@ -264,25 +274,26 @@ def _parameters(plans: Plans, geometry: Geometry) -> dict[str, Any]:
     }
 
 
-def _finish(folder: Path, manifest: Manifest, layout: Layout, source: CheckpointReader) -> Manifest:
-    """The final configuration, code, size, card, hashes and manifest; the shapes are checked once more."""
+def _finish(folder: Path, manifest: Manifest, layout: Layout, size: dict[str, Any]) -> Manifest:
+    """The final configuration, code, card, hashes and manifest; the shapes are checked once more."""
     write_json(folder / "config.json", layout.content)
     for name in layout.code:
         shutil.copyfile(_CODE / name, folder / name)
     check_shapes(folder)
-    manifest = manifest.model_copy(update={"metrics": {**manifest.metrics, "size": _size(folder, source)}})
+    manifest = manifest.model_copy(update={"metrics": {**manifest.metrics, "size": size}})
     write_card(folder, manifest)
     manifest = manifest.model_copy(update={"files": hash_folder(folder)})
     save_manifest(folder, manifest)
     return manifest
 
 
-def _size(folder: Path, source: CheckpointReader) -> dict[str, Any]:
+def _size(folder: Path, source: CheckpointReader, before: dict[str, Any]) -> dict[str, Any]:
+    """Over the dense model; `before`: the same of `source`, where that is no dense one."""
     written = CheckpointReader(folder)
     layers = [sum(info.size_bytes for info in reader if in_layer(info.name)) for reader in (source, written)]
-    before, after = (sum(path.stat().st_size for path in reader.files) for reader in (source, written))
+    whole, after = (sum(path.stat().st_size for path in reader.files) for reader in (source, written))
     return {
-        "weight_bytes_over_dense": layers[1] / layers[0],
-        "file_bytes_over_dense": after / before,
-        "what": "bytes of the decoder layers, and of all weight files, over what they were made from",
+        "weight_bytes_over_dense": before.get("weight_bytes_over_dense", 1.0) * layers[1] / layers[0],
+        "file_bytes_over_dense": before.get("file_bytes_over_dense", 1.0) * after / whole,
+        "what": "bytes of the decoder layers, and of all weight files, over the dense model's",
     }

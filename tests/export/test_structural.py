@@ -198,7 +198,20 @@ def test_the_decilm_layout_holds_the_same_model_padded(tmp_path: Path, family: s
     export_checkpoint(out, tmp_path / "deci", "deci")
     manifest = verify(tmp_path / "deci")
     assert manifest.config["structural"]["padded_to"] == [[8, 4, 96], [8, 1, 32], [8, 4, 50]]
-    assert manifest.metrics["greedy"] == verify(out).metrics["greedy"]
+    assert manifest.format == "deci" and manifest.metrics["greedy"] == verify(out).metrics["greedy"]
+    sizes = [
+        tensor.numel()
+        for name, tensor in load_file(tmp_path / "deci" / "model.safetensors").items()
+        if "layers." in name
+    ]
+    dense = [
+        tensor.numel()
+        for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()
+        if "layers." in name
+    ]
+    assert manifest.metrics["size"]["weight_bytes_over_dense"] == pytest.approx(sum(sizes) / sum(dense))
+    with pytest.raises(ConfigError, match="deci checkpoint"):
+        export_checkpoint(tmp_path / "deci", tmp_path / "copy", "dense")
     done, _ = plain(tmp_path / "deci", READ_DECI)
     assert done.returncode == 0 and done.stdout.strip() == "[(4, 96), (1, 32), (4, 50)]", done.stderr[-2000:]
     assert read_json(tmp_path / "logits.pt" / "config.json")["block_configs"][1]["ffn"]["intermediate_size"] == 32
