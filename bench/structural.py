@@ -1,0 +1,212 @@
+"""Quality of structural pruning: methods and ablations x sparsities x seeds, and how fast candidates are judged.
+
+    python -m crepe_deploy.bench.structural [--sparsities 0.125,0.25,0.375,0.5] [--rows REGEX] [--seeds 0,1,2]
+        [--markdown docs/structural.md]
+
+A cell is one `crepe-deploy tyr` run in this process and its perplexity and KL to the dense model. Cells that the
+results file holds under the same conditions are not run again, and a cell that was stopped goes on from its working
+folder, so a stopped grid goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..checkpoint import read_json
+from ..errors import ConfigError
+from ..export.tyr import writer
+from ..manifest import sha256_file, versions
+from ..progress import progress
+from ..quality import evaluate
+from ..sources import resolve_model
+from ..structural.config import TyrConfig
+from ..structural.prepare import JOURNAL, work_folder
+from ..structural.tyr import tyr
+from ..texts import calibration_windows, load_tokenizer
+from ..writing import write_json
+from .assets import DEFAULT_DIR, ensure_assets
+from .environment import load_average, record_environment
+from .structural_table import markdown
+from .structural_throughput import throughput
+
+ROWS: dict[str, dict[str, Any]] = {
+    "Tyr": {},
+    "uniform": {"method": "uniform"},
+    "FLAP-style": {"method": "flap"},
+    "FLAP-style, refit": {"method": "flap", "refit": True},
+    "magnitude": {"method": "magnitude"},
+    "random": {"method": "random"},
+    "Tyr, --widths uniform": {"widths": "uniform"},
+    "uniform, --widths uniform": {"method": "uniform", "widths": "uniform"},
+    "uniform, no refit": {"method": "uniform", "refit": False},
+    "uniform, --variant paper": {"method": "uniform", "variant": "paper"},
+    "uniform, --variant code": {"method": "uniform", "variant": "code"},
+    "uniform, --finish paired": {"method": "uniform", "finish": "paired"},
+    "Tyr, --accumulation none": {"accumulation": "none"},
+    "Tyr, --accumulation single": {"accumulation": "single"},
+    "Tyr, --accumulation uniform": {"accumulation": "uniform"},
+    "Tyr, --finish supernet": {"finish": "supernet"},
+    "Tyr, --iterations 1": {"iterations": 1},
+}
+
+
+class Grid:
+    """A results file and what is needed to fill it. Raises ConfigError where the file is from other conditions."""
+
+    def __init__(self, out: Path, model: Path, calib: Path, text: Path, sizes: dict[str, int], command: str) -> None:
+        self.out, self.model, self.calib, self.text, self.sizes = out, model, calib, text, sizes
+        conditions = {
+            "model": model.name,
+            "calibration": {"text": calib.name, "sha256": sha256_file(calib)},
+            "evaluation": {"text": text.name, "sha256": sha256_file(text)},
+            **sizes,
+        }
+        self.result: dict[str, Any] = {
+            "conditions": conditions, "versions": versions(), "commands": [], "cells": {},
+            "environment": record_environment(torch.get_num_threads(), load_average(), {}).model_dump(mode="json"),
+        }  # fmt: skip
+        if out.is_file():
+            self.result = read_json(out)
+            if self.result["conditions"] != conditions:
+                raise ConfigError(f"{out} was measured under other conditions; give another --out or remove it")
+        if command not in self.result["commands"]:
+            self.result["commands"].append(command)
+        if "dense" not in self.result:
+            self.result["dense"] = self.quality(model)
+            self.save()
+
+    def save(self) -> None:
+        """Write the file, atomically."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.out, self.result)
+
+    def quality(self, folder: Path) -> dict[str, Any]:
+        """Perplexity and KL to the dense model on the evaluation text."""
+        limits = {"window": self.sizes["window"], "max_tokens": self.sizes["max_tokens"]}
+        report = evaluate(folder, self.text, against=None if folder == self.model else self.model, **limits)
+        found: dict[str, Any] = {"perplexity": vars(report.perplexity)}
+        if report.paired is not None:
+            found["kl"] = vars(report.paired.kl_mean)
+            found["perplexity_ratio"] = vars(report.paired.perplexity_ratio)
+        return found
+
+    def config(self, label: str, sparsity: float, seed: int) -> TyrConfig:
+        """The options of one cell."""
+        names = ("iterations", "generations", "offspring", "multiple")
+        return TyrConfig(
+            **{**{name: self.sizes[name] for name in names}, **ROWS[label], "sparsity": sparsity, "seed": seed}
+        )
+
+    def run(self, label: str, sparsity: float, seed: int) -> bool:
+        """Measure one cell unless it is there; returns whether it was measured."""
+        key = f"{label}|{sparsity}|{seed}"
+        if key in self.result["cells"]:
+            return False
+        config = self.config(label, sparsity, seed)
+        tokens = calibration_windows(
+            self.calib, load_tokenizer(self.model), self.sizes["samples"], self.sizes["length"], seed=seed
+        )
+        place = self.out.parent / ".structural" / re.sub(r"[^\w.]+", "-", key)
+        started = time.monotonic()
+        report = tyr(
+            resolve_model(str(self.model)), place, config, tokens, overwrite=True, show=progress, say=_say,
+            resume=(work_folder(place) / JOURNAL).is_file(), write=writer(config.widths, "plugin", False),
+        )  # fmt: skip
+        seconds = time.monotonic() - started
+        self.result["cells"][key] = {
+            **self.quality(place / "dense"),
+            "seconds": round(seconds, 1),
+            "phases": report["seconds"],
+            "parameters": report["parameters"],
+            "layers": report["layers"],
+            "search": report.get("search"),
+            "config": report["config"],
+        }
+        self.save()
+        shutil.rmtree(place)
+        return True
+
+    def measure_throughput(self, sparsity: float) -> None:
+        """Candidates a minute, ours and from scratch, unless they are there."""
+        if "throughput" in self.result:
+            return
+        tokens = calibration_windows(
+            self.calib, load_tokenizer(self.model), self.sizes["samples"], self.sizes["length"], seed=0
+        )
+        with tempfile.TemporaryDirectory(dir=self.out.parent) as folder:
+            self.result["throughput"] = throughput(
+                self.model, tokens.tokens, self.config("Tyr", sparsity, 0), Path(folder)
+            )
+        self.save()
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path, exists=True), default=None, help="Default: SmolLM2-135M.")
+@click.option("--calib", type=click.Path(path_type=Path, exists=True), default=None, help="Default: c4 train.")
+@click.option("--text", type=click.Path(path_type=Path, exists=True), default=None, help="Default: wiki valid.")
+@click.option(
+    "--rows",
+    default="^(Tyr|uniform|FLAP-style|magnitude|random)$",
+    show_default=True,
+    metavar="REGEX",
+    help="Measure the rows whose label matches; '' for all.",
+)
+@click.option("--sparsities", default="0.125,0.25,0.375,0.5", show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--samples", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True)
+@click.option("--iterations", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--generations", type=click.IntRange(1), default=6, show_default=True)
+@click.option("--offspring", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--ffn-multiple", "multiple", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--window", type=click.IntRange(2), default=512, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(2), default=8192, show_default=True)
+@click.option("--throughput/--no-throughput", "pace", default=True, show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("bench/results/structural.json"), show_default=True
+)
+@click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), default=None)
+@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+def main(
+    model: Path | None, calib: Path | None, text: Path | None, rows: str, sparsities: str, seeds: str, pace: bool,
+    out: Path, markdown_path: Path | None, assets_dir: Path, **sizes: int,
+) -> None:  # fmt: skip
+    """Measure the cells that are missing, then print the tables of all that are there."""
+    if model is None or calib is None or text is None:
+        assets = ensure_assets(assets_dir)
+        model, calib = model or assets.model, calib or assets.text("c4", "train")
+        text = text or assets.text("wiki", "valid")
+    command = f"python -m crepe_deploy.bench.structural --rows '{rows}' --sparsities {sparsities} --seeds {seeds}"
+    command += "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items() if name != "multiple")
+    grid = Grid(out, model, calib, text, sizes, f"{command} --ffn-multiple {sizes['multiple']}")
+    if pace:
+        grid.measure_throughput(0.5)
+    for sparsity in sparsities.split(","):
+        for seed in seeds.split(","):
+            for label in (label for label in ROWS if re.search(rows, label)):
+                measured = grid.run(label, float(sparsity), int(seed))
+                cell = grid.result["cells"][f"{label}|{float(sparsity)}|{seed}"]
+                state = f"{cell['seconds']} s" if measured else "measured before"
+                figures = {"perplexity": cell["perplexity"]["value"], "kl": cell["kl"]["value"]}
+                _say(f"{label} at {sparsity}, seed {seed}: {json.dumps(figures)}, {state}")
+    table = markdown(grid.result)
+    click.echo(table)
+    if markdown_path is not None:
+        markdown_path.write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

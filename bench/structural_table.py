@@ -1,0 +1,80 @@
+"""The page of a structural grid: quality by sparsity, what the search cost, and the pace of judging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Cell = dict[str, Any]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One table for each sparsity that was measured, and the throughput, as they are in the results file."""
+    conditions, host = result["conditions"], result["environment"]["host"]
+    dense = result["dense"]["perplexity"]["value"]
+    lines = ["# Structural pruning: what was measured", "", *(f"    {command}" for command in result["commands"]), ""]
+    lines.append(
+        f"{conditions['model']}; calibrated and searched on {conditions['samples']} x {conditions['length']} tokens of "
+        f"{conditions['calibration']['text']}, a draw for each seed; scored on the first {conditions['max_tokens']} "
+        f"tokens of {conditions['evaluation']['text']} in windows of {conditions['window']}, dense perplexity "
+        f"{dense:.2f}. Searches: {conditions['iterations']} iterations x {conditions['generations']} generations x "
+        f"{conditions['offspring']} offspring (the paper: 4 x 50 x 128), FFN units of {conditions['multiple']} "
+        "neurons. Perplexities are geometric means over the seeds with their range, KL arithmetic means, in nats. "
+        f"Minutes are the median of whole runs on {host['cores']} cores of {host['cpu']}, as it was, perhaps busy."
+    )
+    cells: dict[str, dict[str, list[Cell]]] = {}
+    for key, cell in result["cells"].items():
+        label, sparsity, _ = key.rsplit("|", 2)
+        cells.setdefault(sparsity, {}).setdefault(label, []).append(cell)
+    for sparsity in sorted(cells, key=float):
+        lines += ["", f"## {float(sparsity):.1%} of the linear parameters removed", "", *_table(cells[sparsity])]
+    if "throughput" in result:
+        lines += ["", "## Judging candidates", "", *_pace(result["throughput"])]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: dict[str, list[Cell]]) -> list[str]:
+    ordered = sorted(rows, key=lambda label: _mean_log(rows[label]))
+    lines = [
+        "| | seeds | PPL | range | KL to dense | parameters left | minutes |",
+        "|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for label in ordered:
+        found = rows[label]
+        values = [cell["perplexity"]["value"] for cell in found]
+        kl = sum(cell["kl"]["value"] for cell in found) / len(found)
+        kept = sorted({cell["parameters"]["kept"] for cell in found})
+        minutes = sorted(cell["seconds"] for cell in found)[len(found) // 2] / 60
+        lines.append(
+            f"| {label} | {len(found)} | {math.exp(_mean_log(found)):.1f} | {min(values):.1f} to {max(values):.1f} | "
+            f"{kl:.3f} | {' / '.join(f'{count:,}' for count in kept)} | {minutes:.1f} |"
+        )
+    return lines
+
+
+def _mean_log(cells: Sequence[Cell]) -> float:
+    return sum(math.log(cell["perplexity"]["value"]) for cell in cells) / len(cells)
+
+
+def _pace(found: dict[str, Any]) -> list[str]:
+    windows = found["windows"]
+    rows = (
+        (f"all {found['offspring']} on the same {windows['first_stage']} windows", found["same_windows"]),
+        (f"a generation: staged selection against all on all {windows['all']} windows", found["generation"]),
+    )
+    lines = [
+        f"{found['offspring']} children of the even distribution at {found['sparsity']:.0%}, windows of "
+        f"{windows['length']} tokens, {found['threads']} threads, both ways in turn in one process. From scratch: one "
+        "dense transformers model in memory, each candidate's masked matrices written into it, every window run whole. "
+        f"The two ways' fitness differs by at most {found['largest_relative_fitness_difference']:.2%} (bf16).",
+        "",
+        "| | candidates a minute | from scratch | ratio |",
+        "|---|---:|---:|---:|",
+    ]
+    for label, pace in rows:
+        lines.append(
+            f"| {label} | {pace['candidates_a_minute']:.1f} | {pace['from_scratch_a_minute']:.1f} | "
+            f"{pace['ratio']:.1f} |"
+        )
+    return lines
