@@ -62,7 +62,10 @@ ROWS: dict[str, dict[str, Any]] = {
 class Grid:
     """A results file and what is needed to fill it. Raises ConfigError where the file is from other conditions."""
 
-    def __init__(self, out: Path, model: Path, calib: Path, text: Path, sizes: dict[str, int], command: str) -> None:
+    def __init__(
+        self, out: Path, work: Path, model: Path, calib: Path, text: Path, sizes: dict[str, int], command: str
+    ) -> None:
+        self.work = work
         self.out, self.model, self.calib, self.text, self.sizes = out, model, calib, text, sizes
         conditions = {
             "model": model.name,
@@ -91,8 +94,10 @@ class Grid:
 
     def quality(self, folder: Path) -> dict[str, Any]:
         """Perplexity and KL to the dense model on the evaluation text."""
-        limits = {"window": self.sizes["window"], "max_tokens": self.sizes["max_tokens"]}
-        report = evaluate(folder, self.text, against=None if folder == self.model else self.model, **limits)
+        report = evaluate(
+            folder, self.text, window=self.sizes["window"], max_tokens=self.sizes["max_tokens"],
+            against=None if folder == self.model else self.model,
+        )  # fmt: skip
         found: dict[str, Any] = {"perplexity": vars(report.perplexity)}
         if report.paired is not None:
             found["kl"] = vars(report.paired.kl_mean)
@@ -115,7 +120,7 @@ class Grid:
         tokens = calibration_windows(
             self.calib, load_tokenizer(self.model), self.sizes["samples"], self.sizes["length"], seed=seed
         )
-        place = self.out.parent / ".structural" / re.sub(r"[^\w.]+", "-", key)
+        place = self.work / re.sub(r"[^\w.]+", "-", key)
         started = time.monotonic()
         report = tyr(
             resolve_model(str(self.model)), place, config, tokens, overwrite=True, show=progress, say=_say,
@@ -142,7 +147,8 @@ class Grid:
         tokens = calibration_windows(
             self.calib, load_tokenizer(self.model), self.sizes["samples"], self.sizes["length"], seed=0
         )
-        with tempfile.TemporaryDirectory(dir=self.out.parent) as folder:
+        self.work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
             self.result["throughput"] = throughput(
                 self.model, tokens.tokens, self.config("Tyr", sparsity, 0), Path(folder)
             )
@@ -178,11 +184,18 @@ def _say(message: str) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("bench/results/structural.json"), show_default=True
 )
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("out/bench/tyr"),
+    show_default=True,
+    help="Where cells are made, and go on from when they were stopped.",
+)
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), default=None)
 @click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
 def main(
     model: Path | None, calib: Path | None, text: Path | None, rows: str, sparsities: str, seeds: str, pace: bool,
-    out: Path, markdown_path: Path | None, assets_dir: Path, **sizes: int,
+    out: Path, work: Path, markdown_path: Path | None, assets_dir: Path, **sizes: int,
 ) -> None:  # fmt: skip
     """Measure the cells that are missing, then print the tables of all that are there."""
     if model is None or calib is None or text is None:
@@ -191,7 +204,7 @@ def main(
         text = text or assets.text("wiki", "valid")
     command = f"python -m crepe_deploy.bench.structural --rows '{rows}' --sparsities {sparsities} --seeds {seeds}"
     command += "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items() if name != "multiple")
-    grid = Grid(out, model, calib, text, sizes, f"{command} --ffn-multiple {sizes['multiple']}")
+    grid = Grid(out, work, model, calib, text, sizes, f"{command} --ffn-multiple {sizes['multiple']}")
     if pace:
         grid.measure_throughput(0.5)
     for sparsity in sparsities.split(","):

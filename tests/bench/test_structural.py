@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
 from crepe_deploy.bench import structural
+
 from crepe_deploy.errors import ConfigError
 
 from ..pico import make_pico_llama, sample_text
@@ -31,7 +31,7 @@ def test_the_grid_measures_each_cell_once_and_writes_the_page(pico: Path, tmp_pa
     arguments = [
         "--model", str(pico), "--calib", str(tmp_path / "calib.txt"), "--text", str(tmp_path / "text.txt"),
         "--sparsities", "0.25", "--seeds", "0", "--rows", "^(Tyr|magnitude)$", *SIZES,
-        "--out", str(tmp_path / "grid.json"), "--markdown", str(tmp_path / "grid.md"),
+        "--out", str(tmp_path / "grid.json"), "--work", str(tmp_path / "work"), "--markdown", str(tmp_path / "grid.md"),
     ]  # fmt: skip
     first = CliRunner().invoke(structural.main, arguments, catch_exceptions=False)
     assert first.exit_code == 0
