@@ -41,6 +41,9 @@ tyr_options = options(
                  help="FFN neurons come and go in so many."),
     click.option("--attention", type=click.Choice(["auto", "groups", "queries"]), default="auto", show_default=True,
                  help="Unit of per-layer widths: whole KV groups, or a query head of every group."),
+    click.option("--attention-share", type=float, default=None,
+                 help="Share of attention units that per-layer widths keep; default: as of everything, like the paper. "
+                 "The FFN takes the rest of the budget."),
     click.option("--accumulation", type=click.Choice(["expectation", "uniform", "single", "none"]),
                  default="expectation", show_default=True, help="What the next block is fed in a supernet."),
     click.option("--variant", type=click.Choice(["paper", "code", "obs"]), default=None,

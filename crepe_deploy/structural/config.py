@@ -39,6 +39,7 @@ class TyrConfig:
 
     sparsity: share of the decoder layers' linear parameters to remove. widths: "uniform" or "per-layer".
     multiple: neurons in an FFN unit. attention: "groups", "queries" or "auto" (groups where there is more than one).
+    attention_share: of attention units that stay, with per-layer widths; None is as large a share as of everything.
     top_k: logits that the fitness compares. refit: None is the method's own.
     finish: how the found widths are pruned at the end: "single" prunes the dense model once more, each layer behind
     what was pruned before it; "paired" does and aims at the dense model's output; "supernet" takes the last levels.
@@ -54,6 +55,7 @@ class TyrConfig:
     offspring: int = 16
     multiple: int = 128
     attention: str = "auto"
+    attention_share: float | None = None
     accumulation: str = "expectation"
     variant: str = DEFAULT_VARIANT
     fitness: str = "logits"

@@ -96,7 +96,7 @@ def prepare_run(
     if config.widths == "uniform":
         shared = _shared_widths(model.folder, geometry, config)
     else:
-        budget = plan_budget(units, config.sparsity)
+        budget = plan_budget(units, config.sparsity, config.attention_share)
     work = work_folder(out)
     _plan_room(work, config, units, shared, calibration, decoder, say)
     identity = {

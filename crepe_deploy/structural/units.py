@@ -116,8 +116,8 @@ def target_parameters(geometry: Geometry, sparsity: float) -> int:
     return geometry.parameters - math.ceil(geometry.parameters * Fraction(str(sparsity)))
 
 
-def plan_budget(units: Units, sparsity: float) -> Budget:
-    """Hold attention and FFN each at the target, the FFN taking what whole attention units leave.
+def plan_budget(units: Units, sparsity: float, attention_share: float | None = None) -> Budget:
+    """Hold attention units at `attention_share` of all, by default the target's share; the FFN takes what they leave.
 
     The total is at most the target, and no unit that was removed would still fit below it. Raises ConfigError naming
     the largest sparsity that leaves one unit of each kind in every layer.
@@ -133,7 +133,10 @@ def plan_budget(units: Units, sparsity: float) -> Budget:
             f"--sparsity {sparsity} leaves {target} parameters, fewer than one attention unit and one FFN unit in "
             f"every layer; at most {math.floor(limit * 1000) / 1000} is possible with these units"
         )
-    share = layers * units.attention_count * target // geometry.parameters
+    if attention_share is not None and not 0 < attention_share <= 1:
+        raise ConfigError(f"--attention-share {attention_share}: the share of attention units to keep lies in (0, 1]")
+    wanted = Fraction(target, geometry.parameters) if attention_share is None else Fraction(str(attention_share))
+    share = math.floor(layers * units.attention_count * wanted)
     enough = (room - (layers * units.neuron_count + 1) * per_neurons) // per_attention + 1  # the FFN fills the rest
     most = min(layers * units.attention_count, (room - layers * per_neurons) // per_attention)
     attention = max(layers, min(most, max(share, enough)))

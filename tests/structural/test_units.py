@@ -156,3 +156,13 @@ def test_splits_fill_the_budget_to_one_ffn_unit_a_layer(sparsity: float) -> None
 def test_no_split_is_said_so() -> None:
     with pytest.raises(ConfigError, match="no width that all layers can share"):
         splits(SMOLLM2, 1536, 0.75)
+
+
+def test_attention_can_keep_another_share_of_the_same_budget() -> None:
+    units = Units(SMOLLM2, 128, "queries")
+    budget = plan_budget(units, 0.5, attention_share=0.667)
+    assert budget.attention == 60 and plan_budget(units, 0.5).attention == 45
+    assert 0 <= budget.target - budget.kept < min(units.attention_parameters, units.neuron_parameters)
+    for wrong in (0.0, 1.5, -1.0):
+        with pytest.raises(ConfigError, match="--attention-share"):
+            plan_budget(units, 0.5, attention_share=wrong)
