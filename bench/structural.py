@@ -47,6 +47,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "Tyr, --widths uniform": {"widths": "uniform"},
     "uniform, --widths uniform": {"method": "uniform", "widths": "uniform"},
+    "Tyr, --attention queries": {"attention": "queries"},
+    "uniform, --attention queries": {"method": "uniform", "attention": "queries"},
     "uniform, no refit": {"method": "uniform", "refit": False},
     "uniform, --variant paper": {"method": "uniform", "variant": "paper"},
     "uniform, --variant code": {"method": "uniform", "variant": "code"},
