@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ...errors import ConfigError, MissingExtra, UnsupportedModel
+from ...structural.layout import PER_LAYER_CLASSES
 
 FLAVORS: Final = {"portable": ("fp32", "fp16"), "genai": ("fp32", "int4")}
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # Rotary frequencies of other kinds change with the length of the text, which one traced graph cannot follow.
 ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
-GENAI_LACKS: Final = {"gemma3_text": "onnxruntime-genai's builder does not read its two rotary embeddings"}
+GENAI_LACKS: Final = {
+    "gemma3_text": "onnxruntime-genai's builder does not read its two rotary embeddings",
+    **dict.fromkeys(PER_LAYER_CLASSES, "onnxruntime-genai's builder gives all layers one width"),
+}
+GENAI_HEAD_MULTIPLE: Final = 16
 _LIBRARIES: Final = {
     "portable": ("onnx", "onnxruntime", "onnxscript"),
     "genai": ("onnx", "onnxruntime", "onnxscript", "onnxruntime_genai"),
@@ -52,7 +57,7 @@ def check_options(options: OnnxOptions) -> None:
 def check_model(config: Any, flavor: str) -> None:
     """Raise UnsupportedModel for a transformers configuration whose graph is not covered, naming what is not."""
     family = config.model_type
-    if family not in FAMILIES:
+    if family not in FAMILIES and family not in PER_LAYER_CLASSES:
         raise UnsupportedModel(
             f"model type '{family}' cannot be exported to ONNX; families that can: {', '.join(FAMILIES)}"
         )
@@ -64,6 +69,12 @@ def check_model(config: Any, flavor: str) -> None:
             )
     if flavor == "genai" and family in GENAI_LACKS:
         raise UnsupportedModel(f"--onnx-flavor genai cannot export '{family}': {GENAI_LACKS[family]}; use portable")
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if flavor == "genai" and head_size % GENAI_HEAD_MULTIPLE:
+        raise UnsupportedModel(
+            f"--onnx-flavor genai cannot export this '{family}': ONNX Runtime's grouped attention needs heads of a "
+            f"multiple of {GENAI_HEAD_MULTIPLE}, and these have {head_size}; use portable"
+        )
     if flavor == "genai" and getattr(config, "sliding_window", None) is not None:
         raise UnsupportedModel(
             f"--onnx-flavor genai cannot export this '{family}': with its sliding window of {config.sliding_window} "
