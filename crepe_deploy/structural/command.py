@@ -40,7 +40,8 @@ tyr_options = options(
     click.option("--ffn-multiple", "multiple", type=click.IntRange(1), default=128, show_default=True,
                  help="FFN neurons come and go in so many."),
     click.option("--attention", type=click.Choice(["auto", "groups", "queries"]), default="auto", show_default=True,
-                 help="Unit of per-layer widths: whole KV groups, or a query head of every group."),
+                 help="Unit of per-layer widths: whole KV groups, or a query head of every group; auto: groups where a "
+                 "layer has at least four."),
     click.option("--attention-share", type=float, default=None,
                  help="Share of attention units that per-layer widths keep; default: as of everything, like the paper. "
                  "The FFN takes the rest of the budget."),

@@ -38,7 +38,7 @@ class TyrConfig:
     """The options of a run.
 
     sparsity: share of the decoder layers' linear parameters to remove. widths: "uniform" or "per-layer".
-    multiple: neurons in an FFN unit. attention: "groups", "queries" or "auto" (groups where there is more than one).
+    multiple: neurons in an FFN unit. attention: "groups", "queries" or "auto" (groups where there are at least four).
     attention_share: of attention units that stay, with per-layer widths; None is as large a share as of everything.
     top_k: logits that the fitness compares. refit: None is the method's own.
     finish: how the found widths are pruned at the end: "single" prunes the dense model once more, each layer behind

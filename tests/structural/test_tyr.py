@@ -108,6 +108,18 @@ def test_per_layer_widths_spend_the_budget_to_the_last_unit(
     assert report["search"]["iterations"][-1]["attention"] == [layer["kv_heads"] for layer in report["layers"]]
 
 
+@pytest.mark.parametrize("groups", [2, 4])
+def test_where_groups_are_few_query_heads_go_instead(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, groups: int
+) -> None:
+    model = make_pico_llama(tmp_path / "model", num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=groups)
+    more = ("--method", "uniform", "--sparsity", "0.5")
+    code, report, _ = command(monkeypatch, capsys, model, text, tmp_path / "out", *more)
+    assert code == 0
+    assert [layer["kv_heads"] for layer in report["layers"]] == [2, 2, 2]  # all of two, half of four
+    assert all(layer["heads"] < 8 for layer in report["layers"])
+
+
 @pytest.mark.parametrize("method", ["uniform", "flap", "magnitude", "random"])
 @pytest.mark.parametrize("widths", ["uniform", "per-layer"])
 def test_baselines_have_as_many_parameters(
