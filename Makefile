@@ -97,11 +97,14 @@ bench: $(VENV)/.dev assets
 	done
 	@$(BIN)/python -m crepe_deploy.bench.llama_1b
 	@$(BIN)/crepe-deploy bench configs/bench-llama-1b.yaml --out bench/results/llama-1b.json --overwrite
+	@$(BIN)/python -m crepe_deploy.bench.structural_speed
+	@$(BIN)/crepe-deploy bench configs/bench-structural.yaml --out bench/results/structural-llama-1b.json --overwrite
 	@$(MAKE) report
 
 # One offline page of what `make bench` measured.
 report: $(VENV)/.dev
-	@$(BIN)/crepe-deploy report bench/results/smollm2.json bench/results/llama-1b.json --out out/report --overwrite
+	@$(BIN)/crepe-deploy report bench/results/smollm2.json bench/results/llama-1b.json \
+	  bench/results/structural-llama-1b.json --out out/report --overwrite
 
 clean:
 	rm -rf $(VENV) .types build *.egg-info .pytest_cache .mypy_cache .ruff_cache
