@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .families import Decoder
+from .structural.layout import PER_LAYER_CLASSES
 
 GATED = (("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj")),)
 # Per model type: (reordered layer, layers whose rows follow), feed-forward; then the same for attention heads.
 NEURONS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), GATED),
-    **dict.fromkeys(("crepe_llama", "crepe_mistral", "crepe_qwen2", "crepe_qwen3"), GATED),
+    **dict.fromkeys(PER_LAYER_CLASSES, GATED),
     "phi3": (("mlp.down_proj", ("mlp.gate_up_proj",)),),
     "opt": (("fc2", ("fc1",)),),
     "gpt_neox": (("mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",)),),

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from .calibrate import Stream, exact_products, shared_inputs
 from .families import LinearSpec
 from .methods.base import Stats
+from .structural.layout import PER_LAYER_CLASSES
 
 # Per model type: layers whose output is added to the residual stream as it is, and the module of the block that reads
 # the stream just before the addition ("" is the block itself).
 PRE_NORM = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
 RESIDUALS: dict[str, dict[str, str]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), PRE_NORM),
-    **dict.fromkeys(("crepe_llama", "crepe_mistral", "crepe_qwen2", "crepe_qwen3"), PRE_NORM),
+    **dict.fromkeys(PER_LAYER_CLASSES, PRE_NORM),
     "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
 }
 

@@ -35,6 +35,19 @@ def options(*several: Callable[[Command], Command]) -> Callable[[Command], Comma
     return decorate
 
 
+def calibration_options(*, samples: int, length: int, required: bool = False) -> Callable[[Command], Command]:
+    """The calibration text and how much of it is read; samples, length: the defaults."""
+    return options(
+        click.option("--calib", required=required, metavar="FILE_OR_DATASET",
+                     help="Calibration text: .txt, .jsonl, .parquet or a datasets name."),
+        click.option("--calib-field", default="text", show_default=True,
+                     help="Field of .jsonl, .parquet or dataset rows."),
+        click.option("--calib-samples", type=click.IntRange(1), default=samples, show_default=True),
+        click.option("--calib-length", type=click.IntRange(2), default=length, show_default=True,
+                     help="Tokens in each sample, clipped to the model's context."),
+    )  # fmt: skip
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
@@ -56,12 +69,7 @@ prune_options = options(
     click.option("--reprune", default=None, metavar="STEP", help="dsnot, dsnot-ria or swaps, inside rows and groups."),
     click.option("--reconstruct", default=None, metavar="STEP",
                  help="exact, obs or admm: fit kept weights to the output. STEP is NAME[:PARAMETER=VALUE,...]."),
-    click.option("--calib", default=None, metavar="FILE_OR_DATASET",
-                 help="Calibration text: .txt, .jsonl, .parquet or a datasets name."),
-    click.option("--calib-field", default="text", show_default=True, help="Field of .jsonl, .parquet or dataset rows."),
-    click.option("--calib-samples", type=click.IntRange(1), default=128, show_default=True),
-    click.option("--calib-length", type=click.IntRange(2), default=2048, show_default=True,
-                 help="Tokens in each sample, clipped to the model's context."),
+    calibration_options(samples=128, length=2048),
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches."),
     click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense."),

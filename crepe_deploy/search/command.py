@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from crepe_deploy.errors import ConfigError
+from crepe_deploy.prune_options import calibration_options
 
 if TYPE_CHECKING:
     from crepe_deploy.sources import Model
@@ -22,10 +23,7 @@ EXIT_RESUMABLE = 75
 @click.command("search")
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Preset to write, for prune --preset.")
-@click.option("--calib", required=True, metavar="FILE_OR_DATASET", help="Calibration text, as for prune.")
-@click.option("--calib-field", default="text", show_default=True)
-@click.option("--calib-samples", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--calib-length", type=click.IntRange(2), default=512, show_default=True)
+@calibration_options(samples=16, length=512, required=True)
 @click.option("--text", required=True, metavar="FILE_OR_DATASET", help="Text to judge on; never a test split.")
 @click.option("--text-field", default="text", show_default=True)
 @click.option("--text-samples", type=click.IntRange(1), default=4, show_default=True, help="Windows judged on.")

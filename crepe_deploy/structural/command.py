@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from crepe_deploy.prune_options import json_option, options, overwrite_option, say
+from crepe_deploy.prune_options import calibration_options, json_option, options, overwrite_option, say
 
 if TYPE_CHECKING:
     from .tyr import Outcome
@@ -25,12 +25,7 @@ tyr_options = options(
                  show_default=True, help="tyr searches the widths; the others are baselines with as many parameters."),
     click.option("--widths", type=click.Choice(["per-layer", "uniform"]), default="per-layer", show_default=True,
                  help="uniform: one width for all layers, a plain checkpoint for any server."),
-    click.option("--calib", required=True, metavar="FILE_OR_DATASET",
-                 help="Calibration text: .txt, .jsonl, .parquet or a datasets name."),
-    click.option("--calib-field", default="text", show_default=True, help="Field of .jsonl, .parquet or dataset rows."),
-    click.option("--calib-samples", type=click.IntRange(1), default=16, show_default=True),
-    click.option("--calib-length", type=click.IntRange(2), default=512, show_default=True,
-                 help="Tokens in each sample, clipped to the model's context."),
+    calibration_options(samples=16, length=512, required=True),
     click.option("--search-samples", type=click.IntRange(0), default=0, show_default=True,
                  help="Further windows that only the search sees; 0: it sees the calibration samples."),
     click.option("--iterations", type=click.IntRange(1, 8), default=4, show_default=True,
