@@ -27,9 +27,10 @@ from ..structural.evolve import Rules, brood, ladders, staged
 from ..structural.fitness import Judge, Reference, dense_reference, top_k_divergence
 from ..structural.narrow import output_specs
 from ..structural.plan import Geometry
+from ..structural.prepare import config_units
 from ..structural.stages import iteration_levels
 from ..structural.supernet import Store
-from ..structural.units import Allocation, Units, Width, even, plan_budget, step_units
+from ..structural.units import Allocation, Width, even, plan_budget, step_units
 
 BUILD_WINDOWS = 2  # of calibration: the levels' values do not change the pace
 
@@ -37,7 +38,7 @@ BUILD_WINDOWS = 2  # of calibration: the levels' values do not change the pace
 def throughput(model: Path, tokens: Tensor, config: TyrConfig, folder: Path) -> dict[str, Any]:
     """Candidates a minute of both ways in this process, one after the other, and how far their fitness differs."""
     decoder = Decoder(model)
-    units = Units(Geometry.from_config(decoder.config), config.multiple, "groups")
+    units = config_units(config, Geometry.from_config(decoder.config))
     parent = even(units, plan_budget(units, config.sparsity))
     store = Store(folder)
     Builder(decoder, units.geometry, tokens[:BUILD_WINDOWS], config.rules(), lambda _: None, lambda: None).build(

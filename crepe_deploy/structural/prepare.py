@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -91,7 +90,7 @@ def prepare_run(
     require_family(decoder)
     geometry = Geometry.from_config(decoder.config)
     _check_windows(config, calibration, decoder)
-    units = Units(geometry, config.multiple, _attention_unit(config, geometry))
+    units = config_units(config, geometry)
     budget: Budget | None = None
     shared: list[Width] = []
     if config.widths == "uniform":
@@ -121,10 +120,11 @@ def _check_windows(config: TyrConfig, calibration: CalibrationSet, decoder: Deco
         raise ConfigError(f"{config.search_samples} of {samples} windows are for the search: none is left to prune on")
 
 
-def _attention_unit(config: TyrConfig, geometry: Geometry) -> Literal["groups", "queries"]:
-    if config.attention == "auto":
-        return "queries" if geometry.kv_heads < FEW_GROUPS and geometry.queries_per_group > 1 else "groups"
-    return "groups" if config.attention == "groups" else "queries"
+def config_units(config: TyrConfig, geometry: Geometry) -> Units:
+    """The units that a run counts in, "auto" resolved. Raises ConfigError."""
+    few = geometry.kv_heads < FEW_GROUPS and geometry.queries_per_group > 1
+    queries = few if config.attention == "auto" else config.attention == "queries"
+    return Units(geometry, config.multiple, "queries" if queries else "groups")
 
 
 def _shared_widths(folder: Path, geometry: Geometry, config: TyrConfig) -> list[Width]:
