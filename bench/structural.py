@@ -41,6 +41,7 @@ from .structural_throughput import throughput
 ROWS: dict[str, dict[str, Any]] = {
     "Tyr": {},
     "uniform": {"method": "uniform"},
+    "uniform, best split": {"method": "uniform", "attention_share": "best"},
     "FLAP-style": {"method": "flap"},
     "FLAP-style, refit": {"method": "flap", "refit": True},
     "magnitude": {"method": "magnitude"},
@@ -58,6 +59,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "Tyr, --accumulation uniform": {"accumulation": "uniform"},
     "Tyr, --finish supernet": {"finish": "supernet"},
     "Tyr, --iterations 1": {"iterations": 1},
+    "Tyr, --attention-share target": {"attention_share": "target"},
 }
 
 
@@ -135,6 +137,7 @@ class Grid:
             "phases": report["seconds"],
             "parameters": report["parameters"],
             "layers": report["layers"],
+            "split": report.get("split"),
             "search": report.get("search"),
             "config": report["config"],
         }
@@ -167,7 +170,7 @@ def _say(message: str) -> None:
 @click.option("--text", type=click.Path(path_type=Path, exists=True), default=None, help="Default: wiki valid.")
 @click.option(
     "--rows",
-    default="^(Tyr|uniform|FLAP-style|magnitude|random)$",
+    default="^(Tyr|uniform|uniform, best split|FLAP-style|magnitude|random)$",
     show_default=True,
     metavar="REGEX",
     help="Measure the rows whose label matches; '' for all.",

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 
 EXIT_RESUMABLE = 75
 
+
+def _share(context: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
+    """A number where it is one; which names there are is the configuration's to say."""
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return value
+
+
 tyr_options = options(
     click.argument("model"),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for dense/ and report.json."),
@@ -37,9 +46,10 @@ tyr_options = options(
     click.option("--attention", type=click.Choice(["auto", "groups", "queries"]), default="auto", show_default=True,
                  help="Unit of per-layer widths: whole KV groups, or a query head of every group; auto: groups where a "
                  "layer has at least four."),
-    click.option("--attention-share", type=float, default=None,
-                 help="Share of attention units that per-layer widths keep; default: as of everything, like the paper. "
-                 "The FFN takes the rest of the budget."),
+    click.option("--attention-share", default=None, callback=_share, metavar="best|target|NUMBER",
+                 help="Share of attention units that per-layer widths keep, the FFN taking the rest of the budget: a "
+                 "number; target: as of everything, like the paper; best: of a few even splits that are judged first. "
+                 "Default: best for tyr, target for the baselines."),
     click.option("--accumulation", type=click.Choice(["expectation", "uniform", "single", "none"]),
                  default="expectation", show_default=True, help="What the next block is fed in a supernet."),
     click.option("--variant", type=click.Choice(["paper", "code", "obs"]), default=None,

@@ -13,6 +13,7 @@ from .levels import LocalRules
 from .local import DEFAULT_VARIANT
 
 FINISHES = ("paired", "single", "supernet")
+SHARES = ("best", "target")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class TyrConfig:
 
     sparsity: share of the decoder layers' linear parameters to remove. widths: "uniform" or "per-layer".
     multiple: neurons in an FFN unit. attention: "groups", "queries" or "auto" (groups where there are at least four).
-    attention_share: of attention units that stay, with per-layer widths; None is as large a share as of everything.
+    attention_share: of attention units that stay, with per-layer widths: a number, "target" (as large a share as of
+    everything) or "best" (even splits are judged first); None is "best" for a search and "target" for a baseline.
     top_k: logits that the fitness compares. refit: None is the method's own.
     finish: how the found widths are pruned at the end: "single" prunes the dense model once more, each layer behind
     what was pruned before it; "paired" does and aims at the dense model's output; "supernet" takes the last levels.
@@ -55,7 +57,7 @@ class TyrConfig:
     offspring: int = 16
     multiple: int = 128
     attention: str = "auto"
-    attention_share: float | None = None
+    attention_share: float | str | None = None
     accumulation: str = "expectation"
     variant: str = DEFAULT_VARIANT
     fitness: str = "logits"
@@ -78,6 +80,12 @@ class TyrConfig:
         ):
             if value not in known:
                 raise ConfigError(f"{option} '{value}' is unknown; known: {', '.join(known)}")
+        if isinstance(self.attention_share, str) and self.attention_share not in SHARES:
+            raise ConfigError(
+                f"--attention-share '{self.attention_share}' is unknown; known: {', '.join(SHARES)}, a number"
+            )
+        if self.widths == "uniform" and self.attention_share is not None:
+            raise ConfigError("--attention-share is for per-layer widths: --widths uniform judges every split anyway")
         if min(self.iterations, self.generations, self.offspring, self.top_k) < 1 or self.search_samples < 0:
             raise ConfigError("iterations, generations, offspring and top-k start at 1, search samples at 0")
         rules = self.rules()
@@ -88,6 +96,12 @@ class TyrConfig:
     def searches(self) -> bool:
         """Whether the method looks for the widths by search."""
         return METHODS[self.method].allocate == "search"
+
+    @property
+    def judges_splits(self) -> bool:
+        """Whether the attention share of per-layer widths is found by judging even splits."""
+        share = ("best" if self.searches else "target") if self.attention_share is None else self.attention_share
+        return self.widths == "per-layer" and share == "best"
 
     def rules(self) -> LocalRules:
         """How projections are pruned. Raises ConfigError."""

@@ -21,12 +21,12 @@ from crepe_deploy.texts import CalibrationSet
 from crepe_deploy.writing import check_output, disk_errors, require_disk
 
 from .config import TyrConfig
-from .fitness import cache_bytes
+from .fitness import Candidate, Reference, cache_bytes
 from .layout import Widths, uniform_content
 from .narrow import require_family
 from .plan import Geometry
 from .supernet import LayerLevels, Store, planned_bytes
-from .units import Budget, Units, Width, plan_budget, splits
+from .units import Budget, Units, Width, even, plan_budget, split_budgets, splits
 
 Show = Callable[[str], AbstractContextManager[Step]]
 Say = Callable[[str], None]
@@ -38,16 +38,17 @@ FEW_GROUPS = 4  # with fewer KV groups a layer loses a third or more of its atte
 
 @dataclass
 class Run:
-    """budget: of units, with per-layer widths. shared: the splits that all layers could have, with uniform ones.
+    """budgets: of units, with per-layer widths; several are judged. shared: the splits that all layers could have,
+    with uniform ones.
 
-    work: the folder of the journal and the supernets.
+    work: the folder of the journal and the supernets. reference: the dense model's side, once it was needed.
     """
 
     config: TyrConfig
     decoder: Decoder
     geometry: Geometry
     units: Units
-    budget: Budget | None
+    budgets: list[Budget]
     shared: list[Width]
     calibration: CalibrationSet
     work: Path
@@ -55,6 +56,7 @@ class Run:
     show: Show
     say: Say
     phases: Phases = field(default_factory=Phases)
+    reference: Reference | None = None
 
     @property
     def pruning_tokens(self) -> Tensor:
@@ -91,14 +93,17 @@ def prepare_run(
     geometry = Geometry.from_config(decoder.config)
     _check_windows(config, calibration, decoder)
     units = config_units(config, geometry)
-    budget: Budget | None = None
+    budgets: list[Budget] = []
     shared: list[Width] = []
     if config.widths == "uniform":
         shared = _shared_widths(model.folder, geometry, config)
+    elif config.judges_splits:
+        budgets = split_budgets(units, config.sparsity)
     else:
-        budget = plan_budget(units, config.sparsity, config.attention_share)
+        share = None if isinstance(config.attention_share, str) else config.attention_share
+        budgets = [plan_budget(units, config.sparsity, share)]
     work = work_folder(out)
-    _plan_room(work, config, units, shared, calibration, decoder, say)
+    _plan_room(work, config, units, even_splits(units, shared, budgets), calibration, decoder, say)
     identity = {
         "source": describe_source(model).model_dump(mode="json"), "calibration": calibration.record(),
         "config": asdict(config), "what": "structural pruning",
@@ -109,7 +114,7 @@ def prepare_run(
                 shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True, exist_ok=True)
     journal = open_journal(work / JOURNAL, identity, resume=resume, overwrite=overwrite)
-    return Run(config, decoder, geometry, units, budget, shared, calibration, work, journal, show, say)
+    return Run(config, decoder, geometry, units, budgets, shared, calibration, work, journal, show, say)
 
 
 def _check_windows(config: TyrConfig, calibration: CalibrationSet, decoder: Decoder) -> None:
@@ -145,28 +150,29 @@ def _shared_widths(folder: Path, geometry: Geometry, config: TyrConfig) -> list[
 
 
 def _plan_room(
-    work: Path, config: TyrConfig, units: Units, shared: list[Width], calibration: CalibrationSet, decoder: Decoder,
-    say: Say,
+    work: Path, config: TyrConfig, units: Units, evens: Sequence[Candidate], calibration: CalibrationSet,
+    decoder: Decoder, say: Say,
 ) -> None:  # fmt: skip
     """Say what the search will take on disk and in memory, and refuse a disk that is too small."""
     weights = sum(info.size_bytes for info in decoder.reader)
-    if not config.searches:
+    if not config.searches and not config.judges_splits:
         require_disk(work, 2 * weights)
         return
-    disk = supernet_bound(units, shared, decoder.dtype.itemsize)
+    disk = supernet_bound(config, units, evens, decoder.dtype.itemsize)
     cache = cache_bytes(decoder, calibration.tokens[-config.search_samples :], config.fitness, config.top_k)
     say(
-        f"plan: the supernet takes at most {disk / 1e6:,.0f} MB in {work}, the dense model's side of the fitness "
+        f"plan: a supernet takes at most {disk / 1e6:,.0f} MB in {work}, the dense model's side of the fitness "
         f"{cache / 1e6:,.0f} MB of memory"
     )
     require_disk(work, disk + 2 * weights)
 
 
-def supernet_bound(units: Units, shared: Sequence[Width], itemsize: int) -> int:
-    """The most bytes that any iteration's supernet takes; one is on disk at a time."""
+def supernet_bound(config: TyrConfig, units: Units, evens: Sequence[Candidate], itemsize: int) -> int:
+    """The most bytes that a supernet takes, the splits' or any iteration's; one is on disk at a time."""
     geometry = units.geometry
-    if shared:
-        return planned_bytes(geometry, shared_levels(shared, shared[0], geometry.layers), itemsize)
+    judged = planned_bytes(geometry, split_levels(evens, evens[0]), itemsize)
+    if config.widths == "uniform" or not config.searches:
+        return judged
     attention, neurons = (
         tuple(range(max(1, count - MOST_LEVELS + 1), count + 1))
         for count in (units.attention_count, units.neuron_count)
@@ -175,11 +181,24 @@ def supernet_bound(units: Units, shared: Sequence[Width], itemsize: int) -> int:
         tuple(units.attention_level(level) for level in attention), tuple(level * units.multiple for level in neurons),
         units.attention_level(attention[-1]), neurons[-1] * units.multiple,
     )  # fmt: skip
-    return planned_bytes(geometry, [layer] * geometry.layers, itemsize)
+    return max(judged, planned_bytes(geometry, [layer] * geometry.layers, itemsize))
 
 
-def shared_levels(widths: Sequence[Width], centre: Width, layers: int) -> list[LayerLevels]:
-    """The levels of a supernet that holds all these widths for every layer."""
-    attention = tuple(sorted({(width.groups, width.queries) for width in widths}))
-    neurons = tuple(sorted({width.neurons for width in widths}))
-    return [LayerLevels(attention, neurons, (centre.groups, centre.queries), centre.neurons)] * layers
+def even_splits(units: Units, shared: Sequence[Width], budgets: Sequence[Budget]) -> list[Candidate]:
+    """The widths of all layers for every split that a run could start from: each of `shared` or of `budgets`."""
+    if shared:
+        return [(width,) * units.geometry.layers for width in shared]
+    return [units.widths(even(units, budget)) for budget in budgets]
+
+
+def split_levels(splits: Sequence[Candidate], centre: Candidate) -> list[LayerLevels]:
+    """The levels of a supernet that holds all these widths and no others; `centre` is one of them."""
+    return [
+        LayerLevels(
+            tuple(sorted({(width.groups, width.queries) for width in widths})),
+            tuple(sorted({width.neurons for width in widths})),
+            (middle.groups, middle.queries),
+            middle.neurons,
+        )
+        for widths, middle in zip(zip(*splits, strict=True), centre, strict=True)
+    ]

@@ -6,19 +6,19 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 from crepe_deploy.progress import ticker
 
 from .allocate import flap_allocation, flap_scores
 from .build import Builder
 from .config import METHODS
-from .evolve import Rules, evolve, ladders, selection, staged
+from .evolve import Rules, Stage, evolve, ladders, selection, staged
 from .fitness import Judge, Reference, dense_reference
-from .prepare import Run, shared_levels
+from .prepare import Run, even_splits, split_levels
 from .stored import StoredPlans
 from .supernet import LayerLevels, Store
-from .units import Allocation, Units, Width, even, proportional, step_units
+from .units import Allocation, Budget, Units, Width, even, plan_budget, proportional, step_units
 
 Widths = tuple[Width, ...]
 
@@ -26,20 +26,22 @@ Widths = tuple[Width, ...]
 def find_widths(run: Run) -> tuple[Widths, dict[str, Any]]:
     """The width of every layer, and what the report says of how it was found."""
     allocate = METHODS[run.config.method].allocate
+    if run.config.widths == "uniform":
+        return _search_shared(run) if allocate == "search" else (_shared_start(run), {})
+    budget, facts = _budget(run)
     if allocate == "search":
-        return _search_shared(run) if run.config.widths == "uniform" else _search(run)
-    if allocate == "flap" and run.budget is not None:
+        widths, found = _search(run, budget)
+        return widths, {**facts, **found}
+    if allocate == "flap":
         with run.phases("allocate"), run.show("scoring channels") as step:
             scores = flap_scores(run.decoder, run.pruning_tokens, step)
-        return run.units.widths(flap_allocation(scores, run.units, run.budget)), {}
-    return start(run), {}
+        return run.units.widths(flap_allocation(scores, run.units, budget)), facts
+    return run.units.widths(even(run.units, budget)), facts
 
 
-def start(run: Run) -> Widths:
-    """The widths without a search: as even as units allow, or the split that prunes attention and FFN most alike."""
-    if run.budget is None:
-        return (proportional(run.geometry, run.shared),) * run.geometry.layers
-    return run.units.widths(even(run.units, run.budget))
+def _shared_start(run: Run) -> Widths:
+    """The uniform widths of no search: the split that prunes attention and FFN most alike."""
+    return (proportional(run.geometry, run.shared),) * run.geometry.layers
 
 
 def finish(run: Run, widths: Widths) -> StoredPlans:
@@ -77,8 +79,10 @@ def _build(run: Run, wanted: Sequence[LayerLevels], store: Store, label: str) ->
 
 
 def _reference(run: Run) -> Reference:
-    with run.phases("reference"):
-        return dense_reference(run.decoder, run.search_tokens, run.config.fitness, run.config.top_k)
+    if run.reference is None:
+        with run.phases("reference"):
+            run.reference = dense_reference(run.decoder, run.search_tokens, run.config.fitness, run.config.top_k)
+    return run.reference
 
 
 def iteration_levels(units: Units, centre: Allocation, iteration: int) -> list[LayerLevels]:
@@ -101,11 +105,10 @@ def _steps(units: Units, iteration: int) -> tuple[int, int]:
     return step_units(units.attention_count, iteration), step_units(units.neuron_count, iteration)
 
 
-def _search(run: Run) -> tuple[Widths, dict[str, Any]]:
+def _search(run: Run, budget: Budget) -> tuple[Widths, dict[str, Any]]:
     """The paper's search: iterations of a supernet around the best so far, each with finer levels."""
-    assert run.budget is not None
     config, units = run.config, run.units
-    allocation, history = even(units, run.budget), []
+    allocation, history = even(units, budget), []
     reference: Reference | None = None
     candidates, seconds = 0, 0.0
     for iteration in range(config.iterations):
@@ -117,7 +120,7 @@ def _search(run: Run) -> tuple[Widths, dict[str, Any]]:
                 run.store(f"iteration-{iteration - 1}").remove()
             wanted = iteration_levels(units, allocation, iteration)
             _build(run, wanted, store, f"supernet {iteration + 1}/{config.iterations}")
-            reference = reference or _reference(run)
+            reference = _reference(run)
         judge = Judge(run.decoder, run.geometry, reference, store) if reference is not None else None
         rungs = ladders(units, allocation, *_steps(units, iteration))
         begun = time.monotonic()
@@ -146,26 +149,61 @@ def _scorer(judge: Judge | None, units: Units) -> Any:
     return score
 
 
+def _budget(run: Run) -> tuple[Budget, dict[str, Any]]:
+    """The budget of per-layer widths, from the best even split where splits are judged, and what the report says."""
+    if not run.config.judges_splits:
+        return run.budgets[0], {}
+    units, pool = run.units, len(run.search_tokens)
+    own = plan_budget(units, run.config.sparsity)
+    found = _judge_splits(run, units.widths(even(units, own)), (Stage(pool, 1),), "split", keep=False)
+    judged = [
+        {
+            "attention_share": units.attention_share(budget),
+            "attention": budget.attention,
+            "neurons": budget.neurons,
+            **fit,
+        }
+        for budget, fit in zip(run.budgets, found["judged"], strict=True)
+    ]
+    return run.budgets[found["best"]], {"split": {"judged": judged, "best": judged[found["best"]]}}
+
+
 def _search_shared(run: Run) -> tuple[Widths, dict[str, Any]]:
     """One width for all layers: every split of the budget between attention and FFN, judged in stages."""
-    layers, store = run.geometry.layers, run.store("shared")
-    entry = run.journal.get("split", "best")
-    if entry is None or run.config.finish == "supernet":
-        wanted = shared_levels(run.shared, start(run)[0], layers)
-        _build(run, wanted, store, "supernet")
-    if entry is None:
-        judge = Judge(run.decoder, run.geometry, _reference(run), store)
-        pool = len(run.search_tokens)
+    stages = selection(len(run.shared), len(run.search_tokens))
+    stages = tuple(replace(stage, keep=max(stage.keep, 2)) for stage in stages[:-1]) + stages[-1:]
+    found = _judge_splits(run, _shared_start(run), stages, "shared", keep=run.config.finish == "supernet")
+    judged = [{**asdict(width), **fit} for width, fit in zip(run.shared, found["judged"], strict=True)]
+    best = (run.shared[found["best"]],) * run.geometry.layers
+    return best, {"split": {"judged": judged, "best": judged[found["best"]]}}
 
-        def score(widths: Sequence[Width], windows: Sequence[int]) -> list[float]:
-            return judge([(width,) * layers for width in widths], windows)
+
+def _judge_splits(run: Run, centre: Widths, stages: Sequence[Stage], name: str, *, keep: bool) -> dict[str, Any]:
+    """Judge even widths, one candidate for every split of the run, on levels of their own; the best one's position.
+
+    "judged" has each one's fitness in the last stage that it came to, and how many windows that was on. centre: one
+    of the candidates. keep: the levels are needed afterwards.
+    """
+    candidates = even_splits(run.units, run.shared, run.budgets)
+    entry, store = run.journal.get("split", "best"), run.store(name)
+    if entry is None or keep:
+        _build(run, split_levels(candidates, centre), store, f"supernet of {len(candidates)} splits")
+    if entry is None:
+        judge, pool = Judge(run.decoder, run.geometry, _reference(run), store), len(run.search_tokens)
+        fits: dict[int, dict[str, Any]] = {}
+
+        def score(alive: Sequence[int], windows: Sequence[int]) -> list[float]:
+            values = judge([candidates[position] for position in alive], windows)
+            fits.update(
+                {at: {"fitness": value, "windows": len(windows)} for at, value in zip(alive, values, strict=True)}
+            )
+            return values
 
         with run.phases("search"):
-            stages = selection(len(run.shared), pool)
-            stages = tuple(replace(stage, keep=max(stage.keep, 2)) for stage in stages[:-1]) + stages[-1:]
-            best, fitness = staged(run.shared, stages, score, pool, random.Random(str(run.config.seed)))
-        run.say(f"{len(run.shared)} splits judged: best fitness {fitness:.5g} with {best}")
-        entry = {"groups": best.groups, "queries": best.queries, "neurons": best.neurons, "fitness": fitness}
+            best, fitness = staged(range(len(candidates)), stages, score, pool, random.Random(str(run.config.seed)))
+        run.say(f"{len(candidates)} splits judged: best fitness {fitness:.5g} with {candidates[best][0]}")
+        entry = {"best": best, "judged": [fits[position] for position in range(len(candidates))]}
         run.journal.add("split", "best", entry)
-    width = Width(entry["groups"], entry["queries"], entry["neurons"])
-    return (width,) * layers, {"search": {"splits": len(run.shared), "best": entry}}
+    if not keep:
+        store.remove()
+    return cast(dict[str, Any], entry)

@@ -19,7 +19,9 @@ from .plan import Geometry
 
 AttentionUnit = Literal["groups", "queries"]
 FIRST_STEP = Fraction(1, 8)
+MOST_SPLITS = 6
 REACH = 4
+SHARE_DIGITS = 10**6
 
 
 @dataclass(frozen=True, order=True)
@@ -65,6 +67,11 @@ class Units:
     def neuron_count(self) -> int:
         """FFN units of a dense layer."""
         return self.geometry.intermediate // self.multiple
+
+    def attention_share(self, budget: Budget) -> float:
+        """The share of attention units that a budget keeps, rounded up so that `plan_budget` gives the budget back."""
+        whole = self.geometry.layers * self.attention_count
+        return math.ceil(Fraction(budget.attention, whole) * SHARE_DIGITS) / SHARE_DIGITS
 
     @property
     def attention_parameters(self) -> int:
@@ -116,7 +123,7 @@ def target_parameters(geometry: Geometry, sparsity: float) -> int:
     return geometry.parameters - math.ceil(geometry.parameters * Fraction(str(sparsity)))
 
 
-def plan_budget(units: Units, sparsity: float, attention_share: float | None = None) -> Budget:
+def plan_budget(units: Units, sparsity: float, attention_share: float | Fraction | None = None) -> Budget:
     """Hold attention units at `attention_share` of all, by default the target's share; the FFN takes what they leave.
 
     The total is at most the target, and no unit that was removed would still fit below it. Raises ConfigError naming
@@ -145,6 +152,21 @@ def plan_budget(units: Units, sparsity: float, attention_share: float | None = N
     attention = min(layers * units.attention_count, attention + spare // per_attention)
     kept = units.fixed_parameters + attention * per_attention + neurons * per_neurons
     return Budget(geometry.parameters, target, kept, attention, neurons)
+
+
+def split_budgets(units: Units, sparsity: float) -> list[Budget]:
+    """The splits between attention and FFN that are judged before a search, fewest attention units first.
+
+    They are the target's share for both, and every number of attention units that all layers can keep, of which evenly
+    chosen ones where there are more than `MOST_SPLITS` in all. Raises ConfigError like `plan_budget`.
+    """
+    own, count = plan_budget(units, sparsity), units.attention_count
+    whole = {plan_budget(units, sparsity, Fraction(kept, count)) for kept in range(1, count + 1)} - {own}
+    others = sorted(whole, key=lambda budget: budget.attention)
+    if len(others) >= MOST_SPLITS:
+        last = MOST_SPLITS - 2
+        others = [others[place * (len(others) - 1) // last] for place in range(last + 1)]
+    return sorted([own, *others], key=lambda budget: budget.attention)
 
 
 def spread(total: int, layers: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from crepe_deploy import writing
 from crepe_deploy.checkpoint import CheckpointReader
 from crepe_deploy.cli import main
 from crepe_deploy.manifest import verify
-from crepe_deploy.structural import build, evolve
+from crepe_deploy.structural import build, evolve, stages
 from crepe_deploy.structural.command import EXIT_RESUMABLE
 from crepe_deploy.structural.plan import Geometry
 
@@ -102,10 +102,36 @@ def test_per_layer_widths_spend_the_budget_to_the_last_unit(
     assert kept == report["parameters"]["kept"] <= 0.75 * GEOMETRY.parameters
     assert 0.75 * GEOMETRY.parameters - kept < 16 * GEOMETRY.neuron_parameters
     assert [step["fitness"] for step in report["search"]["iterations"]]
-    assert "the supernet takes at most" in err and "best fitness so far" in err
+    assert "a supernet takes at most" in err and "best fitness so far" in err
     assert manifest.calibration is not None and manifest.calibration["samples"] == 4
     assert manifest.config["seed"] == 0 and manifest.config["accumulation"] == "expectation"
     assert report["search"]["iterations"][-1]["attention"] == [layer["kv_heads"] for layer in report["layers"]]
+
+
+def test_the_best_even_split_is_where_the_search_and_its_baseline_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+) -> None:
+    def run(name: str, *more: str) -> Any:
+        code, report, _ = command(monkeypatch, capsys, pico, text, tmp_path / name, *more)
+        assert code == 0
+        return report
+
+    more = ("--sparsity", "0.5", "--iterations", "1")
+    found, baseline = run("found", *more), run("baseline", "--method", "uniform", "--attention-share", "best", *more)
+    judged, best = found["split"]["judged"], found["split"]["best"]
+    assert best in judged and best["fitness"] == min(each["fitness"] for each in judged)
+    assert {each["windows"] for each in judged} == {4} and len(judged) >= 3
+    assert sum(found["search"]["iterations"][-1]["attention"]) == best["attention"]
+    share = str(best["attention_share"])
+    given = run("given", "--attention-share", share, *more)
+    assert given["layers"] == found["layers"] and "split" not in given
+    assert weights_of(tmp_path / "given" / "dense") == weights_of(tmp_path / "found" / "dense")
+    assert baseline["split"] == found["split"]
+    even = run("even", "--method", "uniform", "--attention-share", share, *more)
+    assert even["layers"] == baseline["layers"] and "split" not in even
+    target = run("target", "--method", "uniform", *more)["layers"]
+    for name in ("target", "0.5"):
+        assert run(f"as-{name}", "--method", "uniform", "--attention-share", name, *more)["layers"] == target
 
 
 @pytest.mark.parametrize("groups", [2, 4])
@@ -164,7 +190,7 @@ class Stop:
         return self.inner(*args, **kwargs)
 
 
-@pytest.mark.parametrize("place", ["supernet", "search", "second supernet", "finish"])
+@pytest.mark.parametrize("place", ["splits", "judging", "supernet", "search", "second supernet", "finish"])
 def test_a_stopped_run_goes_on_to_the_same_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
     place: str,
@@ -175,8 +201,10 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     with monkeypatch.context() as patch:
         if place == "search":
             patch.setattr(evolve, "staged", Stop(evolve.staged, 2))
+        elif place == "judging":
+            patch.setattr(stages, "staged", Stop(stages.staged, 1))
         else:
-            at = {"supernet": 2, "second supernet": 5, "finish": 8}[place]
+            at = {"splits": 2, "supernet": 5, "second supernet": 8, "finish": 11}[place]
             patch.setattr(build, "neuron_levels", Stop(build.neuron_levels, at))
         code, report, err = command(monkeypatch, capsys, pico, text, out)
         assert (code, report) == (EXIT_RESUMABLE, None) and "--resume goes on" in err
@@ -187,7 +215,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     assert code == 2 and "another search" in err
     code, report, _ = command(monkeypatch, capsys, pico, text, out, "--resume")
     assert code == 0
-    assert report["layers"] == expected["layers"]
+    assert report["layers"] == expected["layers"] and report["split"] == expected["split"]
     assert [step["fitness"] for step in report["search"]["iterations"]] == [
         step["fitness"] for step in expected["search"]["iterations"]
     ]
@@ -231,6 +259,9 @@ def test_the_seed_decides(
         (("--ffn-multiple", "48"), "does not divide"),
         (("--no-refit", "--finish", "paired"), "needs the refit"),
         (("--widths", "uniform", "--layout", "deci"), "plain checkpoint"),
+        (("--widths", "uniform", "--attention-share", "0.5"), "for per-layer widths"),
+        (("--attention-share", "most"), "best, target"),
+        (("--attention-share", "0"), "lies in (0, 1]"),
         (("--calib-samples", "4000"), "are missing"),
         (("--resume",), "nothing to resume"),
     ],

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.structural.plan import Geometry
 from crepe_deploy.structural.units import (
+    MOST_SPLITS,
     Units,
     even,
     levels,
     parameters,
     plan_budget,
     proportional,
+    split_budgets,
     splits,
     spread,
     step_units,
@@ -166,3 +168,27 @@ def test_attention_can_keep_another_share_of_the_same_budget() -> None:
     for wrong in (0.0, 1.5, -1.0):
         with pytest.raises(ConfigError, match="--attention-share"):
             plan_budget(units, 0.5, attention_share=wrong)
+
+
+@settings(deadline=None, max_examples=200)
+@given(models())
+def test_splits_that_are_judged_fill_the_budget_and_a_share_gives_each_back(drawn: tuple[Units, float]) -> None:
+    units, sparsity = drawn
+    try:
+        own = plan_budget(units, sparsity)
+    except ConfigError:
+        return
+    found = split_budgets(units, sparsity)
+    assert own in found and len(found) <= MOST_SPLITS
+    assert [budget.attention for budget in found] == sorted({budget.attention for budget in found})
+    for budget in found:
+        assert plan_budget(units, sparsity, units.attention_share(budget)) == budget
+        assert parameters(units.geometry, units.widths(even(units, budget))) == budget.kept <= budget.target
+
+
+def test_the_splits_that_are_judged_on_real_shapes() -> None:
+    queries = Units(SMOLLM2, 128, "queries")
+    assert [budget.attention for budget in split_budgets(queries, 0.5)] == [30, 45, 60, 90]
+    groups = split_budgets(Units(LLAMA_1B, 128, "groups"), 0.5)
+    assert len(groups) == MOST_SPLITS and groups[0].attention == 16 and groups[-1].attention == 128
+    assert 64 in [budget.attention for budget in groups]
