@@ -9,9 +9,9 @@ holds already under the same conditions are not run again, so a stopped grid goe
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,7 @@ import click
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_json
 from ..errors import ConfigError
-from ..manifest import sha256_file, versions
 from ..methods.presets import resolve_method
 from ..pattern import parse_record
 from ..prune import PruneConfig, prune
@@ -30,8 +28,8 @@ from ..recipe import load_recipe
 from ..scoring import token_nll
 from ..sources import resolve_model
 from ..texts import calibration_windows, load_text, load_tokenizer, tokenize
-from ..writing import write_json
 from .assets import DEFAULT_DIR, ensure_assets
+from .grid import Cell, ResultsFile, cells_of, publish, text_record
 from .quality_table import markdown
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -87,7 +85,7 @@ class Grid:
         self, out: Path, model: Path, calib: Path, texts: dict[str, Path], sizes: dict[str, int], command: str
     ) -> None:
         tokenizer = load_tokenizer(model)
-        self.out, self.model, self.calib, self.sizes, self.tokenizer = out, model, calib, sizes, tokenizer
+        self.model, self.calib, self.sizes, self.tokenizer = model, calib, sizes, tokenizer
         limit = sizes["window"] * sizes["windows"]
         self.windows = {
             name: plan_windows(
@@ -97,31 +95,15 @@ class Grid:
         }
         conditions = {
             "model": model.name,
-            "calibration": {"text": calib.name, "sha256": sha256_file(calib)},
-            "texts": {name: {"file": path.name, "sha256": sha256_file(path)} for name, path in texts.items()},
+            "calibration": text_record(calib),
+            "texts": {name: text_record(path, "file") for name, path in texts.items()},
             **sizes,
         }
-        self.result: dict[str, Any] = {"conditions": conditions, "versions": versions(), "commands": [], "cells": {}}
-        if out.is_file():
-            self.result = read_json(out)
-            if self.result["conditions"] != conditions:
-                raise ConfigError(f"{out} was measured under other conditions; give another --out or remove it")
-        if command not in self.result["commands"]:
-            self.result["commands"].append(command)
-        if "dense" not in self.result:
-            self.result["dense"] = window_losses(model, self.windows)
-            self.save()
+        self.file = ResultsFile(out, conditions, command)
+        self.file.once("dense", lambda: window_losses(model, self.windows))
 
-    def save(self) -> None:
-        """Write the file, atomically."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.out, self.result)
-
-    def run(self, label: str, pattern: str, seed: int) -> bool:
-        """Measure one cell unless it is there; returns whether it was measured."""
-        key = f"{label}|{pattern}|{seed}"
-        if key in self.result["cells"]:
-            return False
+    def measure(self, label: str, pattern: str, seed: int) -> Cell:
+        """Prune and score one cell. Raises ConfigError for a row that has no meaning for this pattern."""
         config = row_config(ROWS[label], pattern)
         tokens = calibration_windows(
             self.calib, self.tokenizer, self.sizes["samples"], self.sizes["length"], seed=seed
@@ -131,15 +113,13 @@ class Grid:
             manifest = prune(resolve_model(str(self.model)), Path(folder) / "out", config, tokens)
             seconds = time.monotonic() - started
             losses = window_losses(Path(folder) / "out", self.windows)
-        self.result["cells"][key] = {
+        return {
             "losses": losses,
             "seconds": round(seconds, 1),
             "phases": manifest.metrics["seconds"],
             "sparsity": manifest.metrics["sparsity_of_pruned_tensors"],
             "config": {name: value for name, value in config.record().items() if value},
         }
-        self.save()
-        return True
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -177,22 +157,15 @@ def main(
     command = f"python -m crepe_deploy.bench.quality_grid --rows '{rows}' --patterns {patterns} --seeds {seeds}"
     command += f" --samples {samples} --length {length}"
     grid = Grid(out, model, calib, chosen, sizes, command)
-    for pattern in patterns.split(","):
-        for seed in seeds.split(","):
-            for label in (label for label in ROWS if re.search(rows, label)):
-                try:
-                    measured = grid.run(label, pattern, int(seed))
-                except ConfigError as error:  # a step that has no meaning for this pattern
-                    click.echo(f"{label} {pattern}: left out: {error}", err=True)
-                    continue
-                cell = grid.result["cells"][f"{label}|{pattern}|{seed}"]
-                mean = {text: sum(losses) / len(losses) for text, losses in cell["losses"].items()}
-                state = f"{cell['seconds']} s" if measured else "measured before"
-                click.echo(f"{label} {pattern} seed {seed}: {json.dumps(mean)} nats, {state}", err=True)
-    table = markdown(grid.result)
-    click.echo(table)
-    if markdown_path is not None:
-        markdown_path.write_text(table, encoding="utf-8")
+    for label, pattern, seed in cells_of(ROWS, rows, patterns, seeds):
+        try:
+            cell, state = grid.file.cell(label, pattern, seed, partial(grid.measure, label, pattern, seed))
+        except ConfigError as error:  # a step that has no meaning for this pattern
+            click.echo(f"{label} {pattern}: left out: {error}", err=True)
+            continue
+        mean = {text: sum(losses) / len(losses) for text, losses in cell["losses"].items()}
+        click.echo(f"{label} {pattern} seed {seed}: {json.dumps(mean)} nats, {state}", err=True)
+    publish(markdown(grid.file.content), markdown_path)
 
 
 if __name__ == "__main__":

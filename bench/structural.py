@@ -15,16 +15,14 @@ import re
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from ..checkpoint import read_json
-from ..errors import ConfigError
 from ..export.tyr import writer
-from ..manifest import sha256_file, versions
 from ..progress import progress
 from ..quality import evaluate
 from ..sources import resolve_model
@@ -32,9 +30,9 @@ from ..structural.config import TyrConfig
 from ..structural.prepare import JOURNAL, work_folder
 from ..structural.tyr import tyr
 from ..texts import calibration_windows, load_tokenizer
-from ..writing import write_json
 from .assets import DEFAULT_DIR, ensure_assets
 from .environment import load_average, record_environment
+from .grid import Cell, ResultsFile, cells_of, publish, text_record
 from .structural_table import markdown
 from .structural_throughput import throughput
 
@@ -69,32 +67,16 @@ class Grid:
     def __init__(
         self, out: Path, work: Path, model: Path, calib: Path, text: Path, sizes: dict[str, int], command: str
     ) -> None:
-        self.work = work
-        self.out, self.model, self.calib, self.text, self.sizes = out, model, calib, text, sizes
+        self.work, self.model, self.calib, self.text, self.sizes = work, model, calib, text, sizes
         conditions = {
             "model": model.name,
-            "calibration": {"text": calib.name, "sha256": sha256_file(calib)},
-            "evaluation": {"text": text.name, "sha256": sha256_file(text)},
+            "calibration": text_record(calib),
+            "evaluation": text_record(text),
             **sizes,
         }
-        self.result: dict[str, Any] = {
-            "conditions": conditions, "versions": versions(), "commands": [], "cells": {},
-            "environment": record_environment(torch.get_num_threads(), load_average(), {}).model_dump(mode="json"),
-        }  # fmt: skip
-        if out.is_file():
-            self.result = read_json(out)
-            if self.result["conditions"] != conditions:
-                raise ConfigError(f"{out} was measured under other conditions; give another --out or remove it")
-        if command not in self.result["commands"]:
-            self.result["commands"].append(command)
-        if "dense" not in self.result:
-            self.result["dense"] = self.quality(model)
-            self.save()
-
-    def save(self) -> None:
-        """Write the file, atomically."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.out, self.result)
+        environment = record_environment(torch.get_num_threads(), load_average(), {}).model_dump(mode="json")
+        self.file = ResultsFile(out, conditions, command, environment=environment)
+        self.file.once("dense", lambda: self.quality(model))
 
     def quality(self, folder: Path) -> dict[str, Any]:
         """Perplexity and KL to the dense model on the evaluation text."""
@@ -115,23 +97,20 @@ class Grid:
             **{**{name: self.sizes[name] for name in names}, **ROWS[label], "sparsity": sparsity, "seed": seed}
         )
 
-    def run(self, label: str, sparsity: float, seed: int) -> bool:
-        """Measure one cell unless it is there; returns whether it was measured."""
-        key = f"{label}|{sparsity}|{seed}"
-        if key in self.result["cells"]:
-            return False
+    def measure(self, label: str, sparsity: float, seed: int) -> Cell:
+        """Prune and score one cell; one that was stopped goes on from its working folder."""
         config = self.config(label, sparsity, seed)
         tokens = calibration_windows(
             self.calib, load_tokenizer(self.model), self.sizes["samples"], self.sizes["length"], seed=seed
         )
-        place = self.work / re.sub(r"[^\w.]+", "-", key)
+        place = self.work / re.sub(r"[^\w.]+", "-", f"{label}|{sparsity}|{seed}")
         started = time.monotonic()
         report = tyr(
             resolve_model(str(self.model)), place, config, tokens, overwrite=True, show=progress, say=_say,
             resume=(work_folder(place) / JOURNAL).is_file(), write=writer(config.widths, "plugin", False),
         )  # fmt: skip
         seconds = time.monotonic() - started
-        self.result["cells"][key] = {
+        cell = {
             **self.quality(place / "dense"),
             "seconds": round(seconds, 1),
             "phases": report["seconds"],
@@ -141,23 +120,17 @@ class Grid:
             "search": report.get("search"),
             "config": report["config"],
         }
-        self.save()
         shutil.rmtree(place)
-        return True
+        return cell
 
-    def measure_throughput(self, sparsity: float) -> None:
-        """Candidates a minute, ours and from scratch, unless they are there."""
-        if "throughput" in self.result:
-            return
+    def pace(self, sparsity: float) -> dict[str, Any]:
+        """Candidates a minute, ours and from scratch."""
         tokens = calibration_windows(
             self.calib, load_tokenizer(self.model), self.sizes["samples"], self.sizes["length"], seed=0
         )
         self.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
-            self.result["throughput"] = throughput(
-                self.model, tokens.tokens, self.config("Tyr", sparsity, 0), Path(folder)
-            )
-        self.save()
+            return throughput(self.model, tokens.tokens, self.config("Tyr", sparsity, 0), Path(folder))
 
 
 def _say(message: str) -> None:
@@ -211,19 +184,13 @@ def main(
     command += "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items() if name != "multiple")
     grid = Grid(out, work, model, calib, text, sizes, f"{command} --ffn-multiple {sizes['multiple']}")
     if pace:
-        grid.measure_throughput(0.5)
-    for sparsity in sparsities.split(","):
-        for seed in seeds.split(","):
-            for label in (label for label in ROWS if re.search(rows, label)):
-                measured = grid.run(label, float(sparsity), int(seed))
-                cell = grid.result["cells"][f"{label}|{float(sparsity)}|{seed}"]
-                state = f"{cell['seconds']} s" if measured else "measured before"
-                figures = {"perplexity": cell["perplexity"]["value"], "kl": cell["kl"]["value"]}
-                _say(f"{label} at {sparsity}, seed {seed}: {json.dumps(figures)}, {state}")
-    table = markdown(grid.result)
-    click.echo(table)
-    if markdown_path is not None:
-        markdown_path.write_text(table, encoding="utf-8")
+        grid.file.once("throughput", lambda: grid.pace(0.5))
+    for label, at, seed in cells_of(ROWS, rows, sparsities, seeds):
+        sparsity = float(at)
+        cell, state = grid.file.cell(label, sparsity, seed, partial(grid.measure, label, sparsity, seed))
+        figures = {"perplexity": cell["perplexity"]["value"], "kl": cell["kl"]["value"]}
+        _say(f"{label} at {at}, seed {seed}: {json.dumps(figures)}, {state}")
+    publish(markdown(grid.file.content), markdown_path)
 
 
 if __name__ == "__main__":
