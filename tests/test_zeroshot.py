@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,14 @@ def by_hand(model_dir: Path) -> dict[str, float]:
     [
         ({"doc_id": 9}, "line 3 is no choice"),
         ({"doc_id": 9, "label": "x", "request": {"context": "a", "continuation": " b"}}, "line 3 is no choice"),
-        ({"doc_id": 9, "label": 0, "request": {"context": "a", "continuation": " b"}}, "document 9 has one choice"),
+        (
+            {"doc_id": 9, "label": 0, "request": {"context": "a", "continuation": " b"}},
+            "document 9 has one choice and others have several",
+        ),
+        (
+            {"doc_id": 0, "label": ["x"], "request": {"context": "c", "continuation": " z"}},
+            "differ in context or label",
+        ),
         (
             {"doc_id": 0, "label": 0, "request": {"context": "other", "continuation": " b"}},
             "differ in context or label",
@@ -167,3 +175,37 @@ def test_limit_takes_the_first_documents(tmp_path: Path, write: Callable[[list[d
     report = zero_shot(make_pico_llama(tmp_path / "a"), ["tiny"], task_dir=tmp_path, limit=2)
     assert report.tasks["tiny"].documents == 2
     assert report.tasks["tiny"].difference is None
+
+
+def test_a_continuation_task_counts_what_greedy_decoding_gives(
+    tmp_path: Path, write: Callable[[list[dict[str, Any]]], Path]
+) -> None:
+    folder = make_pico_llama(tmp_path / "a", seed=1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), pico_tokenizer()
+    lines, losses, greedy = [], [], []
+    for index, (context, choices, _) in enumerate(QUESTIONS):
+        prompt = tokenizer(context).input_ids
+        with torch.no_grad():
+            own = tokenizer.decode(int(model(torch.tensor([prompt])).logits[0, -1].argmax()))
+        # A token that does not survive decoding and encoding cannot be written as text: a plain word instead.
+        continuation = own if tokenizer(context + own).input_ids[:-1] == prompt else f" {choices[0]}"
+        whole = tokenizer(context + continuation).input_ids
+        with torch.no_grad():
+            logits = torch.log_softmax(model(torch.tensor([whole])).logits[0].float(), -1)
+        places = range(len(prompt), len(whole))
+        losses.append(sum(logits[at - 1, whole[at]].item() for at in places))
+        greedy.append(all(int(logits[at - 1].argmax()) == whole[at] for at in places))
+        request = {"context": context, "continuation": continuation}
+        lines.append({"doc_id": index, "label": [continuation.strip()], "request": request})
+    assert 0 < sum(greedy) <= len(greedy)
+    path = write(lines)
+    assert all(document.gold == 0 and len(document.choices) == 1 for document in read_task_file(path))
+    metrics = zero_shot(folder, ["tiny"], task_dir=tmp_path).tasks["tiny"].metrics
+    assert metrics["acc"].value == pytest.approx(sum(greedy) / len(greedy))
+    assert metrics["perplexity"].value == pytest.approx(math.exp(-sum(losses) / len(losses)), rel=1e-4)
+
+
+def test_a_choice_without_an_index_is_named(write: Callable[[list[dict[str, Any]]], Path]) -> None:
+    lines = [{**row, "label": ["x"]} for row in rows([("c", ["x", "y"], 0)])]
+    with pytest.raises(CalibrationError, match="label None names none of its 2 choices"):
+        read_task_file(write(lines))
