@@ -50,7 +50,8 @@ class Quadratic:
 
     def restrict(self, channels: Tensor) -> Quadratic:
         """f over the weights that are zero outside `channels` (kept,) int64, in that order."""
-        return Quadratic(self.hessian[channels][:, channels], self.gradient[channels])
+        square = self.hessian.index_select(0, channels).index_select(1, channels)  # far faster than [a][:, a]
+        return Quadratic(square, self.gradient.index_select(0, channels))
 
 
 def quadratic(weight: Tensor, stats: Stats, damping: float = DAMPING) -> Quadratic:
@@ -127,30 +128,40 @@ def removal_order(
     dtype: of the sweep; the inverse it starts from is fp64. Raises NumericalError.
     """
     alive = torch.arange(len(units))
-    channels = units.flatten()
-    factor = cholesky(problem.hessian[channels][:, channels])
-    start = torch.cholesky_solve(problem.gradient[channels], factor)
-    inverse, weight = torch.cholesky_inverse(factor).to(dtype), start.to(dtype)
-    gradient, size = problem.gradient[channels].to(dtype), units.shape[1]
+    within = problem.restrict(units.flatten())
+    factor = cholesky(within.hessian)
+    weight = torch.cholesky_solve(within.gradient, factor).to(dtype).contiguous()
+    inverse = torch.cholesky_inverse(factor).to(dtype).contiguous()
+    gradient, size = within.gradient.to(dtype), units.shape[1]
     labels = torch.zeros(len(units), dtype=torch.int64) if classes is None else torch.tensor(classes)
     removed: list[int] = []
     while len(alive) > remaining:
         shape = (len(alive), size, weight.shape[1])
         scores = VARIANTS[variant](weight.view(shape), gradient.view(shape), inverse)
         budget = len(alive) - remaining
-        gone = _lowest(scores, labels[alive], min(per_round, budget) if classes is None else None)
-        kept = torch.ones(len(alive), dtype=torch.bool)
-        kept[gone] = False
+        gone = _lowest(scores, alive, labels[alive], min(per_round, budget) if classes is None else None)
         removed += alive[gone].tolist()
-        weight, inverse = _remove(weight, inverse, _features(gone, size), _features(kept.nonzero().flatten(), size))
-        gradient = gradient[_features(kept.nonzero().flatten(), size)]
-        alive = alive[kept]
+        _remove(weight, inverse, _features(gone, size))
+        left = len(alive) - len(gone)
+        holes, last = gone[gone < left], torch.ones(len(alive), dtype=torch.bool)
+        last[:left] = False
+        last[gone] = False
+        tail = last.nonzero().flatten()
+        alive[holes] = alive[tail]
+        alive = alive[:left]
+        weight, gradient, inverse = _moved(
+            weight, gradient, inverse, _features(holes, size), _features(tail, size), left * size
+        )
     return removed
 
 
-def _lowest(scores: Tensor, labels: Tensor, count: int | None) -> Tensor:
-    """Positions of the `count` lowest scores, ascending by score; without a count the lowest of each label."""
-    order = scores.argsort(stable=True)
+def _lowest(scores: Tensor, names: Tensor, labels: Tensor, count: int | None) -> Tensor:
+    """Positions of the `count` lowest scores, ascending by score; without a count the lowest of each label.
+
+    Equal scores go by name.
+    """
+    by_name = names.argsort()
+    order = by_name[scores[by_name].argsort(stable=True)]
     if count is not None:
         return order[:count]
     return torch.stack([order[labels[order] == label][0] for label in sorted(set(labels.tolist()))])
@@ -160,15 +171,25 @@ def _features(positions: Tensor, size: int) -> Tensor:
     return (positions.unsqueeze(1) * size + torch.arange(size)).flatten()
 
 
-def _remove(weight: Tensor, inverse: Tensor, gone: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The best weight (kept, out) and the inverse (kept, kept) once the channels `gone` are zero."""
+def _remove(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:
+    """Make the weight (n, out) and the inverse (n, n) those without the channels `gone`, whose rows become useless."""
     across = inverse.index_select(0, gone)
-    right = across.index_select(1, kept)
     factor = cholesky(across.index_select(1, gone))
-    step = torch.cholesky_solve(torch.cat([right, weight.index_select(0, gone)], dim=1), factor)
-    left = inverse.index_select(0, kept).index_select(1, kept)
-    left.addmm_(right.T, step[:, : len(kept)], alpha=-1)
-    return torch.addmm(weight.index_select(0, kept), right.T, step[:, len(kept) :], alpha=-1), left
+    step = torch.cholesky_solve(torch.cat([across, weight.index_select(0, gone)], dim=1), factor)
+    inverse.addmm_(across.T, step[:, : len(inverse)], alpha=-1)
+    weight.addmm_(across.T, step[:, len(inverse) :], alpha=-1)
+
+
+def _moved(
+    weight: Tensor, gradient: Tensor, inverse: Tensor, holes: Tensor, last: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `count` rows of all three, and columns of the inverse, once `last` have moved into `holes`; views.
+
+    Nothing else is copied: a sweep that copies what is left each round spends most of its time on that.
+    """
+    for rows in (weight, gradient, inverse, inverse.T):
+        rows[holes] = rows[last]
+    return weight[:count], gradient[:count], inverse[:count, :count]
 
 
 def refit_nested(problem: Quadratic, order: Tensor, sizes: Sequence[int]) -> list[Tensor]:
