@@ -9,6 +9,7 @@ holds already under the same conditions are not run again, so a stopped grid goe
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 import time
 from functools import partial
@@ -16,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, CrepeError
 from ..methods.presets import resolve_method
-from ..pattern import parse_record
+from ..pattern import NM, parse_record
 from ..prune import PruneConfig, prune
 from ..quality import load_model, plan_windows
 from ..recipe import load_recipe
 from ..scoring import token_nll
 from ..sources import resolve_model
-from ..texts import calibration_windows, load_text, load_tokenizer, tokenize
+from ..texts import CalibrationSet, calibration_windows, load_text, load_tokenizer, tokenize
 from .assets import DEFAULT_DIR, ensure_assets
 from .grid import Cell, ResultsFile, cells_of, publish, text_record
 from .quality_table import markdown
@@ -37,6 +39,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "RIA, a = 1": {"method": "ria", "params": {"exponent": 1.0}},
     "Wanda": {"method": "wanda"},
     "CRePE": {"method": "crepe"},
+    "CRePE, PHO's preset": {"method": "crepe", "preset": "pho"},
+    "CRePE, PHO's preset without the neighbourhood": {"method": "crepe", "preset": "pho", "params": {"gamma": 0.0}},
     "SparseGPT": {"method": "sparsegpt"},
     "RIA + DSnoT": {"method": "ria", "reprune": "dsnot"},
     "RIA + DSnoT-RIA": {"method": "ria", "reprune": "dsnot-ria"},
@@ -53,6 +57,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "RIA + alpha": {"method": "ria", "allocate": "alpha"},
     "RIA + error": {"method": "ria", "allocate": "error"},
     "recipe best": {"recipe": "best"},
+    "llm-compressor SparseGPT": {"peer": "peers/llm_compressor.py"},
 }
 
 
@@ -82,10 +87,11 @@ class Grid:
     """A results file and what is needed to fill it. Raises ConfigError where the file is from other conditions."""
 
     def __init__(
-        self, out: Path, model: Path, calib: Path, texts: dict[str, Path], sizes: dict[str, int], command: str
-    ) -> None:
+        self, out: Path, model: Path, calib: Path, texts: dict[str, Path], sizes: dict[str, int], command: str,
+        peer: Path | None = None,
+    ) -> None:  # fmt: skip
         tokenizer = load_tokenizer(model)
-        self.model, self.calib, self.sizes, self.tokenizer = model, calib, sizes, tokenizer
+        self.model, self.calib, self.sizes, self.tokenizer, self.peer = model, calib, sizes, tokenizer, peer
         limit = sizes["window"] * sizes["windows"]
         self.windows = {
             name: plan_windows(
@@ -104,22 +110,48 @@ class Grid:
 
     def measure(self, label: str, pattern: str, seed: int) -> Cell:
         """Prune and score one cell. Raises ConfigError for a row that has no meaning for this pattern."""
-        config = row_config(ROWS[label], pattern)
+        row = ROWS[label]
         tokens = calibration_windows(
             self.calib, self.tokenizer, self.sizes["samples"], self.sizes["length"], seed=seed
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
-            manifest = prune(resolve_model(str(self.model)), Path(folder) / "out", config, tokens)
+            if "peer" in row:
+                facts = self._run_peer(row["peer"], pattern, tokens, Path(folder))
+            else:
+                facts = self._prune(row, pattern, tokens, Path(folder))
             seconds = time.monotonic() - started
             losses = window_losses(Path(folder) / "out", self.windows)
+        return {"losses": losses, "seconds": round(seconds, 1), **facts}
+
+    def _prune(self, row: dict[str, Any], pattern: str, tokens: CalibrationSet, folder: Path) -> dict[str, Any]:
+        config = row_config(row, pattern)
+        manifest = prune(resolve_model(str(self.model)), folder / "out", config, tokens)
         return {
-            "losses": losses,
-            "seconds": round(seconds, 1),
             "phases": manifest.metrics["seconds"],
             "sparsity": manifest.metrics["sparsity_of_pruned_tensors"],
             "config": {name: value for name, value in config.record().items() if value},
         }
+
+    def _run_peer(self, script: str, pattern: str, tokens: CalibrationSet, folder: Path) -> dict[str, Any]:
+        """The same windows through another tool, in its own environment."""
+        if self.peer is None:
+            raise ConfigError("it runs in an environment of its own: give --peer PYTHON")
+        if not isinstance(parse_record(pattern), NM):
+            raise ConfigError("the peer is compared at N:M only")
+        np.save(folder / "tokens.npy", tokens.tokens.numpy())
+        command = [
+            self.peer,
+            Path(__file__).parent / script,
+            self.model,
+            folder / "tokens.npy",
+            folder / "out",
+            pattern,
+        ]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        if done.returncode:
+            raise CrepeError(f"{script} ended with exit code {done.returncode}: {done.stderr[-2000:]}")
+        return {"config": {"peer": Path(script).stem, "pattern": pattern}}
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -140,12 +172,19 @@ def _named(text: str) -> tuple[str, Path]:
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True)
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True)
 @click.option("--windows", type=click.IntRange(2), default=12, show_default=True)
+@click.option(
+    "--peer",
+    type=click.Path(path_type=Path, exists=True),
+    default=None,
+    help="The Python of an environment with llm-compressor, see bench/peers/llm_compressor.py.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench/results/quality.json"), show_default=True)
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), default=None)
 @click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
 def main(
     model: Path | None, calib: Path | None, texts: tuple[str, ...], rows: str, patterns: str, seeds: str,
-    samples: int, length: int, window: int, windows: int, out: Path, markdown_path: Path | None, assets_dir: Path,
+    samples: int, length: int, window: int, windows: int, peer: Path | None, out: Path,
+    markdown_path: Path | None, assets_dir: Path,
 ) -> None:  # fmt: skip
     """Measure the cells that are missing, then print the table of all that are there."""
     chosen = dict(_named(text) for text in texts)
@@ -156,7 +195,7 @@ def main(
     sizes = {"samples": samples, "length": length, "window": window, "windows": windows}
     command = f"python -m crepe_deploy.bench.quality_grid --rows '{rows}' --patterns {patterns} --seeds {seeds}"
     command += f" --samples {samples} --length {length}"
-    grid = Grid(out, model, calib, chosen, sizes, command)
+    grid = Grid(out, model, calib, chosen, sizes, command, peer)
     for label, pattern, seed in cells_of(ROWS, rows, patterns, seeds):
         try:
             cell, state = grid.file.cell(label, pattern, seed, partial(grid.measure, label, pattern, seed))

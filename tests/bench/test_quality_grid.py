@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from crepe_deploy.bench.quality_grid import ROWS, main, row_config
 from crepe_deploy.bench.quality_table import closed, interval, markdown
 
-from crepe_deploy.errors import ConfigError
+from crepe_deploy.errors import ConfigError, CrepeError
 from crepe_deploy.quality import evaluate
 
 from ..pico import make_pico_llama, sample_text
@@ -75,7 +75,21 @@ def test_a_step_without_meaning_for_a_pattern_is_left_out_loudly(folder: Path, t
     assert "RIA + fold 0.5/row: left out: --permute changes nothing" in result.output
 
 
-@pytest.mark.parametrize("label", ROWS)
+def test_a_peer_needs_its_own_python_and_says_how_it_failed(folder: Path, tmp_path: Path) -> None:
+    rows = ["--rows", "^llm-compressor"]
+    result = run(folder, tmp_path / "q.json", *rows)
+    assert result.exit_code == 0
+    assert "left out: it runs in an environment of its own: give --peer PYTHON" in result.output
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no such module >&2\nexit 3\n")
+    broken.chmod(0o755)
+    result = run(folder, tmp_path / "q.json", *rows, "--peer", str(broken))
+    assert isinstance(result.exception, CrepeError)
+    assert "ended with exit code 3: no such module" in str(result.exception)
+    assert not json.loads((tmp_path / "q.json").read_text())["cells"]
+
+
+@pytest.mark.parametrize("label", [label for label in ROWS if "peer" not in ROWS[label]])
 def test_every_row_is_a_configuration(label: str) -> None:
     row_config(ROWS[label], "16:32").steps()
 

@@ -121,7 +121,7 @@ def test_unreadable_and_missing_presets(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_preset(str(tmp_path / "binary.json"))
-    with pytest.raises(ConfigError, match="known: default, ria"):
+    with pytest.raises(ConfigError, match="known: default, pho, ria"):
         load_preset("nothing")
 
 
