@@ -29,7 +29,7 @@ from ..sources import resolve_model
 from ..structural.config import TyrConfig
 from ..structural.prepare import JOURNAL, work_folder
 from ..structural.tyr import tyr
-from ..texts import calibration_windows, load_tokenizer
+from ..texts import CalibrationSet, calibration_windows, load_tokenizer
 from .assets import DEFAULT_DIR, ensure_assets
 from .environment import load_average, record_environment
 from .grid import Cell, ResultsFile, cells_of, publish, text_record
@@ -91,18 +91,22 @@ class Grid:
         return found
 
     def config(self, label: str, sparsity: float, seed: int) -> TyrConfig:
-        """The options of one cell."""
-        names = ("iterations", "generations", "offspring", "multiple")
-        return TyrConfig(
-            **{**{name: self.sizes[name] for name in names}, **ROWS[label], "sparsity": sparsity, "seed": seed}
-        )
+        """The options of one cell. The best split is not looked for again where the row `Tyr` found it."""
+        sizes = {name: self.sizes[name] for name in ("iterations", "generations", "offspring", "multiple")}
+        options = {**sizes, "search_samples": self.sizes.get("search_samples", 0), **ROWS[label]}
+        known = self.file.find("Tyr", sparsity, seed)
+        if known is not None and known.get("split") and options.get("attention_share") == "best":
+            options["attention_share"] = known["split"]["best"]["attention_share"]
+        return TyrConfig(**options, sparsity=sparsity, seed=seed)
+
+    def tokens(self, seed: int) -> CalibrationSet:
+        """The windows that pruning is calibrated on, and behind them those of the search alone."""
+        samples = self.sizes["samples"] + self.sizes.get("search_samples", 0)
+        return calibration_windows(self.calib, load_tokenizer(self.model), samples, self.sizes["length"], seed=seed)
 
     def measure(self, label: str, sparsity: float, seed: int) -> Cell:
         """Prune and score one cell; one that was stopped goes on from its working folder."""
-        config = self.config(label, sparsity, seed)
-        tokens = calibration_windows(
-            self.calib, load_tokenizer(self.model), self.sizes["samples"], self.sizes["length"], seed=seed
-        )
+        config, tokens = self.config(label, sparsity, seed), self.tokens(seed)
         place = self.work / re.sub(r"[^\w.]+", "-", f"{label}|{sparsity}|{seed}")
         started = time.monotonic()
         report = tyr(
@@ -125,12 +129,10 @@ class Grid:
 
     def pace(self, sparsity: float) -> dict[str, Any]:
         """Candidates a minute, ours and from scratch."""
-        tokens = calibration_windows(
-            self.calib, load_tokenizer(self.model), self.sizes["samples"], self.sizes["length"], seed=0
-        )
         self.work.mkdir(parents=True, exist_ok=True)
+        tokens = self.tokens(0).tokens[: self.sizes["samples"]]
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
-            return throughput(self.model, tokens.tokens, self.config("Tyr", sparsity, 0), Path(folder))
+            return throughput(self.model, tokens, self.config("Tyr", sparsity, 0), Path(folder))
 
 
 def _say(message: str) -> None:
@@ -152,6 +154,13 @@ def _say(message: str) -> None:
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--samples", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True)
+@click.option(
+    "--search-samples",
+    type=click.IntRange(0),
+    default=8,
+    show_default=True,
+    help="Further windows that only searches see; 0: they see those that pruning is calibrated on.",
+)
 @click.option("--iterations", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--generations", type=click.IntRange(1), default=6, show_default=True)
 @click.option("--offspring", type=click.IntRange(1), default=16, show_default=True)
@@ -182,6 +191,8 @@ def main(
         text = text or assets.text("wiki", "valid")
     command = f"python -m crepe_deploy.bench.structural --rows '{rows}' --sparsities {sparsities} --seeds {seeds}"
     command += "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items() if name != "multiple")
+    if not sizes["search_samples"]:
+        del sizes["search_samples"]  # results files from before the option have no such condition
     grid = Grid(out, work, model, calib, text, sizes, f"{command} --ffn-multiple {sizes['multiple']}")
     if pace:
         grid.file.once("throughput", lambda: grid.pace(0.5))

@@ -13,13 +13,15 @@ def markdown(result: dict[str, Any]) -> str:
     """One table for each sparsity that was measured, and the throughput, as they are in the results file."""
     conditions, host = result["conditions"], result["environment"]["host"]
     dense = result["dense"]["perplexity"]["value"]
+    searched = f"{conditions['search_samples']} further windows" if "search_samples" in conditions else "the same"
     lines = ["# Structural pruning: what was measured", "", *(f"    {command}" for command in result["commands"]), ""]
     lines.append(
-        f"{conditions['model']}; calibrated and searched on {conditions['samples']} x {conditions['length']} tokens of "
-        f"{conditions['calibration']['text']}, a draw for each seed; scored on the first {conditions['max_tokens']} "
-        f"tokens of {conditions['evaluation']['text']} in windows of {conditions['window']}, dense perplexity "
-        f"{dense:.2f}. Searches: {conditions['iterations']} iterations x {conditions['generations']} generations x "
-        f"{conditions['offspring']} offspring (the paper: 4 x 50 x 128), FFN units of {conditions['multiple']} "
+        f"{conditions['model']}; calibrated on {conditions['samples']} x {conditions['length']} tokens of "
+        f"{conditions['calibration']['text']}, a draw for each seed, searched on {searched}; scored on the first "
+        f"{conditions['max_tokens']} tokens of {conditions['evaluation']['text']} in windows of "
+        f"{conditions['window']}, dense perplexity {dense:.2f}. Searches: {conditions['iterations']} iterations x "
+        f"{conditions['generations']} generations x {conditions['offspring']} offspring (the paper: 4 x 50 x 128), "
+        f"FFN units of {conditions['multiple']} "
         "neurons. Perplexities are geometric means over the seeds with their range, KL arithmetic means, in nats. "
         f"Minutes are the median of whole runs on {host['cores']} cores of {host['cpu']}, as it was, perhaps busy."
     )

@@ -14,8 +14,8 @@ from crepe_deploy.errors import ConfigError
 from ..pico import make_pico_llama, sample_text
 
 SIZES = (
-    "--samples", "4", "--length", "32", "--iterations", "1", "--generations", "1", "--offspring", "4",
-    "--ffn-multiple", "16", "--window", "32", "--max-tokens", "128",
+    "--samples", "4", "--length", "32", "--search-samples", "2", "--iterations", "1", "--generations", "1",
+    "--offspring", "4", "--ffn-multiple", "16", "--window", "32", "--max-tokens", "128",
 )  # fmt: skip
 
 
@@ -30,13 +30,19 @@ def test_the_grid_measures_each_cell_once_and_writes_the_page(pico: Path, tmp_pa
     (tmp_path / "text.txt").write_text(sample_text(1000, 1), encoding="utf-8")
     arguments = [
         "--model", str(pico), "--calib", str(tmp_path / "calib.txt"), "--text", str(tmp_path / "text.txt"),
-        "--sparsities", "0.25", "--seeds", "0", "--rows", "^(Tyr|magnitude)$", *SIZES,
+        "--sparsities", "0.25", "--seeds", "0", "--rows", "^(Tyr|uniform, best split|magnitude)$", *SIZES,
         "--out", str(tmp_path / "grid.json"), "--work", str(tmp_path / "work"), "--markdown", str(tmp_path / "grid.md"),
     ]  # fmt: skip
     first = CliRunner().invoke(structural.main, arguments, catch_exceptions=False)
     assert first.exit_code == 0
     result = json.loads((tmp_path / "grid.json").read_text())
-    assert sorted(result["cells"]) == ["Tyr|0.25|0", "magnitude|0.25|0"]
+    assert sorted(result["cells"]) == ["Tyr|0.25|0", "magnitude|0.25|0", "uniform, best split|0.25|0"]
+    found, even = result["cells"]["Tyr|0.25|0"], result["cells"]["uniform, best split|0.25|0"]
+    assert found["config"]["search_samples"] == even["config"]["search_samples"] == 2
+    assert even["config"]["attention_share"] == found["split"]["best"]["attention_share"] and even["split"] is None
+    assert [sum(layer["kv_heads"] for layer in cell["layers"]) for cell in (found, even)] == [
+        found["split"]["best"]["attention"]
+    ] * 2
     kept = {cell["parameters"]["kept"] for cell in result["cells"].values()}
     assert len(kept) == 1
     assert result["cells"]["Tyr|0.25|0"]["kl"]["value"] > 0
@@ -45,6 +51,7 @@ def test_the_grid_measures_each_cell_once_and_writes_the_page(pico: Path, tmp_pa
     for found in (pace["same_windows"], pace["generation"]):
         assert found["ratio"] == pytest.approx(found["candidates_a_minute"] / found["from_scratch_a_minute"])
     page = (tmp_path / "grid.md").read_text()
+    assert "searched on 2 further windows" in page
     assert "25.0% of the linear parameters removed" in page and "| Tyr | 1 |" in page and "Judging candidates" in page
     again = CliRunner().invoke(structural.main, arguments, catch_exceptions=False)
     assert "measured before" in again.stderr and json.loads((tmp_path / "grid.json").read_text()) == result
