@@ -127,6 +127,8 @@ def removal_order(
     that all classes, which must be equally large, stay so; `per_round` is then not used.
     dtype: of the sweep; the inverse it starts from is fp64. Raises NumericalError.
     """
+    if len(units) <= remaining:
+        return []
     alive = torch.arange(len(units))
     within = problem.restrict(units.flatten())
     factor = cholesky(within.hessian)
