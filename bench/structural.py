@@ -161,7 +161,7 @@ def _say(message: str) -> None:
     show_default=True,
     help="Further windows that only searches see; 0: they see those that pruning is calibrated on.",
 )
-@click.option("--iterations", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--iterations", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--generations", type=click.IntRange(1), default=6, show_default=True)
 @click.option("--offspring", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--ffn-multiple", "multiple", type=click.IntRange(1), default=128, show_default=True)
