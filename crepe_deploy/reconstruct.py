@@ -70,7 +70,7 @@ class Reconstructor(Protocol):
 class Exact:
     """Least squares by conjugate gradients, to a relative residual of `tolerance` or for `max_steps`."""
 
-    damping: float = 0.01
+    damping: float = 0.1
     tolerance: float = 0.01
     max_steps: int = 60
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
@@ -93,9 +93,9 @@ class Exact:
 class Admm:
     """`steps` alternations from `penalty`, which grows up to `growth` fold while the mask still moves; then `exact`."""
 
-    damping: float = 0.01
+    damping: float = 0.1
     steps: int = 20
-    penalty: float = 0.1
+    penalty: float = 0.3
     growth: float = 1.3
     tolerance: float = 0.01
     max_steps: int = 20
