@@ -64,12 +64,13 @@ ROWS: dict[str, dict[str, Any]] = {
 def row_config(row: dict[str, Any], pattern: str) -> PruneConfig:
     """The configuration of one row at one pattern. Raises ConfigError."""
     recipe = load_recipe(row["recipe"]) if "recipe" in row else None
-    wanted = {**(recipe.options() if recipe else {}), **{name: row[name] for name in row if name != "recipe"}}
+    at = parse_record(pattern)
+    wanted = {**(recipe.options(at) if recipe else {}), **{name: row[name] for name in row if name != "recipe"}}
     method, params, preset = resolve_method(
         wanted.pop("method", None), wanted.pop("preset", None), wanted.pop("params", {})
     )
     return PruneConfig(
-        method, parse_record(pattern), params, preset, recipe=recipe.name if recipe else None, **wanted
+        method, at, params, preset, recipe=recipe.name if recipe else None, **wanted
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def prepare(
 
     pattern = parse_pattern(sparsity, granularity)
     loaded = load_recipe(recipe) if recipe is not None else None
-    base = loaded.options() if loaded else {}
+    base = loaded.options(pattern) if loaded else {}
     if given.get("method") not in (None, base.get("method")):
         base = {name: value for name, value in base.items() if name not in ("preset", "params")}
     wanted = {**base, **{name: value for name, value in given.items() if value}}

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
+from .pattern import NM, Pattern
 
 
 class Recipe(BaseModel):
@@ -31,9 +32,10 @@ class Recipe(BaseModel):
     reconstruct: str | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
 
-    def options(self) -> dict[str, Any]:
-        """What is set, by option name."""
-        return {name: value for name, value in self if name not in ("name", "provenance") and value not in (None, {})}
+    def options(self, pattern: Pattern) -> dict[str, Any]:
+        """What is set, by option name; without `permute` where `pattern` has no groups for it to gain anything in."""
+        left_out = {"name", "provenance"} | (set() if isinstance(pattern, NM) else {"permute"})
+        return {name: value for name, value in self if name not in left_out and value not in (None, {})}
 
 
 def known_recipes() -> list[str]:

@@ -12,7 +12,7 @@ from crepe_deploy.cli import cli
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.manifest import load_manifest
 from crepe_deploy.methods import METHODS
-from crepe_deploy.pattern import NM
+from crepe_deploy.pattern import NM, Unstructured
 from crepe_deploy.prune import PruneConfig
 from crepe_deploy.recipe import Recipe, known_recipes, load_recipe
 
@@ -87,3 +87,10 @@ def test_the_command_line_prunes_by_recipe_and_options_go_first(tmp_path: Path) 
     assert changed["feed"] == "dense"
     other = config("c", "--method", "wanda")
     assert (other["method"], other["params"], other["reprune"]) == ("wanda", {}, "dsnot")
+
+
+def test_a_permutation_is_for_groups_alone() -> None:
+    recipe = Recipe(name="mine", method="ria", permute="fold", reconstruct="exact")
+    assert recipe.options(NM(2, 4)) == {"method": "ria", "feed": "auto", "permute": "fold", "reconstruct": "exact"}
+    assert "permute" not in recipe.options(Unstructured(0.5))
+    PruneConfig("ria", Unstructured(0.5), {}, reconstruct=recipe.options(Unstructured(0.5))["reconstruct"]).steps()

@@ -106,7 +106,7 @@ def prepare_run(
     _plan_room(work, config, units, even_splits(units, shared, budgets), calibration, decoder, say)
     identity = {
         "source": describe_source(model).model_dump(mode="json"), "calibration": calibration.record(),
-        "config": asdict(config), "what": "structural pruning",
+        "config": asdict(config), "what": "structural pruning from judged splits",
     }  # fmt: skip
     if not resume:
         with disk_errors(work):
