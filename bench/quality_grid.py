@@ -58,20 +58,26 @@ ROWS: dict[str, dict[str, Any]] = {
     "RIA + error": {"method": "ria", "allocate": "error"},
     "recipe best": {"recipe": "best"},
     "llm-compressor SparseGPT": {"peer": "peers/llm_compressor.py"},
+    "RIA, 128 windows": {"method": "ria", "samples": 128},
+    "SparseGPT, 128 windows": {"method": "sparsegpt", "samples": 128},
+    "recipe best, 128 windows": {"recipe": "best", "samples": 128},
+    "llm-compressor SparseGPT, 128 windows": {"peer": "peers/llm_compressor.py", "samples": 128},
 }
+PUBLISHED = "^(RIA|RIA, a = 1|Wanda|CRePE.*preset.*|CRePE|.*SparseGPT|recipe best|.*128 windows)$"
 
 
 def row_config(row: dict[str, Any], pattern: str) -> PruneConfig:
     """The configuration of one row at one pattern. Raises ConfigError."""
     recipe = load_recipe(row["recipe"]) if "recipe" in row else None
     at = parse_record(pattern)
-    wanted = {**(recipe.options(at) if recipe else {}), **{name: row[name] for name in row if name != "recipe"}}
+    wanted = {
+        **(recipe.options(at) if recipe else {}),
+        **{name: row[name] for name in row if name not in ("recipe", "samples")},
+    }
     method, params, preset = resolve_method(
         wanted.pop("method", None), wanted.pop("preset", None), wanted.pop("params", {})
     )
-    return PruneConfig(
-        method, at, params, preset, recipe=recipe.name if recipe else None, **wanted
-    )  # fmt: skip
+    return PruneConfig(method, at, params, preset, recipe=recipe.name if recipe else None, **wanted)
 
 
 @torch.inference_mode()
@@ -113,7 +119,7 @@ class Grid:
         """Prune and score one cell. Raises ConfigError for a row that has no meaning for this pattern."""
         row = ROWS[label]
         tokens = calibration_windows(
-            self.calib, self.tokenizer, self.sizes["samples"], self.sizes["length"], seed=seed
+            self.calib, self.tokenizer, row.get("samples", self.sizes["samples"]), self.sizes["length"], seed=seed
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
@@ -166,10 +172,21 @@ def _named(text: str) -> tuple[str, Path]:
 @click.option("--model", type=click.Path(path_type=Path, exists=True), default=None, help="Default: SmolLM2-135M.")
 @click.option("--calib", type=click.Path(path_type=Path, exists=True), default=None, help="Default: c4 train.")
 @click.option("--text", "texts", multiple=True, metavar="NAME=FILE", help="Default: wiki and c4 valid.")
-@click.option("--rows", default="", metavar="REGEX", help="Measure the rows whose label matches.")
+@click.option(
+    "--rows",
+    default=PUBLISHED,
+    metavar="REGEX",
+    help="Measure the rows whose label matches, '' for all. Default: those of docs/quality.md.",
+)
 @click.option("--patterns", default="2:4,4:8,16:32,0.5/row,0.6/row,0.7/row", show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True)
-@click.option("--samples", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Calibration windows of the rows that do not name their own number.",
+)
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True)
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True)
 @click.option("--windows", type=click.IntRange(2), default=12, show_default=True)

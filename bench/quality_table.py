@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -33,16 +34,23 @@ def closed(loss: float, base: float, dense: float) -> float:
     return 1 - (loss - dense) / (base - dense)
 
 
+def base_of(label: str) -> str:
+    """The row that a row is compared with: RIA, calibrated on as many windows."""
+    own = re.search(r", \d+ windows$", label)
+    return BASE + (own.group() if own else "")
+
+
 def markdown(result: dict[str, Any]) -> str:
-    """A page with one table for each pattern; ratios and shares are against the mean of the row `RIA`'s seeds."""
+    """A page with one table for each pattern; ratios and shares are against the mean of the seeds of `base_of`."""
     conditions = result["conditions"]
     lines = ["# Quality", "", *(f"    {command}" for command in result["commands"]), ""]
     lines += [
         f"{conditions['model']}; calibrated on {conditions['samples']} x {conditions['length']} tokens of "
-        f"{conditions['calibration']['text']}; scored on the first {conditions['windows']} x {conditions['window']} "
-        "tokens of each text. Perplexities are geometric means over the seeds; ratios are paired over windows, with "
-        "95 % bootstrap intervals; closed is the share of ln(PPL/dense) between RIA and dense. Prune s is the median "
-        "time of pruning, proof and hashing included, on the machine as it was, perhaps busy.",
+        f"{conditions['calibration']['text']} where the row does not say otherwise; scored on the first "
+        f"{conditions['windows']} x {conditions['window']} tokens of each text. Perplexities are geometric means over "
+        "the seeds. Ratios are to RIA calibrated on the same windows, paired over the windows that are scored, with 95 % "
+        "bootstrap intervals over these; closed is the share of ln(PPL/dense) between RIA and dense. Prune s is the "
+        "median time of pruning, proof and hashing included, on the machine as it was, perhaps busy.",
     ]
     patterns = list(dict.fromkeys(key.rsplit("|", 2)[1] for key in result["cells"]))
     for pattern in patterns:
@@ -68,11 +76,12 @@ def _line(result: dict[str, Any], label: str, pattern: str, texts: list[str], de
         rows = rows_of(result, pattern, text)
         loss = rows[label]
         parts.append(f"{np.exp(loss.mean()):.1f}")
-        if BASE not in rows or label == BASE:
+        base = base_of(label)
+        if base not in rows or label == base:
             parts += ["", ""]
             continue
-        low, high = interval(loss - rows[BASE])
-        share = closed(float(loss.mean()), float(rows[BASE].mean()), dense[text])
-        parts += [f"{np.exp((loss - rows[BASE]).mean()):.3f} [{low:.3f}, {high:.3f}]", f"{share:.0%}"]
+        low, high = interval(loss - rows[base])
+        share = closed(float(loss.mean()), float(rows[base].mean()), dense[text])
+        parts += [f"{np.exp((loss - rows[base]).mean()):.3f} [{low:.3f}, {high:.3f}]", f"{share:.0%}"]
     parts.append(f"{np.median([cell['seconds'] for cell in cells.values()]):.0f}")
     return "| " + " | ".join(parts) + " |"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from crepe_deploy.bench.quality_grid import ROWS, main, row_config
-from crepe_deploy.bench.quality_table import closed, interval, markdown
+from crepe_deploy.bench.quality_table import base_of, closed, interval, markdown
 
 from crepe_deploy.errors import ConfigError, CrepeError
 from crepe_deploy.quality import evaluate
@@ -112,3 +112,11 @@ def test_the_statistics_of_the_table() -> None:
         },
     }
     assert "| x | 0 | 7.4 | 0.368 [0.368, 0.368] | 50% | 2 |" in markdown(result)
+
+
+def test_a_row_with_its_own_windows_is_compared_with_ria_on_as_many() -> None:
+    assert base_of("recipe best") == base_of("RIA, a = 1") == "RIA"
+    assert base_of("recipe best, 128 windows") == "RIA, 128 windows"
+    assert all(base_of(label) in ROWS for label in ROWS)
+    config = row_config(ROWS["RIA, 128 windows"], "2:4")
+    assert config == row_config(ROWS["RIA"], "2:4")
