@@ -48,7 +48,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{conditions['model']}; calibrated on {conditions['samples']} x {conditions['length']} tokens of "
         f"{conditions['calibration']['text']} where the row does not say otherwise; scored on the first "
         f"{conditions['windows']} x {conditions['window']} tokens of each text. Perplexities are geometric means over "
-        "the seeds. Ratios are to RIA calibrated on the same windows, paired over the windows that are scored, with 95 % "
+        "the seeds. Ratios are to RIA calibrated on the same windows, paired over the windows scored, with 95 % "
         "bootstrap intervals over these; closed is the share of ln(PPL/dense) between RIA and dense. Prune s is the "
         "median time of pruning, proof and hashing included, on the machine as it was, perhaps busy.",
     ]
