@@ -10,14 +10,13 @@ is retained; and the order that was there is kept where the search finds none be
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, MissingExtra
+from .errors import ConfigError
 from .methods.base import Need, check_range
 
 CHUNK = 1 << 22  # entries of the (groups, groups, rows) table held at a time
@@ -25,18 +24,13 @@ CHUNK = 1 << 22  # entries of the (groups, groups, rows) table held at a time
 
 @dataclass(frozen=True)
 class Fold:
-    """Reorder what folds into the layers before at no cost at run time: FFN neurons, and channels within a head.
-
-    Raises MissingExtra without scipy.
-    """
+    """Reorder what folds into the layers before at no cost at run time: FFN neurons, and channels within a head."""
 
     rounds: int = 1
     needs: ClassVar[frozenset[Need]] = frozenset({"col_norm"})
 
     def __post_init__(self) -> None:
         check_range("rounds", self.rounds, 1)
-        if importlib.util.find_spec("scipy") is None:
-            raise MissingExtra("scipy", "permute", "--permute fold")
 
     def search(self, score: Tensor, n: int, m: int) -> Tensor:
         """`score` (rows, in), higher = keep -> the order (in,) int64: new column i was column order[i].

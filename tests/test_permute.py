@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from crepe_deploy.errors import ConfigError, MissingExtra
+from crepe_deploy.errors import ConfigError
 from crepe_deploy.permute import PERMUTERS, Fold, assign_columns, retained_score, spread_columns, worth
 
 
@@ -78,14 +78,6 @@ def test_columns_are_dealt_as_the_first_stage_says() -> None:
     score = torch.tensor([[5.0, 1.0, 7.0, 3.0, 8.0, 2.0, 6.0, 4.0]])
     # ascending columns: 1 5 | 3 7 | 0 6 | 2 4; odd slots backwards
     assert spread_columns(score, 4).tolist() == [1, 7, 0, 4, 5, 3, 6, 2]
-
-
-def test_without_scipy_it_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        MissingExtra, match=r"needs scipy, which is not installed: pip install 'crepe-deploy\[permute\]'"
-    ):
-        Fold()
 
 
 def test_gather_is_refused_by_name() -> None:
