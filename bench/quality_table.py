@@ -9,6 +9,8 @@ import numpy as np
 
 RESAMPLES = 2000
 BASE = "RIA"
+PHO, BARE = "CRePE, PHO's preset", "CRePE, PHO's preset without the neighbourhood"
+PAIRS = [*((ours, other) for ours in ("CRePE", PHO) for other in (BASE, "RIA, a = 1", "Wanda")), (PHO, BARE)]
 
 
 def rows_of(result: dict[str, Any], pattern: str, text: str) -> dict[str, np.ndarray[Any, Any]]:
@@ -53,8 +55,8 @@ def markdown(result: dict[str, Any]) -> str:
         "median time of pruning, proof and hashing included, on the machine as it was, perhaps busy.",
     ]
     patterns = list(dict.fromkeys(key.rsplit("|", 2)[1] for key in result["cells"]))
+    texts = list(conditions["texts"])
     for pattern in patterns:
-        texts = list(conditions["texts"])
         dense = {text: float(np.mean(result["dense"][text])) for text in texts}
         head = [f"{text} PPL (dense {np.exp(dense[text]):.2f})" for text in texts]
         lines += ["", f"### {pattern}", ""]
@@ -62,7 +64,25 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["| row | seeds | " + " | ".join(columns) + " | prune s |", "|---" * (len(columns) + 3) + "|"]
         labels = dict.fromkeys(key.rsplit("|", 2)[0] for key in result["cells"] if key.rsplit("|", 2)[1] == pattern)
         lines += [_line(result, label, pattern, texts, dense) for label in labels]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_pairs(result, patterns, texts)]) + "\n"
+
+
+def _pairs(result: dict[str, Any], patterns: list[str], texts: list[str]) -> list[str]:
+    """CRePE against each of its rivals, and its searched preset against the same without its neighbourhood."""
+    lines = ["", "## CRePE, pair by pair", "", "Ratios of perplexity, paired as above.", ""]
+    lines += ["| pattern | pair | " + " | ".join(texts) + " |", "|---" * (len(texts) + 2) + "|"]
+    for pattern in patterns:
+        rows = {text: rows_of(result, pattern, text) for text in texts}
+        for first, second in PAIRS:
+            if all(first in found and second in found for found in rows.values()):
+                parts = [_ratio(found[first] - found[second]) for found in rows.values()]
+                lines.append(f"| {pattern} | {first} / {second} | " + " | ".join(parts) + " |")
+    return lines
+
+
+def _ratio(differences: np.ndarray[Any, Any]) -> str:
+    low, high = interval(differences)
+    return f"{np.exp(differences.mean()):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _line(result: dict[str, Any], label: str, pattern: str, texts: list[str], dense: dict[str, float]) -> str:
@@ -80,8 +100,7 @@ def _line(result: dict[str, Any], label: str, pattern: str, texts: list[str], de
         if base not in rows or label == base:
             parts += ["", ""]
             continue
-        low, high = interval(loss - rows[base])
         share = closed(float(loss.mean()), float(rows[base].mean()), dense[text])
-        parts += [f"{np.exp((loss - rows[base]).mean()):.3f} [{low:.3f}, {high:.3f}]", f"{share:.0%}"]
+        parts += [_ratio(loss - rows[base]), f"{share:.0%}"]
     parts.append(f"{np.median([cell['seconds'] for cell in cells.values()]):.0f}")
     return "| " + " | ".join(parts) + " |"
