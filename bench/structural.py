@@ -22,7 +22,7 @@ from typing import Any
 import click
 import torch
 
-from ..export.tyr import writer
+from ..export.tyr import FolderWriter
 from ..progress import progress
 from ..quality import evaluate
 from ..sources import resolve_model
@@ -111,7 +111,7 @@ class Grid:
         started = time.monotonic()
         report = tyr(
             resolve_model(str(self.model)), place, config, tokens, overwrite=True, show=progress, say=_say,
-            resume=(work_folder(place) / JOURNAL).is_file(), write=writer(config.widths, "plugin", False),
+            resume=(work_folder(place) / JOURNAL).is_file(), write=FolderWriter(config.widths),
         )  # fmt: skip
         seconds = time.monotonic() - started
         cell = {

@@ -85,10 +85,10 @@ def tyr_command(layout: str, remote_code: bool, as_json: bool, **given: Any) -> 
     --resume goes on.
     """
     _prepare_libraries()
-    from .export.tyr import writer
+    from .export.tyr import FolderWriter
     from .structural.command import lines, run
 
-    report = run(writer(given["widths"], layout, remote_code), **given)
+    report = run(FolderWriter(given["widths"], layout, remote_code), **given)
     _print(report, as_json, lines(report))
 
 

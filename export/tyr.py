@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from ..errors import ConfigError
+from ..checkpoint import read_json
+from ..families import load_config
+from ..sources import Model
+from ..structural.layout import Widths, check_family
+from ..structural.plan import Geometry
 from ..structural.tyr import Outcome
 from ..writing import atomic_folder, write_json
-from .structural import LAYOUTS, assemble
+from .structural import assemble, choose_layout
 
 # Of the report: what the manifest holds under another name or not at all.
 _ELSEWHERE = ("config", "calibration", "versions", "parameters")
 
 
-def writer(widths: str, layout: str, remote_code: bool) -> Callable[..., dict[str, Any]]:
-    """What `structural.tyr.tyr` calls with an outcome and a folder. Raises ConfigError for what does not fit."""
-    if layout not in LAYOUTS:
-        raise ConfigError(f"--layout '{layout}' is unknown; known: {', '.join(LAYOUTS)}")
-    if widths == "uniform" and (layout != "plugin" or remote_code):
-        raise ConfigError("uniform widths are a plain checkpoint, with neither --layout deci nor --remote-code")
+@dataclass(frozen=True)
+class FolderWriter:
+    """Writes an outcome of `structural.tyr.tyr` as a folder; the fields are as `assemble` has them."""
 
-    def write(outcome: Outcome, out: Path, overwrite: bool) -> dict[str, Any]:
-        widths = cast(Literal["uniform", "per-layer"], outcome.config.widths)
+    widths: Literal["uniform", "per-layer"]
+    layout: str = "plugin"
+    remote_code: bool = False
+
+    def check(self, model: Model) -> None:
+        """Refuse what no widths could make fit. Raises ConfigError, UnsupportedModel."""
+        content = read_json(model.folder / "config.json")
+        check_family(content)
+        geometry = Geometry.from_config(load_config(model.folder))
+        dense = [Widths(geometry.heads, geometry.kv_heads, geometry.intermediate)] * geometry.layers
+        choose_layout(content, geometry, dense, self.widths, self.layout, self.remote_code)
+
+    def __call__(self, outcome: Outcome, out: Path, overwrite: bool) -> dict[str, Any]:
+        """Write `out` and return what the report gains by it."""
         with atomic_folder(out, overwrite=overwrite) as folder:
             manifest = assemble(
-                outcome.model, outcome.plans, folder / "dense", widths=widths, layout=layout, remote_code=remote_code,
-                record=asdict(outcome.config), calibration=outcome.calibration.record(),
+                outcome.model, outcome.plans, folder / "dense", widths=self.widths, layout=self.layout,
+                remote_code=self.remote_code, record=asdict(outcome.config), calibration=outcome.calibration.record(),
                 metrics={name: value for name, value in outcome.report.items() if name not in _ELSEWHERE},
             )  # fmt: skip
             written = {
@@ -37,5 +49,3 @@ def writer(widths: str, layout: str, remote_code: bool) -> Callable[..., dict[st
             }
             write_json(folder / "report.json", {**outcome.report, **written})
         return written
-
-    return write

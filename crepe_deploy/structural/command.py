@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import click
 from crepe_deploy.prune_options import calibration_options, json_option, options, overwrite_option, say
 
 if TYPE_CHECKING:
-    from .tyr import Outcome
+    from .tyr import Writer
 
 EXIT_RESUMABLE = 75
 
@@ -74,7 +73,7 @@ tyr_options = options(
 
 
 def run(
-    write: Callable[[Outcome, Path, bool], dict[str, Any]], *, model: str, out: Path, calib: str, calib_field: str,
+    write: Writer, *, model: str, out: Path, calib: str, calib_field: str,
     calib_samples: int, calib_length: int, search_samples: int, variant: str | None, revision: str | None,
     resume: bool, overwrite: bool, **given: Any,
 ) -> dict[str, Any]:  # fmt: skip

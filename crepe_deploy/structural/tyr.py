@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from crepe_deploy.manifest import versions
 from crepe_deploy.memory import peak_rss_bytes
@@ -31,9 +31,21 @@ class Outcome:
     report: dict[str, Any]
 
 
+class Writer(Protocol):
+    """What makes a folder of an outcome."""
+
+    def check(self, model: Model) -> None:
+        """Raise ConfigError or UnsupportedModel for a model that cannot be written, before the search."""
+        ...
+
+    def __call__(self, outcome: Outcome, out: Path, overwrite: bool) -> dict[str, Any]:
+        """Write `out` whole or not at all; returns what the report gains by it."""
+        ...
+
+
 def tyr(
     model: Model, out: Path, config: TyrConfig, calibration: CalibrationSet, *,
-    resume: bool, overwrite: bool, show: Show, say: Say, write: Callable[[Outcome, Path, bool], dict[str, Any]],
+    resume: bool, overwrite: bool, show: Show, say: Say, write: Writer,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune `model` structurally and let `write` make what belongs into `out`; returns the report with what it adds.
 
@@ -41,6 +53,7 @@ def tyr(
     Raises ConfigError, OutputError, UnsupportedModel, DiskFullError before any work, NumericalError, VerifyError.
     """
     started = time.monotonic()
+    write.check(model)
     run = prepare_run(model, out, config, calibration, resume=resume, overwrite=overwrite, show=show, say=say)
     widths, facts = find_widths(run)
     plans = finish(run, widths)

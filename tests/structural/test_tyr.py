@@ -298,3 +298,20 @@ def test_an_unsupported_family_is_refused_by_name(
     other = make_pico(tmp_path / "neox", config)
     code, _, err = command(monkeypatch, capsys, other, text, tmp_path / "out")
     assert code == 2 and "gpt_neox" in err and "llama" in err
+
+
+def test_a_layout_that_has_no_place_for_the_model_is_refused_before_the_search(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
+) -> None:
+    from transformers import Qwen3Config
+
+    from ..pico import VOCAB, make_pico
+
+    config = Qwen3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    model = make_pico(tmp_path / "qwen3", config)
+    code, _, err = command(monkeypatch, capsys, model, text, tmp_path / "out", "--layout", "deci")
+    assert code == 2 and "which qwen3 needs" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]
