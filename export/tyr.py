@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ..checkpoint import read_json
 from ..families import load_config
@@ -23,7 +23,7 @@ _ELSEWHERE = ("config", "calibration", "versions", "parameters")
 class FolderWriter:
     """Writes an outcome of `structural.tyr.tyr` as a folder; the fields are as `assemble` has them."""
 
-    widths: Literal["uniform", "per-layer"]
+    widths: str
     layout: str = "plugin"
     remote_code: bool = False
 
@@ -39,8 +39,9 @@ class FolderWriter:
         """Write `out` and return what the report gains by it."""
         with atomic_folder(out, overwrite=overwrite) as folder:
             manifest = assemble(
-                outcome.model, outcome.plans, folder / "dense", widths=self.widths, layout=self.layout,
-                remote_code=self.remote_code, record=asdict(outcome.config), calibration=outcome.calibration.record(),
+                outcome.model, outcome.plans, folder / "dense", layout=self.layout, remote_code=self.remote_code,
+                widths=cast(Literal["uniform", "per-layer"], self.widths), record=asdict(outcome.config),
+                calibration=outcome.calibration.record(),
                 metrics={name: value for name, value in outcome.report.items() if name not in _ELSEWHERE},
             )  # fmt: skip
             written = {
