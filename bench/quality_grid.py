@@ -211,7 +211,9 @@ def main(
         model, calib = model or assets.model, calib or assets.text("c4", "train")
         chosen = chosen or {name: assets.text(name, "valid") for name in ("wiki", "c4")}
     sizes = {"samples": samples, "length": length, "window": window, "windows": windows}
-    command = f"python -m crepe_deploy.bench.quality_grid --rows '{rows}' --patterns {patterns} --seeds {seeds}"
+    command = "python -m crepe_deploy.bench.quality_grid"
+    command += "".join(f" --text {name}={path.name}" for name, path in chosen.items())
+    command += f' --rows "{rows}" --patterns {patterns} --seeds {seeds}'
     command += f" --samples {samples} --length {length}"
     grid = Grid(out, model, calib, chosen, sizes, command, peer)
     for label, pattern, seed in cells_of(ROWS, rows, patterns, seeds):
