@@ -10,10 +10,12 @@ from the same file.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.metadata
 import importlib.util
 import json
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -194,11 +196,15 @@ def _local_task(task_dir: Path, task: str) -> dict[str, Any]:
     """An lm-eval task config whose documents come from a local file.
 
     The space before every choice becomes lm-eval's delimiter, so that acc_norm divides by the choice's own length.
+    Before a continuation lm-eval puts no delimiter, and it keeps its space.
     """
     from datasets import Dataset
 
     documents = read_task_file(find_task_file(task_dir, task))
-    spaced = all(choice.startswith(" ") and choice[1:].strip() for document in documents for choice in document.choices)
+    single = len(documents[0].choices) == 1
+    spaced = not single and all(
+        choice.startswith(" ") and choice[1:].strip() for document in documents for choice in document.choices
+    )
     rows = [
         {"query": document.context, "choices": [choice[spaced:] for choice in document.choices], "gold": document.gold}
         for document in documents
@@ -212,7 +218,7 @@ def _local_task(task_dir: Path, task: str) -> dict[str, Any]:
         "doc_to_text": "query",
         "target_delimiter": " " if spaced else "",
     }
-    if len(documents[0].choices) == 1:
+    if single:
         how, aggregations = {"output_type": "loglikelihood", "doc_to_target": "{{choices[0]}}"}, CONTINUATION_METRICS
     else:
         how = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
@@ -251,7 +257,7 @@ def _run(
         loaded = manager.load([dict(spec) if isinstance(spec, dict) else spec for spec in specs])
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=0)
-        with torch.inference_mode():
+        with torch.inference_mode(), contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout is the caller's
             results: dict[str, Any] = evaluate(lm=wrapped, task_dict=loaded, limit=limit, bootstrap_iters=1000)
     except (OSError, DatasetsError, HfHubHTTPError, httpx.HTTPError) as error:
         raise CalibrationError(
