@@ -19,11 +19,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"{conditions['model']}; calibrated on {conditions['samples']} x {conditions['length']} tokens of "
         f"{conditions['calibration']['text']}, a draw for each seed, searched on {searched}; scored on the first "
         f"{conditions['max_tokens']} tokens of {conditions['evaluation']['text']} in windows of "
-        f"{conditions['window']}, dense perplexity {dense:.2f}. Searches: {conditions['iterations']} iterations x "
-        f"{conditions['generations']} generations x {conditions['offspring']} offspring (the paper: 4 x 50 x 128), "
+        f"{conditions['window']}, dense perplexity {dense:.2f}. Searches: iterations x generations x offspring = "
+        f"{conditions['iterations']} x {conditions['generations']} x {conditions['offspring']} (the paper: 4 x 50 x 128), "
         f"FFN units of {conditions['multiple']} "
         "neurons. Perplexities are geometric means over the seeds with their range, KL arithmetic means, in nats. "
-        f"Minutes are the median of whole runs on {host['cores']} cores of {host['cpu']}, as it was, perhaps busy."
+        f"Minutes are the median of whole runs, cores used: {host['cores']}, of {host['cpu']}, as it was, perhaps busy."
     )
     cells: dict[str, dict[str, list[Cell]]] = {}
     for key, cell in result["cells"].items():
