@@ -21,7 +21,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{conditions['max_tokens']} tokens of {conditions['evaluation']['text']} in windows of "
         f"{conditions['window']}, dense perplexity {dense:.2f}. Searches: iterations x generations x offspring = "
         f"{conditions['iterations']} x {conditions['generations']} x {conditions['offspring']} "
-        f"(the paper: 4 x 50 x 128), FFN units of {conditions['multiple']} neurons. Perplexities are geometric means over the seeds with their range, KL arithmetic means, in nats. "
+        f"(the paper: 4 x 50 x 128), FFN units of {conditions['multiple']} neurons. Perplexities are geometric "
+        "means over the seeds with their range, KL arithmetic means, in nats. "
         f"Minutes are the median of whole runs, cores used: {host['cores']}, of {host['cpu']}, as it was, perhaps busy."
     )
     cells: dict[str, dict[str, list[Cell]]] = {}
