@@ -81,13 +81,15 @@ lint: $(VENV)/.dev
 	@rm -rf .types build && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target .types . 2>/dev/null
 	@rm -rf build && cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p crepe_deploy
 
-# The measurements of bench/results/; about two hours on two cores, best with nothing else running.
+# The measurements of bench/results/; about two hours on two cores, best with nothing else running. quality.json and
+# structural.json take hours more and go on where they stopped: their commands are in docs/quality.md and structural.md.
 bench: $(VENV)/.dev assets
 	@$(BIN)/python -m crepe_deploy.bench.pruning --out bench/results/pruning.json
 	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4,16:32 --out bench/results/ladder.json
 	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4 --feed pruned --only 'RIA|Wanda|CRePE' --out bench/results/ladder-pruned.json
 	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4 --feed dense --only SparseGPT --out bench/results/ladder-dense.json
 	@$(BIN)/python -m crepe_deploy.bench.preset_grid --seeds 0,1,2 --out bench/results/preset_grid.json
+	@$(BIN)/python -m crepe_deploy.bench.held_out --out bench/results/held_out.json
 	@$(BIN)/python -m crepe_deploy.bench.kernels --out bench/results/kernels.json
 	@$(BIN)/python -m crepe_deploy.bench.onnx --out bench/results/onnx.json
 	@$(BIN)/crepe-deploy bench configs/bench-onnx.yaml --threads 2 --out bench/results/onnx-speed.json --overwrite
