@@ -63,7 +63,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "recipe best, 128 windows": {"recipe": "best", "samples": 128},
     "llm-compressor SparseGPT, 128 windows": {"peer": "peers/llm_compressor.py", "samples": 128},
 }
-PUBLISHED = "^(RIA|RIA, a = 1|Wanda|CRePE.*preset.*|CRePE|.*SparseGPT|recipe best|.*128 windows)$"
+PUBLISHED = "^(RIA|RIA, a = 1|Wanda|CRePE|CRePE, PHO's preset.*|.*128 windows)$"
 
 
 def row_config(row: dict[str, Any], pattern: str) -> PruneConfig:
@@ -214,7 +214,7 @@ def main(
     command = "python -m crepe_deploy.bench.quality_grid"
     command += "".join(f" --text {name}={path.name}" for name, path in chosen.items())
     command += f' --rows "{rows}" --patterns {patterns} --seeds {seeds}'
-    command += f" --samples {samples} --length {length}"
+    command += f" --samples {samples} --length {length}" + (" --peer PEER/bin/python" if peer else "")
     grid = Grid(out, model, calib, chosen, sizes, command, peer)
     for label, pattern, seed in cells_of(ROWS, rows, patterns, seeds):
         try:
