@@ -9,6 +9,7 @@ holds already under the same conditions are not run again, so a stopped grid goe
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import tempfile
 import time
@@ -41,6 +42,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "CRePE": {"method": "crepe"},
     "CRePE, PHO's preset": {"method": "crepe", "preset": "pho"},
     "CRePE, PHO's preset without the neighbourhood": {"method": "crepe", "preset": "pho", "params": {"gamma": 0.0}},
+    "CRePE, hill climbing's preset": {
+        "method": "crepe",
+        "preset": str(Path(__file__).parent / "results" / "search-hill-climb.json"),
+    },
     "SparseGPT": {"method": "sparsegpt"},
     "RIA + DSnoT": {"method": "ria", "reprune": "dsnot"},
     "RIA + DSnoT-RIA": {"method": "ria", "reprune": "dsnot-ria"},
@@ -60,10 +65,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "llm-compressor SparseGPT": {"peer": "peers/llm_compressor.py"},
     "RIA, 128 windows": {"method": "ria", "samples": 128},
     "SparseGPT, 128 windows": {"method": "sparsegpt", "samples": 128},
-    "recipe best, 128 windows": {"recipe": "best", "samples": 128},
+    "RIA + fold + admm, 128 windows": {"method": "ria", "permute": "fold", "reconstruct": "admm", "samples": 128},
     "llm-compressor SparseGPT, 128 windows": {"peer": "peers/llm_compressor.py", "samples": 128},
+    "RIA, 256 windows": {"method": "ria", "samples": 256},
+    "SparseGPT, 256 windows": {"method": "sparsegpt", "samples": 256},
+    "recipe best, 256 windows": {"recipe": "best", "samples": 256},
 }
-PUBLISHED = "^(RIA|RIA, a = 1|Wanda|CRePE|CRePE, PHO's preset.*|.*128 windows)$"
+PUBLISHED = "^(RIA|RIA, a = 1|Wanda|CRePE|CRePE, .* preset.*|.* windows)$"
 
 
 def row_config(row: dict[str, Any], pattern: str) -> PruneConfig:
@@ -95,10 +103,11 @@ class Grid:
 
     def __init__(
         self, out: Path, model: Path, calib: Path, texts: dict[str, Path], sizes: dict[str, int], command: str,
-        peer: Path | None = None,
+        peer: Path | None = None, keep: Path | None = None,
     ) -> None:  # fmt: skip
         tokenizer = load_tokenizer(model)
-        self.model, self.calib, self.sizes, self.tokenizer, self.peer = model, calib, sizes, tokenizer, peer
+        self.model, self.calib, self.sizes, self.tokenizer = model, calib, sizes, tokenizer
+        self.peer, self.keep = peer, keep
         limit = sizes["window"] * sizes["windows"]
         self.windows = {
             name: plan_windows(
@@ -129,6 +138,9 @@ class Grid:
                 facts = self._prune(row, pattern, tokens, Path(folder))
             seconds = time.monotonic() - started
             losses = window_losses(Path(folder) / "out", self.windows)
+            if self.keep is not None:
+                self.keep.mkdir(parents=True, exist_ok=True)
+                shutil.move(Path(folder) / "out", self.keep / f"{label}, {pattern}, seed {seed}".replace("/", " "))
         return {"losses": losses, "seconds": round(seconds, 1), **facts}
 
     def _prune(self, row: dict[str, Any], pattern: str, tokens: CalibrationSet, folder: Path) -> dict[str, Any]:
@@ -196,12 +208,15 @@ def _named(text: str) -> tuple[str, Path]:
     default=None,
     help="The Python of an environment with llm-compressor, see bench/peers/llm_compressor.py.",
 )
+@click.option(
+    "--keep", type=click.Path(path_type=Path, file_okay=False), default=None, help="Keep the pruned models there."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench/results/quality.json"), show_default=True)
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), default=None)
 @click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
 def main(
     model: Path | None, calib: Path | None, texts: tuple[str, ...], rows: str, patterns: str, seeds: str,
-    samples: int, length: int, window: int, windows: int, peer: Path | None, out: Path,
+    samples: int, length: int, window: int, windows: int, peer: Path | None, keep: Path | None, out: Path,
     markdown_path: Path | None, assets_dir: Path,
 ) -> None:  # fmt: skip
     """Measure the cells that are missing, then print the table of all that are there."""
@@ -215,7 +230,7 @@ def main(
     command += "".join(f" --text {name}={path.name}" for name, path in chosen.items())
     command += f' --rows "{rows}" --patterns {patterns} --seeds {seeds}'
     command += f" --samples {samples} --length {length}" + (" --peer PEER/bin/python" if peer else "")
-    grid = Grid(out, model, calib, chosen, sizes, command, peer)
+    grid = Grid(out, model, calib, chosen, sizes, command, peer, keep)
     for label, pattern, seed in cells_of(ROWS, rows, patterns, seeds):
         try:
             cell, state = grid.file.cell(label, pattern, seed, partial(grid.measure, label, pattern, seed))

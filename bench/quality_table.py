@@ -10,7 +10,12 @@ import numpy as np
 RESAMPLES = 2000
 BASE = "RIA"
 PHO, BARE = "CRePE, PHO's preset", "CRePE, PHO's preset without the neighbourhood"
-PAIRS = [*((ours, other) for ours in ("CRePE", PHO) for other in (BASE, "RIA, a = 1", "Wanda")), (PHO, BARE)]
+CLIMB = "CRePE, hill climbing's preset"
+PAIRS = [
+    *((ours, other) for ours in ("CRePE", PHO) for other in (BASE, "RIA, a = 1", "Wanda")),
+    (PHO, BARE),
+    (PHO, CLIMB),
+]
 
 
 def rows_of(result: dict[str, Any], pattern: str, text: str) -> dict[str, np.ndarray[Any, Any]]:

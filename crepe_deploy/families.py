@@ -79,12 +79,14 @@ class Decoder:
     """A causal language model on the meta device, bound to the checkpoint that holds its weights.
 
     model: the transformers module whose decoder blocks have been replaced by `slots`.
-    blocks: the real blocks. linears: per block, what can be pruned. dtype: of computation.
+    blocks: the real blocks. linears: per block, what can be pruned. dtype: of computation. replaced: by checkpoint
+    name, tensors that are used instead of the file's.
     Raises UnsupportedModel naming what is missing, CheckpointError, ConfigError.
     """
 
     def __init__(self, root: Path, dtype: str = "auto") -> None:
         self.reader = CheckpointReader(root)
+        self.replaced: dict[str, Tensor] = {}
         self.config = load_config(root)
         self.dtype = self._compute_dtype(dtype)
         self.model = _build_meta(self.config, self.dtype)
@@ -128,6 +130,10 @@ class Decoder:
             if candidate in self.reader:
                 return candidate
         raise CheckpointError(f"{self.reader.root}: tensor '{name}' is missing")
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor by checkpoint name, in its file's dtype. Raises CheckpointError where it holds NaN or infinity."""
+        return self.replaced[key] if key in self.replaced else self.reader.load_finite(key)
 
     def _check_weights(self) -> None:
         tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
@@ -174,7 +180,7 @@ class Decoder:
         try:
             for name in meta:
                 key = self.key(prefix + name)
-                weights[key] = self.reader.load_finite(key)
+                weights[key] = self.tensor(key)
                 _assign(module, name, weights[key].to(self.dtype))
             for name, buffer in module.named_buffers():
                 if prefix + name in self.reader:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .calibrate import Stream, exact_products, shared_inputs
-from .families import LinearSpec
+from .families import LinearSpec, is_linear
 from .methods.base import Stats
 from .structural.layout import PER_LAYER_CLASSES
 
@@ -30,6 +31,7 @@ RESIDUALS: dict[str, dict[str, str]] = {
 
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+Outputs = dict[str, Any]  # what the parts of a block returned for one micro-batch, by their names
 
 
 class _ReachedError(Exception):
@@ -44,7 +46,6 @@ class _Sums:
     cross: Tensor
     squares: Tensor
     total: Tensor
-    square_sum: Tensor
     drift: Tensor | None = None
     tokens: int = 0
 
@@ -54,85 +55,153 @@ class _Sums:
         with exact_products(pruned.dtype):
             self.gram.addmm_(x.T, x)
             self.cross.addmm_(d.T, x)
+            if residual is not None:  # may round what is left of a residual; a sum over all tokens does not feel it
+                product = residual.flatten(0, -2).T @ x
+                self.drift = product if self.drift is None else self.drift.add_(product)
         self.squares += d.square().sum(0)
         self.total += x.sum(0)
-        self.square_sum += x.square().sum(0)
         self.tokens += len(x)
-        if residual is not None:
-            product = residual.flatten(0, -2).T @ x
-            self.drift = product if self.drift is None else self.drift.add_(product)
 
     def stats(self, sequences: int) -> Stats:
         """Closed: col_norm is the dense input's, everything else the pruned one's."""
         mean = self.total / self.tokens
+        variance = (self.gram.diagonal() / self.tokens).sub_(mean.square_()).clamp_(min=0)
         return Stats(
             col_norm=(self.squares / sequences).sqrt_(),
             hessian=self.gram.mul_(2 / sequences),
             total=self.total / sequences,
-            variance=(self.square_sum / self.tokens).sub_(mean.square_()).clamp_(min=0),
+            variance=variance,
             cross=self.cross.mul_(2 / sequences),
             drift=None if self.drift is None else self.drift.mul_(2 / sequences),
         )
 
 
 @dataclass
-class Pair:
-    """The dense and the pruned model's hidden states in front of one block; `residuals`, see `RESIDUALS`."""
+class Side:
+    """One of the two models' hidden states, and what the finished parts of the present block returned for them."""
 
-    dense: Stream
-    pruned: Stream
+    stream: Stream
+    outputs: list[Outputs] = field(default_factory=list)
+
+    @torch.inference_mode()
+    def inputs(
+        self, block: nn.Module, index: int, position: int, path: str, residual: str | None, whole: str | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the layer at `path` reads, and what the module at `residual` reads, for one micro-batch.
+
+        Parts that return before that layer is reached are finished, for the layers come in the order of their calls:
+        they are not run again. whole: a part that is to be finished as well.
+        """
+        hidden = self.stream.hidden[position]
+        args, kwargs = self.stream.calls[hidden.shape[0]][index]
+        found: dict[str, Tensor] = {} if residual != "" else {"residual": hidden}
+
+        def note(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            found.setdefault("residual", given[0])
+
+        def reach(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            found["input"] = given[0]
+            if whole is None:
+                raise _ReachedError
+
+        hooks: dict[str, Hook] = {path: reach}
+        if residual:
+            hooks[residual] = note
+        with _hooks(block, hooks), self._replayed(block, position, path, whole), contextlib.suppress(_ReachedError):
+            block(hidden, *args, **kwargs)
+        return found["input"], found.get("residual") if residual is not None else None
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Send the hidden states through the block and forget its parts."""
+        for position in range(len(self.stream.hidden)):
+            hidden = self.stream.hidden[position]
+            args, kwargs = self.stream.calls[hidden.shape[0]][index]
+            with torch.inference_mode(), self._replayed(block, position, "", None):
+                self.stream.hidden[position] = block(hidden, *args, **kwargs)
+        self.outputs = []
+
+    @contextlib.contextmanager
+    def _replayed(self, block: nn.Module, position: int, path: str, whole: str | None) -> Iterator[None]:
+        """Inside, parts with a known output return it, but for the one that `path` is in; other outputs are noted."""
+        self.outputs = self.outputs or [{} for _ in self.stream.hidden]
+        known = self.outputs[position]
+        handles, replaced = [], []
+        for name, part in _parts(block).items():
+            if name in known and name != path.partition(".")[0]:
+                part.forward = lambda *_, output=known[name], **__: output
+                replaced.append(part)
+            else:
+                handles.append(part.register_forward_hook(_keep(known, name, name == whole)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for part in replaced:
+                del part.forward
+
+
+@dataclass
+class Pair:
+    """The dense and the pruned model's hidden states in front of one block; `residuals`, see `RESIDUALS`.
+
+    For each block: `stats` for its groups in order, each pruned before the next is asked for, and then `advance`.
+    """
+
+    dense: Side
+    pruned: Side
     residuals: dict[str, str]
+
+    @classmethod
+    def start(cls, stream: Stream, model_type: str) -> Pair:
+        """Both sides in front of the first block, where they are equal."""
+        twin = Stream(list(stream.hidden), stream.calls)
+        return cls(Side(stream), Side(twin), RESIDUALS.get(model_type, {}))
 
     def groups(self, block: nn.Module, index: int, targets: list[LinearSpec]) -> list[list[LinearSpec]]:
         """The targets by shared input, in the order in which the block calls them."""
         by_path = {spec.path: spec for spec in targets}
-        return [[by_path[path] for path in paths] for paths in shared_inputs(block, targets, self.pruned, index)]
+        return [[by_path[path] for path in paths] for paths in shared_inputs(block, targets, self.pruned.stream, index)]
 
     def stats(self, before: nn.Module, block: nn.Module, index: int, group: list[LinearSpec]) -> Stats:
         """Statistics of the input that `group` shares; `before` is the block as it was, `block` pruned so far."""
         path, width = group[0].path, group[0].in_features
         square, row = (width, width), (width,)
-        sums = _Sums(
-            torch.zeros(square), torch.zeros(square), torch.zeros(row), torch.zeros(row), torch.zeros(row)
-        )  # fmt: skip
+        sums = _Sums(torch.zeros(square), torch.zeros(square), torch.zeros(row), torch.zeros(row))
         residual = self.residuals.get(path)
-        for position in range(len(self.pruned.hidden)):
-            dense, beside_dense = _inputs(before, self.dense, index, position, path, residual)
-            pruned, beside_pruned = _inputs(block, self.pruned, index, position, path, residual)
+        part = path.partition(".")[0]
+        whole = part if residual is not None and part in _parts(before) else None  # its last layer: nearly done anyway
+        for position in range(len(self.pruned.stream.hidden)):
+            dense, beside_dense = self.dense.inputs(before, index, position, path, residual, whole)
+            pruned, beside_pruned = self.pruned.inputs(block, index, position, path, residual, None)
             lost = None
             if beside_dense is not None and beside_pruned is not None:
                 lost = beside_dense.float() - beside_pruned.float()
             sums.add(pruned, dense, lost)
-        return sums.stats(self.pruned.sequences)
+        return sums.stats(self.pruned.stream.sequences)
 
     def advance(self, before: nn.Module, block: nn.Module, index: int) -> None:
         """Send both on to the next block."""
-        self.dense.run(before, index, advance=True)
-        self.pruned.run(block, index, advance=True)
+        self.dense.advance(before, index)
+        self.pruned.advance(block, index)
 
 
-@torch.inference_mode()
-def _inputs(
-    block: nn.Module, stream: Stream, index: int, position: int, path: str, residual: str | None
-) -> tuple[Tensor, Tensor | None]:
-    """What the layer at `path` reads, and what the module at `residual` reads, for one micro-batch."""
-    hidden = stream.hidden[position]
-    args, kwargs = stream.calls[hidden.shape[0]][index]
-    found: dict[str, Tensor] = {} if residual != "" else {"residual": hidden}
+def _parts(block: nn.Module) -> dict[str, nn.Module]:
+    """The modules right under the block that hold linear layers, without being one: attention, feed-forward."""
+    return {
+        name: part
+        for name, part in block.named_children()
+        if not is_linear(part) and any(is_linear(module) for module in part.modules())
+    }
 
-    def note(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        found.setdefault("residual", given[0])
 
-    def reach(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        found["input"] = given[0]
-        raise _ReachedError
+def _keep(known: Outputs, name: str, stop: bool) -> Callable[[nn.Module, Any, Any], None]:
+    def keep(_module: nn.Module, _given: Any, output: Any) -> None:
+        known[name] = output
+        if stop:
+            raise _ReachedError
 
-    hooks: dict[str, Hook] = {path: reach}
-    if residual:
-        hooks[residual] = note
-    with _hooks(block, hooks), contextlib.suppress(_ReachedError):
-        block(hidden, *args, **kwargs)
-    return found["input"], found.get("residual") if residual is not None else None
+    return keep
 
 
 @contextlib.contextmanager

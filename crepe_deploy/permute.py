@@ -19,8 +19,6 @@ from torch import Tensor
 from .errors import ConfigError
 from .methods.base import Need, check_range
 
-CHUNK = 1 << 22  # entries of the (groups, groups, rows) table held at a time
-
 
 @dataclass(frozen=True)
 class Fold:
@@ -101,14 +99,13 @@ def worth(score: Tensor, others: Tensor, columns: Tensor, n: int) -> Tensor:
     score (rows, in); others (groups, m - 1), the columns that stay; columns (k,), those to give.
     """
     staying = score[:, others]  # (rows, groups, m - 1)
-    limit = staying.topk(n, dim=2).values[:, :, -1].T.float()  # (groups, rows)
-    offered = score[:, columns].T.float()  # (columns, rows)
-    step = max(1, CHUNK // offered.numel())
-    parts = [
-        (offered.unsqueeze(0) - limit[start : start + step].unsqueeze(1)).clamp_(min=0).sum(2, dtype=torch.float64)
-        for start in range(0, len(limit), step)
-    ]
-    return torch.cat(parts)
+    limits = staying.topk(n, dim=2).values[:, :, -1].T.float().contiguous()  # (groups, rows)
+    offered = score[:, columns].T.float().contiguous()  # (columns, rows)
+    gain = torch.empty(len(limits), len(offered), dtype=torch.float64)
+    excess = torch.empty_like(offered)  # one group's at a time, so that it stays in the cache
+    for group, limit in enumerate(limits):
+        gain[group] = torch.sub(offered, limit, out=excess).clamp_(min=0).sum(1)
+    return gain
 
 
 def _assign(gain: Tensor) -> Tensor:

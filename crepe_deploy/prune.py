@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +22,11 @@ from .families import Decoder, LinearSpec
 from .manifest import Manifest, hash_folder, save_manifest, versions
 from .methods import get_method
 from .methods.base import SolveMethod, Stats
-from .paired import RESIDUALS, Pair
+from .paired import Pair
 from .pattern import NM, Pattern, check_divides
 from .progress import Step, silent
 from .proof import check_parity
+from .rescale import Rescaled, last_norm, rescaled_tensors
 from .sources import Model, describe_source
 from .steps import KINDS, Steps, build_steps
 from .texts import CalibrationSet
@@ -43,7 +44,7 @@ class PruneConfig:
     feed: what the next block is fed while calibrating: "dense" the dense block's output, "pruned" the pruned one's,
     "both" each its own, layer by layer (see `paired`), "auto" the best one for the method and its steps.
     dtype: of computation, "auto" = the checkpoint's.
-    allocate, permute, reprune, reconstruct: the steps around the method, as `steps.build_step` reads them.
+    allocate, permute, reprune, reconstruct, rescale: the steps around the method, as `steps.build_step` reads them.
     recipe: the name of the one that some of this came from.
     """
 
@@ -59,6 +60,7 @@ class PruneConfig:
     permute: str | None = None
     reprune: str | None = None
     reconstruct: str | None = None
+    rescale: str | None = None
     recipe: str | None = None
 
     def steps(self) -> Steps:
@@ -83,12 +85,17 @@ class PruneConfig:
 
 @dataclass
 class _Run:
-    """One run's fixed parts, so that the steps below take few arguments."""
+    """One run's parts, so that the steps below take few arguments.
+
+    held: calibration tokens (windows, length) kept from everything but rescaling. rescaled: what that found.
+    """
 
     decoder: Decoder
     config: PruneConfig
     targets: list[list[LinearSpec]]
     pruner: BlockPruner
+    held: Tensor | None = None
+    rescaled: Rescaled | None = None
 
 
 def prune(
@@ -148,7 +155,14 @@ def _prepare(
     if feed == "auto":
         feed = method.feed if steps.reconstruct is None else "both"
     treatment = Treatment(method, steps, uniform(targets, config.pattern))
-    return _Run(decoder, replace(config, feed=feed), targets, BlockPruner(decoder, treatment)), tokens
+    run = _Run(decoder, replace(config, feed=feed), targets, BlockPruner(decoder, treatment))
+    if steps.rescale is not None:
+        if feed != "both" or tokens is None:
+            raise ConfigError("--rescale compares with the dense model on the way: give --reconstruct and --feed both")
+        last_norm(decoder)
+        fitted = len(tokens) - steps.rescale.held_out(len(tokens))
+        tokens, run.held = tokens[:fitted], tokens[fitted:]
+    return run, tokens
 
 
 def choose_targets(
@@ -197,16 +211,17 @@ def _prune_into(folder: Path, run: _Run, tokens: Tensor | None, probe_tokens: Te
     decoder = run.decoder
     with CheckpointWriter(folder, _same_plan(decoder.reader)) as writer:
         with run.pruner.phases("embed"):
-            streams = embed(decoder, [probe_tokens] if tokens is None else [probe_tokens, tokens])
-        probe, stream = streams[0], (streams[1] if tokens is not None else None)
-        pair = _pair(run, stream)
+            probe, *streams = embed(decoder, [each for each in (probe_tokens, tokens, run.held) if each is not None])
+        stream = streams[0] if streams else None
+        kind = decoder.config.model_type
+        pairs = [Pair.start(each, kind) for each in streams] if run.config.feed == "both" else []
         written: set[str] = set()
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
-                if pair is None:
-                    _prune_block(run, index, stream, weights)
+                if pairs:
+                    _prune_paired(run, index, pairs, weights)
                 else:
-                    _prune_paired(run, index, pair, weights)
+                    _prune_block(run, index, stream, weights)
                 with run.pruner.phases("forward"):
                     probe.run(decoder.blocks[index], index, advance=True)
                 with run.pruner.phases("write"):
@@ -214,32 +229,42 @@ def _prune_into(folder: Path, run: _Run, tokens: Tensor | None, probe_tokens: Te
                         writer.write(name, tensor)
                         written.add(name)
             step(index + 1, len(decoder.blocks))
+        with run.pruner.phases("rescale"):
+            _rescale(run, pairs)
         with run.pruner.phases("write"):
             for info in decoder.reader:
                 if info.name not in written:
-                    writer.write(info.name, decoder.reader.load(info.name))
+                    replaced = decoder.replaced.get(info.name)
+                    writer.write(info.name, decoder.reader.load(info.name) if replaced is None else replaced)
     with run.pruner.phases("verify"):
         return decoder.logits(probe_tokens, probe.hidden[0])
 
 
-def _pair(run: _Run, stream: Stream | None) -> Pair | None:
-    if stream is None or run.config.feed != "both":
-        return None
-    return Pair(stream, replace(stream, hidden=list(stream.hidden)), RESIDUALS.get(run.decoder.config.model_type, {}))
+def _prune_paired(run: _Run, index: int, pairs: list[Pair], weights: dict[str, Tensor]) -> None:
+    """Prune the targets of the block group by group, each behind what is pruned already, and feed the next block.
 
-
-def _prune_paired(run: _Run, index: int, pair: Pair, weights: dict[str, Tensor]) -> None:
-    """Prune the targets of the block group by group, each behind what is pruned already, and feed the next block."""
+    pairs: the calibration windows, and behind them the held-out ones where there are any.
+    """
     block, targets, pruner = run.decoder.blocks[index], run.targets[index], run.pruner
     before = copy.deepcopy(block)
-    for group in pair.groups(block, index, targets):
+    for group in pairs[0].groups(block, index, targets):
         with pruner.phases("forward"):
-            stats = pair.stats(before, block, index, group)
+            stats = pairs[0].stats(before, block, index, group)
         for spec in group:
             pruner.prune(block, spec, weights, stats)
-    if index < len(run.targets) - 1:
-        with pruner.phases("forward"):
+    with pruner.phases("forward"):
+        for pair in pairs[1:] if index == len(run.targets) - 1 else pairs:
             pair.advance(before, block, index)
+
+
+def _rescale(run: _Run, pairs: list[Pair]) -> None:
+    """Fit the scale of the logits, where that was asked for; from here on the last norm is the rescaled one."""
+    rescale = run.pruner.treatment.steps.rescale
+    if rescale is None or run.held is None:
+        return
+    dense, pruned = (torch.cat(side.stream.hidden) for side in (pairs[1].dense, pairs[1].pruned))
+    run.rescaled = rescale.fit(run.decoder, run.held, dense, pruned)
+    run.decoder.replaced |= rescaled_tensors(run.decoder, run.rescaled.factor)
 
 
 def _prune_block(run: _Run, index: int, stream: Stream | None, weights: dict[str, Tensor]) -> None:
@@ -302,6 +327,7 @@ def _manifest(
             "pruned_tensors": len(run.pruner.records),
             "mean_layer_error": sum(record.layer_error or 0.0 for record in run.pruner.records.values())
             / len(run.pruner.records),
+            **({} if run.rescaled is None else {"rescale": asdict(run.rescaled)}),
             "seconds": {name: round(value, 3) for name, value in run.pruner.phases.seconds.items()},
             "parity": parity,
         },

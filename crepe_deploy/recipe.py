@@ -30,6 +30,7 @@ class Recipe(BaseModel):
     permute: str | None = None
     reprune: str | None = None
     reconstruct: str | None = None
+    rescale: str | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     def options(self, pattern: Pattern) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from .methods.base import Need
 from .permute import PERMUTERS, Permuter
 from .reconstruct import RECONSTRUCTORS, Reconstructor
 from .repair import REPAIRERS, Repairer
+from .rescale import RESCALERS, Logits
 
 KINDS: dict[str, dict[str, Any]] = {
     "allocate": ALLOCATORS,
     "permute": PERMUTERS,
     "reprune": REPAIRERS,
     "reconstruct": RECONSTRUCTORS,
+    "rescale": RESCALERS,
 }
 
 
@@ -32,6 +34,7 @@ class Steps:
     permute: Permuter | None = None
     reprune: Repairer | None = None
     reconstruct: Reconstructor | None = None
+    rescale: Logits | None = None
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from crepe_deploy.calibrate import embed
+from crepe_deploy.calibrate import Stream, embed
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.families import Decoder
 from crepe_deploy.methods.base import Stats
-from crepe_deploy.paired import RESIDUALS, Pair
+from crepe_deploy.paired import RESIDUALS, Pair, Side
 from crepe_deploy.pattern import NM
 from crepe_deploy.proof import walk_logits
 from crepe_deploy.prune import PruneConfig, prune
@@ -52,7 +53,7 @@ def test_the_statistics_are_those_of_two_stock_models(tmp_path: Path) -> None:
     tokens = torch.randint(VOCAB, (3, 16), generator=torch.Generator().manual_seed(1))
     decoders = [Decoder(folder) for folder in (first, second)]
     streams = [embed(decoder, [tokens])[0] for decoder in decoders]
-    pair = Pair(streams[0], streams[1], RESIDUALS["llama"])
+    pair = Pair(Side(streams[0]), Side(streams[1]), RESIDUALS["llama"])
     paths = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm", "mlp.up_proj": None}
     names = ["model.layers.1", "model.layers.1.post_attention_layernorm"]
     names += [f"model.layers.1.{path}" for path in paths]
@@ -77,6 +78,31 @@ def test_the_statistics_are_those_of_two_stock_models(tmp_path: Path) -> None:
             else:
                 lost = [found[".".join(filter(None, ["model.layers.1", residual]))] for found in stock]
                 torch.testing.assert_close(stats.drift, 2 / 3 * (lost[0] - lost[1]).T @ pruned, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_replaying_finished_parts_changes_nothing(tmp_path: Path, family: str) -> None:
+    """Every family: with groups in order and weights changed in between, a pair that never replays sees the same."""
+    decoder = Decoder(make_pico(tmp_path / "m", CONFIGS[family]))
+    tokens = torch.randint(VOCAB, (3, 16), generator=torch.Generator().manual_seed(1))
+    stream = embed(decoder, [tokens])[0]
+    pair = Pair.start(stream, family)
+    for index in range(2):
+        with decoder.block(index) as (block, _), torch.inference_mode():
+            before = copy.deepcopy(block)
+            for group in pair.groups(block, index, decoder.linears[index]):
+                fresh = Pair(Side(copy.copy(pair.dense.stream)), Side(copy.copy(pair.pruned.stream)), pair.residuals)
+                found, wanted = (each.stats(before, block, index, group) for each in (pair, fresh))
+                for name in ("col_norm", "hessian", "cross", "drift"):
+                    torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=0)
+                for spec in group:
+                    block.get_submodule(spec.path).weight.mul_(0.9)
+            sides = [Stream(list(side.stream.hidden), side.stream.calls) for side in (pair.dense, pair.pruned)]
+            pair.advance(before, block, index)
+            for side, plain, module in zip((pair.dense, pair.pruned), sides, (before, block), strict=True):
+                plain.run(module, index, advance=True)
+                torch.testing.assert_close(side.stream.hidden, plain.hidden, rtol=0, atol=0)
+            assert not torch.equal(pair.dense.stream.hidden[0], pair.pruned.stream.hidden[0])
 
 
 def check(stats: Stats, dense: Tensor, pruned: Tensor, sequences: int) -> None:

@@ -15,6 +15,7 @@ from crepe_deploy.methods import METHODS
 from crepe_deploy.pattern import NM, Unstructured
 from crepe_deploy.prune import PruneConfig
 from crepe_deploy.recipe import Recipe, known_recipes, load_recipe
+from crepe_deploy.steps import KINDS
 
 from .pico import make_pico_llama, sample_text
 
@@ -25,7 +26,7 @@ def test_every_shipped_recipe_builds(name: str) -> None:
     assert recipe.name == name
     assert recipe.provenance
     assert recipe.method in METHODS
-    steps = {kind: getattr(recipe, kind) for kind in ("allocate", "permute", "reprune", "reconstruct")}
+    steps = {kind: getattr(recipe, kind) for kind in KINDS}
     PruneConfig(recipe.method, NM(2, 4), dict(recipe.params), feed=recipe.feed, **steps).steps()
 
 

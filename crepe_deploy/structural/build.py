@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from crepe_deploy.calibrate import Collector, Stream, embed
+from crepe_deploy.calibrate import Collector, embed
 from crepe_deploy.families import Decoder, LinearSpec
 from crepe_deploy.methods.base import Stats
-from crepe_deploy.paired import RESIDUALS, Pair
+from crepe_deploy.paired import Pair
 
 from .accumulate import level_shares, mean_weight
 from .levels import Level, LocalRules, attention_levels, neuron_levels
@@ -65,10 +65,8 @@ class Builder:
         `o_proj` is pruned before the inputs of `down_proj` are looked at; what the residual stream has lost is made
         up for, as with `--feed both --reconstruct`. wanted: one level each.
         """
-        (dense,) = embed(self.decoder, [self.tokens])
-        pair = Pair(
-            dense, Stream(list(dense.hidden), dense.calls), RESIDUALS.get(self.decoder.config.model_type, {})
-        )  # fmt: skip
+        (stream,) = embed(self.decoder, [self.tokens])
+        pair = Pair.start(stream, self.decoder.config.model_type)
         for index, layer in enumerate(wanted):
             specs = output_specs(self.decoder, index)
             with self.decoder.block(index) as (block, weights):

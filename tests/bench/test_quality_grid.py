@@ -116,7 +116,7 @@ def test_the_statistics_of_the_table() -> None:
 
 def test_a_row_with_its_own_windows_is_compared_with_ria_on_as_many() -> None:
     assert base_of("recipe best") == base_of("RIA, a = 1") == "RIA"
-    assert base_of("recipe best, 128 windows") == "RIA, 128 windows"
+    assert base_of("recipe best, 256 windows") == "RIA, 256 windows"
     assert all(base_of(label) in ROWS for label in ROWS)
-    config = row_config(ROWS["RIA, 128 windows"], "2:4")
+    config = row_config(ROWS["RIA, 256 windows"], "2:4")
     assert config == row_config(ROWS["RIA"], "2:4")
