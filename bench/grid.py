@@ -7,6 +7,7 @@ AT is what a grid varies besides its rows and seeds: a pattern, a sparsity.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -50,7 +51,10 @@ class ResultsFile:
         if path.is_file():
             self.content = read_json(path)
             if self.content["conditions"] != conditions:
-                raise ConfigError(f"{path} was measured under other conditions; give another --out or remove it")
+                differences = _differences(self.content["conditions"], conditions)
+                raise ConfigError(
+                    f"{path} was measured under other conditions ({differences}); give the same, or another --out"
+                )
         if command not in self.content["commands"]:
             self.content["commands"].append(command)
 
@@ -77,6 +81,14 @@ class ResultsFile:
         made = self.content["cells"][f"{label}|{at}|{seed}"] = measure()
         self._save()
         return made, f"{made['seconds']} s"
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs between two sets of conditions, name by name."""
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return "; ".join(
+        f"{name}: {json.dumps(there.get(name))} there, {json.dumps(here.get(name))} here" for name in names
+    )
 
 
 def publish(table: str, path: Path | None) -> None:

@@ -56,7 +56,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "Tyr, --accumulation single": {"accumulation": "single"},
     "Tyr, --accumulation uniform": {"accumulation": "uniform"},
     "Tyr, --finish supernet": {"finish": "supernet"},
-    "Tyr, --iterations 1": {"iterations": 1},
+    "Tyr, --iterations 2": {"iterations": 2},
     "Tyr, --attention-share target": {"attention_share": "target"},
 }
 

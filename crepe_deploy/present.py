@@ -9,14 +9,20 @@ from typing import Any
 def report_lines(report: dict[str, Any]) -> list[str]:
     """What `prune-and-export` did."""
     seconds = sum(report["seconds"].values())
+    recipe = f", recipe {report['recipe']}" if report["recipe"] else ""
     lines = [
-        f"{report['pruned_tensors']} linear layers pruned to {report['pattern']} with {report['method']}: "
+        f"{report['pruned_tensors']} linear layers pruned to {report['pattern']} with {report['method']}{recipe}: "
         f"{report['sparsity_of_pruned_tensors']:.2%} zeros counted on disk, {seconds:.1f} s",
         f"reloaded logits differ by at most {report['parity']['max_abs_logit_difference']:.3g}",
     ]
     if report["steps"]:
         steps = ", ".join(f"{kind} {step['class'].lower()}" for kind, step in report["steps"].items())
         lines.insert(1, f"steps: {steps}; patterns: {_counts(report['patterns'])}")
+    if found := report["rescale"]:
+        lines.append(
+            f"logits times {found['factor']:.3f}: mean KL to the dense model on held-out calibration windows "
+            f"{found['kl_before']:.3f} -> {found['kl']:.3f}"
+        )
     for name, export in report["formats"].items():
         ratio = export["size"]["weight_bytes_over_dense"]
         size = f"{export['weight_file_bytes'] / 1e6:.0f} MB, pruned layers {ratio:.4g} of their dense bytes"

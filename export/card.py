@@ -112,6 +112,7 @@ def _pruning_rows(manifest: Manifest) -> dict[str, str]:
     return {
         "method": f"{method} {_parameters(config['resolved_method'])}".rstrip(),
         **_step_rows(config),
+        **({"logits scaled by": f"{metrics['rescale']['factor']:.4f}"} if "rescale" in metrics else {}),
         "pattern": f"{config['pattern']}{_mixed(metrics)} in {metrics['pruned_tensors']} linear layers",
         "zeros counted in those layers": f"{metrics['sparsity_of_pruned_tensors']:.4%}",
         "calibration": ("unknown" if config["method"] is None else "none")

@@ -145,6 +145,7 @@ def _report(manifest: Manifest, exports: dict[str, Any]) -> dict[str, Any]:
         "sparsity_of_pruned_tensors": manifest.metrics["sparsity_of_pruned_tensors"],
         "pruned_tensors": manifest.metrics["pruned_tensors"],
         "mean_layer_error": manifest.metrics["mean_layer_error"],
+        "rescale": manifest.metrics.get("rescale"),
         "parity": manifest.metrics["parity"],
         "seconds": manifest.metrics["seconds"],
         "versions": manifest.versions,

@@ -49,7 +49,7 @@ def test_other_conditions_are_refused_and_texts_are_told_by_their_hash(tmp_path:
     conditions = {"calibration": text_record(tmp_path / "calib.txt")}
     ResultsFile(tmp_path / "grid.json", conditions, "x").once("dense", lambda: 1)
     (tmp_path / "calib.txt").write_text("two")
-    with pytest.raises(ConfigError, match="other conditions"):
+    with pytest.raises(ConfigError, match=r"other conditions \(calibration: .*there, .*here\)"):
         ResultsFile(tmp_path / "grid.json", {"calibration": text_record(tmp_path / "calib.txt")}, "x")
     assert text_record(tmp_path / "calib.txt", "file")["file"] == "calib.txt"
 

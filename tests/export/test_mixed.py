@@ -20,8 +20,9 @@ from crepe_deploy.pattern import NM, Unstructured, parse_pattern
 from crepe_deploy.present import report_lines
 from crepe_deploy.prune import PruneConfig
 from crepe_deploy.sources import resolve_model
+from crepe_deploy.texts import calibration_windows, load_tokenizer
 
-from ..pico import VOCAB, make_pico_llama
+from ..pico import VOCAB, make_pico_llama, sample_text
 
 MIXED = PackedConfig(NM(16, 32), ("lm_head",), {"a.q": NM(12, 32), "a.k": NM(12, 32), "a.v": NM(20, 32)})
 
@@ -72,6 +73,20 @@ def test_card_and_report_say_what_was_done(tmp_path: Path) -> None:
     assert report["steps"] == {"allocate": {"class": "Alpha", "spread": 0.5}}
     assert sum(report["patterns"].values()) == 21
     assert any(line.startswith("steps: allocate alpha; patterns: ") for line in report_lines(report))
+
+
+def test_a_recipe_and_the_scale_of_the_logits_are_said_too(tmp_path: Path) -> None:
+    model = make_pico_llama(tmp_path / "m")
+    (tmp_path / "calib.txt").write_text(sample_text(3000), encoding="utf-8")
+    tokens = calibration_windows(tmp_path / "calib.txt", load_tokenizer(model), 8, 32, seed=0)
+    config = PruneConfig("ria", parse_pattern("2:4"), reconstruct="obs", feed="both", rescale="logits", recipe="mine")
+    prune_and_export(resolve_model(str(model)), tmp_path / "out", config, tokens, formats=("packed",))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    lines = report_lines(report)
+    assert lines[0].startswith("14 linear layers pruned to 2:4 with ria, recipe mine: 50.00%")
+    factor = report["rescale"]["factor"]
+    assert any(line.startswith(f"logits times {factor:.3f}: mean KL") for line in lines)
+    assert f"| logits scaled by | {factor:.4f} |" in (tmp_path / "out" / "packed" / "README.md").read_text()
 
 
 def test_configs_with_overrides_round_trip_and_the_rest_stay_version_1() -> None:
