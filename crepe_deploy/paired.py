@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class Side:
 
     @torch.inference_mode()
     def inputs(
-        self, block: nn.Module, index: int, position: int, path: str, residual: str | None, whole: str | None
+        self, block: nn.Module, index: int, position: int, path: str, residual: str | None, whole: str = ""
     ) -> tuple[Tensor, Tensor | None]:
         """What the layer at `path` reads, and what the module at `residual` reads, for one micro-batch.
 
@@ -101,7 +101,7 @@ class Side:
 
         def reach(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
             found["input"] = given[0]
-            if whole is None:
+            if not whole:
                 raise _ReachedError
 
         hooks: dict[str, Hook] = {path: reach}
@@ -116,18 +116,18 @@ class Side:
         for position in range(len(self.stream.hidden)):
             hidden = self.stream.hidden[position]
             args, kwargs = self.stream.calls[hidden.shape[0]][index]
-            with torch.inference_mode(), self._replayed(block, position, "", None):
+            with torch.inference_mode(), self._replayed(block, position):
                 self.stream.hidden[position] = block(hidden, *args, **kwargs)
         self.outputs = []
 
     @contextlib.contextmanager
-    def _replayed(self, block: nn.Module, position: int, path: str, whole: str | None) -> Iterator[None]:
+    def _replayed(self, block: nn.Module, position: int, path: str = "", whole: str = "") -> Iterator[None]:
         """Inside, parts with a known output return it, but for the one that `path` is in; other outputs are noted."""
         self.outputs = self.outputs or [{} for _ in self.stream.hidden]
         known = self.outputs[position]
         handles, replaced = [], []
         for name, part in _parts(block).items():
-            if name in known and name != path.partition(".")[0]:
+            if name in known and name != _part(path):
                 part.forward = lambda *_, output=known[name], **__: output
                 replaced.append(part)
             else:
@@ -145,12 +145,14 @@ class Side:
 class Pair:
     """The dense and the pruned model's hidden states in front of one block; `residuals`, see `RESIDUALS`.
 
-    For each block: `stats` for its groups in order, each pruned before the next is asked for, and then `advance`.
+    For each block: `stats` for its `groups` in order, each pruned before the next is asked for, and then `advance`.
+    own: paths of layers that aim at their own output, not at the dense model's.
     """
 
     dense: Side
     pruned: Side
     residuals: dict[str, str]
+    own: frozenset[str] = frozenset()
 
     @classmethod
     def start(cls, stream: Stream, model_type: str) -> Pair:
@@ -158,10 +160,20 @@ class Pair:
         twin = Stream(list(stream.hidden), stream.calls)
         return cls(Side(stream), Side(twin), RESIDUALS.get(model_type, {}))
 
-    def groups(self, block: nn.Module, index: int, targets: list[LinearSpec]) -> list[list[LinearSpec]]:
-        """The targets by shared input, in the order in which the block calls them."""
+    def groups(
+        self, block: nn.Module, index: int, linears: list[LinearSpec], targets: list[LinearSpec]
+    ) -> list[list[LinearSpec]]:
+        """The `targets` among the block's `linears` by shared input, in the order in which the block calls them.
+
+        Where the last layer of a part is no target nothing makes up for what the fits before it lose: outputs fitted
+        to wanted ones from noisy inputs are too small, block after block. The part's layers then aim at their own.
+        """
+        called = shared_inputs(block, linears, self.pruned.stream, index)
+        last = {_part(path): path for paths in called for path in paths}
         by_path = {spec.path: spec for spec in targets}
-        return [[by_path[path] for path in paths] for paths in shared_inputs(block, targets, self.pruned.stream, index)]
+        self.own = frozenset(path for path in by_path if last[_part(path)] not in by_path)
+        chosen = ([by_path[path] for path in paths if path in by_path] for paths in called)
+        return [group for group in chosen if group]
 
     def stats(self, before: nn.Module, block: nn.Module, index: int, group: list[LinearSpec]) -> Stats:
         """Statistics of the input that `group` shares; `before` is the block as it was, `block` pruned so far."""
@@ -169,16 +181,16 @@ class Pair:
         square, row = (width, width), (width,)
         sums = _Sums(torch.zeros(square), torch.zeros(square), torch.zeros(row), torch.zeros(row))
         residual = self.residuals.get(path)
-        part = path.partition(".")[0]
-        whole = part if residual is not None and part in _parts(before) else None  # its last layer: nearly done anyway
+        whole = _part(path) if residual is not None else ""  # its last layer: nearly done anyway
         for position in range(len(self.pruned.stream.hidden)):
             dense, beside_dense = self.dense.inputs(before, index, position, path, residual, whole)
-            pruned, beside_pruned = self.pruned.inputs(block, index, position, path, residual, None)
+            pruned, beside_pruned = self.pruned.inputs(block, index, position, path, residual)
             lost = None
             if beside_dense is not None and beside_pruned is not None:
                 lost = beside_dense.float() - beside_pruned.float()
             sums.add(pruned, dense, lost)
-        return sums.stats(self.pruned.stream.sequences)
+        stats = sums.stats(self.pruned.stream.sequences)
+        return replace(stats, cross=None) if path in self.own else stats
 
     def advance(self, before: nn.Module, block: nn.Module, index: int) -> None:
         """Send both on to the next block."""
@@ -193,6 +205,12 @@ def _parts(block: nn.Module) -> dict[str, nn.Module]:
         for name, part in block.named_children()
         if not is_linear(part) and any(is_linear(module) for module in part.modules())
     }
+
+
+def _part(path: str) -> str:
+    """The name of the part that the layer at `path` is in; "" where it lies right under the block."""
+    name, _, rest = path.partition(".")
+    return name if rest else ""
 
 
 def _keep(known: Outputs, name: str, stop: bool) -> Callable[[nn.Module, Any, Any], None]:

@@ -247,7 +247,7 @@ def _prune_paired(run: _Run, index: int, pairs: list[Pair], weights: dict[str, T
     """
     block, targets, pruner = run.decoder.blocks[index], run.targets[index], run.pruner
     before = copy.deepcopy(block)
-    for group in pairs[0].groups(block, index, targets):
+    for group in pairs[0].groups(block, index, run.decoder.linears[index], targets):
         with pruner.phases("forward"):
             stats = pairs[0].stats(before, block, index, group)
         for spec in group:
