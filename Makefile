@@ -103,6 +103,12 @@ bench: $(VENV)/.dev assets
 	@$(BIN)/crepe-deploy bench configs/bench-llama-1b.yaml --out bench/results/llama-1b.json --overwrite
 	@$(BIN)/python -m crepe_deploy.bench.structural_speed
 	@$(BIN)/crepe-deploy bench configs/bench-structural.yaml --out bench/results/structural-llama-1b.json --overwrite
+	@$(BIN)/crepe-deploy bench configs/bench-structural.yaml --engine transformers \
+	  --out bench/results/structural-llama-1b-transformers.json --overwrite
+	@for engine in vllm transformers; do \
+	  $(BIN)/crepe-deploy bench configs/bench-structural-smollm2.yaml --engine $$engine \
+	    --out bench/results/structural-smollm2-$$engine.json --overwrite || exit 1; \
+	done
 	@$(MAKE) report
 
 # One offline page of what `make bench` measured.
