@@ -246,7 +246,11 @@ def test_stopping_leaves_nothing(tmp_path: Path, calib: Path, stop: signal.Signa
         "64",
     ]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(stop, signal.SIG_DFL),  # shells ignore SIGINT for what runs in the background
     ) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "out.partial" / "pruned.partial" / "model.safetensors").exists():
