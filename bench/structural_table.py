@@ -22,9 +22,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"{conditions['window']}, dense perplexity {dense:.2f}. Searches: iterations x generations x offspring = "
         f"{conditions['iterations']} x {conditions['generations']} x {conditions['offspring']} "
         f"(the paper: 4 x 50 x 128), FFN units of {conditions['multiple']} neurons. Perplexities are geometric "
-        "means over the seeds with their range, KL arithmetic means, in nats. FLAP-style, magnitude, random and what says "
-        "so keep weights as they are; the others refit them. Only searches see further windows, and the time of the best "
-        "split leaves out finding it where the Tyr row did. "
+        "means over the seeds with their range, KL arithmetic means, in nats. FLAP-style, magnitude, random and what "
+        "says so keep weights as they are; the others refit them. Only searches see further windows, and the time of "
+        "the best split leaves out finding it where the Tyr row did. "
         f"Minutes are the median of whole runs, cores used: {host['cores']}, of {host['cpu']}, as it was, perhaps busy."
     )
     cells: dict[str, dict[str, list[Cell]]] = {}
