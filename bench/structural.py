@@ -48,7 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "uniform, --widths uniform": {"method": "uniform", "widths": "uniform"},
     "Tyr, --attention groups": {"attention": "groups"},
     "uniform, --attention groups": {"method": "uniform", "attention": "groups"},
-    "uniform, no refit": {"method": "uniform", "refit": False},
+    "uniform, --no-refit": {"method": "uniform", "refit": False},
     "uniform, --variant paper": {"method": "uniform", "variant": "paper"},
     "uniform, --variant code": {"method": "uniform", "variant": "code"},
     "uniform, --finish paired": {"method": "uniform", "finish": "paired"},
@@ -56,6 +56,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "Tyr, --accumulation single": {"accumulation": "single"},
     "Tyr, --accumulation uniform": {"accumulation": "uniform"},
     "Tyr, --finish supernet": {"finish": "supernet"},
+    "Tyr, --finish supernet --accumulation none": {"finish": "supernet", "accumulation": "none"},
     "Tyr, --iterations 2": {"iterations": 2},
     "Tyr, --attention-share target": {"attention_share": "target"},
 }

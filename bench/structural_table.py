@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Cell = dict[str, Any]
+OPTION = ", --"  # in the label of a row: from here on it names the option that it changes
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -32,7 +33,10 @@ def markdown(result: dict[str, Any]) -> str:
         label, sparsity, _ = key.rsplit("|", 2)
         cells.setdefault(sparsity, {}).setdefault(label, []).append(cell)
     for sparsity in sorted(cells, key=float):
-        lines += ["", f"## {float(sparsity):.1%} of the linear parameters removed", "", *_table(cells[sparsity])]
+        rows = cells[sparsity]
+        lines += ["", f"## {float(sparsity):.1%} of the linear parameters removed", ""]
+        lines += _table({label: found for label, found in rows.items() if OPTION not in label})
+        lines += ablations(rows)
     if "throughput" in result:
         lines += ["", "## Judging candidates", "", *_pace(result["throughput"])]
     return "\n".join(lines) + "\n"
@@ -55,6 +59,36 @@ def _table(rows: dict[str, list[Cell]]) -> list[str]:
             f"{kl:.3f} | {' / '.join(f'{count:,}' for count in kept)} | {minutes:.1f} |"
         )
     return lines
+
+
+def ablations(rows: dict[str, list[Cell]]) -> list[str]:
+    """Rows with one option changed, each beside the row without the change on the same seeds."""
+    lines = []
+    for label in sorted(label for label in rows if OPTION in label):
+        changed, kept = ({cell["config"]["seed"]: cell for cell in rows.get(name, [])} for name in _pair(label))
+        seeds = sorted(changed.keys() & kept.keys())
+        if not seeds:
+            continue
+        pairs = [(changed[seed], kept[seed]) for seed in seeds]
+        ours, theirs = (_mean_log(cells) for cells in zip(*pairs, strict=True))
+        kl, without = (sum(cell["kl"]["value"] for cell in cells) / len(seeds) for cells in zip(*pairs, strict=True))
+        same = all(one["layers"] == other["layers"] for one, other in pairs)
+        lines.append(
+            f"| {label} | {', '.join(map(str, seeds))} | {math.exp(ours):.1f} | {math.exp(theirs):.1f} | "
+            f"{math.exp(ours - theirs):.3g} | {kl:.3f} | {without:.3f} | {'the same' if same else 'others'} |"
+        )
+    if not lines:
+        return []
+    head = (
+        "One option changed, beside the row without the change on the same seeds:", "",
+        "| | seeds | PPL | without the change | ratio | KL to dense | without | widths |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    )  # fmt: skip
+    return ["", *head, *lines]
+
+
+def _pair(label: str) -> tuple[str, str]:
+    return label, label.partition(OPTION)[0]
 
 
 def _mean_log(cells: Sequence[Cell]) -> float:

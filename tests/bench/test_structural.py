@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from crepe_deploy.bench import structural
+from crepe_deploy.bench import structural, structural_table
 
 from crepe_deploy.errors import ConfigError
 
@@ -57,6 +57,25 @@ def test_the_grid_measures_each_cell_once_and_writes_the_page(pico: Path, tmp_pa
     assert "measured before" in again.stderr and json.loads((tmp_path / "grid.json").read_text()) == result
     with pytest.raises(ConfigError, match="other conditions"):
         CliRunner().invoke(structural.main, [*arguments, "--window", "16"], catch_exceptions=False)
+
+
+def test_rows_with_one_option_changed_are_compared_on_the_same_seeds() -> None:
+    def cell(seed: int, perplexity: float, width: int) -> structural_table.Cell:
+        return {
+            "config": {"seed": seed}, "perplexity": {"value": perplexity}, "kl": {"value": 1.0}, "layers": [width],
+            "parameters": {"kept": 10}, "seconds": 60,
+        }  # fmt: skip
+
+    rows = {
+        "Tyr": [cell(1, 40.0, 7), cell(0, 10.0, 8)],
+        "Tyr, --iterations 2": [cell(0, 8.0, 9)],
+        "Tyr, --accumulation none": [cell(0, 10.0, 8), cell(1, 10.0, 7)],
+        "absent, --iterations 2": [cell(0, 8.0, 9)],
+    }
+    *_, apart, more = structural_table.ablations(rows)
+    assert more.startswith("| Tyr, --iterations 2 | 0 | 8.0 | 10.0 | 0.8 |") and more.endswith("| others |")
+    assert apart.startswith("| Tyr, --accumulation none | 0, 1 | 10.0 | 20.0 | 0.5 |") and apart.endswith("the same |")
+    assert structural_table.ablations({"Tyr": rows["Tyr"]}) == []
 
 
 def test_every_row_is_a_valid_configuration() -> None:
