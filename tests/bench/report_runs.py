@@ -122,3 +122,15 @@ def _request(point: Point, time: float, generator: np.random.Generator) -> Reque
         sequences=sequences, prompt_tokens=point.prompt_tokens, output_tokens=point.output_tokens, ttft_s=ttft,
         itl_s=[float(gap) for gap in itl], latency_s=ttft + float(itl.sum()),
     )  # fmt: skip
+
+
+def without(run: Run, **changes: Any) -> Run:
+    """The run with fields of every candidate replaced."""
+    return run.model_copy(update={"candidates": [c.model_copy(update=changes) for c in run.candidates]})
+
+
+def small(seed: int = 0, **changes: Any) -> Run:
+    """A made-up run of two candidates at one point, of which a report is quick."""
+    run = without(made_up_run(seed, rounds=2, **changes), layers=[], quality=None)
+    candidates = [c.model_copy(update={"series": c.series[:1]}) for c in run.candidates[::4]]
+    return run.model_copy(update={"candidates": candidates})

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from crepe_deploy.export import structural
 from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
 from crepe_deploy.export.structural import assemble
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModel, Gemma2Config
 
 from crepe_deploy.checkpoint import read_json
 from crepe_deploy.cli import cli
@@ -30,42 +26,12 @@ from crepe_deploy.prune import PruneConfig, prune
 from crepe_deploy.quality import evaluate
 from crepe_deploy.sources import resolve_model
 from crepe_deploy.structural.check import check_shapes
-from crepe_deploy.structural.plan import Geometry, LayerPlan
+from crepe_deploy.structural.plan import Geometry
 from crepe_deploy.texts import calibration_windows, load_tokenizer
 
 from ..pico import VOCAB, make_pico, sample_text
-from ..structural.random_plans import CONFIGS, UNEVEN, Kept, make_model, masked_model_logits, random_plans
-
-TOKENS = torch.arange(2, 42).view(2, 20)
-EVEN: tuple[Kept, ...] = ((2, 2, 32),) * 3
-
-
-def plans_for(model: Path, kept: tuple[Kept, ...], seed: int = 0) -> list[LayerPlan]:
-    return random_plans(Geometry.from_config(Decoder(model).config), kept, seed)
-
-
-def assembled(folder: Path, family: str, kept: tuple[Kept, ...], widths: Any, **options: Any) -> tuple[Path, Any]:
-    """A random model, sliced: the folder and the masked model's logits."""
-    overrides = options.pop("overrides", {})
-    model = make_model(folder / "model", family, **overrides)
-    plans = plans_for(model, kept)
-    assemble(resolve_model(str(model)), plans, folder / "out", widths=widths, **options)
-    return folder / "out", masked_model_logits(model, plans, TOKENS)
-
-
-def load(folder: Path, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-
-
-@torch.inference_mode()
-def logits(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model(TOKENS).logits
-    return found
-
-
-def same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
-
+from ..structural.random_plans import CONFIGS, UNEVEN, Kept, make_model
+from .sliced import EVEN, TOKENS, assembled, load, logits, plain, plans_for, same
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
@@ -132,26 +98,6 @@ def test_equal_widths_per_layer_are_allowed(tmp_path: Path) -> None:
     same(logits(load(out)), expected)
 
 
-LOAD = """
-import json, sys, torch
-from transformers import AutoConfig, AutoModelForCausalLM
-folder, options = sys.argv[1], json.loads(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-with torch.inference_mode():
-    torch.save(model(torch.arange(2, 42).view(2, 20)).logits, sys.argv[3])
-assert not any(name.startswith("crepe_deploy") for name in sys.modules)
-"""
-
-
-def plain(folder: Path, code: str = LOAD, **options: Any) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """Run `code` where crepe_deploy is never imported; the file that it writes logits to."""
-    target = folder.parent / "logits.pt"
-    environment = os.environ | {"HF_MODULES_CACHE": str(folder.parent / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", code, str(folder), json.dumps(options), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    return done, target
-
-
 def test_unmodified_transformers_loads_uniform_widths(tmp_path: Path) -> None:
     out, expected = assembled(tmp_path, "qwen2", EVEN, "uniform")
     done, target = plain(out)
@@ -177,88 +123,6 @@ def test_unmodified_transformers_refuses_widths_per_layer_unless_code_lies_besid
 def test_code_lies_beside_the_weights_only_when_asked_for(tmp_path: Path) -> None:
     out, _ = assembled(tmp_path, "llama", UNEVEN, "per-layer")
     assert not list(out.glob("*.py")) and "auto_map" not in read_json(out / "config.json")
-
-
-READ_DECI = """
-import sys
-from transformers import AutoConfig
-config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
-blocks = config.block_configs
-heads = config.num_attention_heads
-print([(heads // block.attention.n_heads_in_group, block.ffn.intermediate_size) for block in blocks])
-assert not blocks[0].attention.no_op
-assert not hasattr(blocks[0].ffn, "ffn_mult") and not hasattr(blocks[0].ffn, "hidden_act")
-config.save_pretrained(sys.argv[3])
-"""
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_the_decilm_layout_holds_the_same_model_padded(tmp_path: Path, family: str) -> None:
-    out, expected = assembled(tmp_path, family, UNEVEN, "per-layer")
-    export_checkpoint(out, tmp_path / "deci", "deci")
-    manifest = verify(tmp_path / "deci")
-    assert manifest.config["structural"]["padded_to"] == [[8, 4, 96], [8, 1, 32], [8, 4, 50]]
-    assert manifest.format == "deci" and manifest.metrics["greedy"] == verify(out).metrics["greedy"]
-    sizes = [
-        tensor.numel()
-        for name, tensor in load_file(tmp_path / "deci" / "model.safetensors").items()
-        if "layers." in name
-    ]
-    dense = [
-        tensor.numel()
-        for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()
-        if "layers." in name
-    ]
-    assert manifest.metrics["size"]["weight_bytes_over_dense"] == pytest.approx(sum(sizes) / sum(dense))
-    with pytest.raises(ConfigError, match="deci checkpoint"):
-        export_checkpoint(tmp_path / "deci", tmp_path / "copy", "dense")
-    done, _ = plain(tmp_path / "deci", READ_DECI)
-    assert done.returncode == 0 and done.stdout.strip() == "[(4, 96), (1, 32), (4, 50)]", done.stderr[-2000:]
-    assert read_json(tmp_path / "logits.pt" / "config.json")["block_configs"][1]["ffn"]["intermediate_size"] == 32
-    # Read as a model with widths per layer, the padded files compute the same.
-    config = read_json(out / "config.json")
-    config["per_layer_config"] = {
-        str(index): {"num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": neurons}
-        for index, (heads, groups, neurons) in enumerate(manifest.config["structural"]["padded_to"])
-    }
-    shutil.copytree(tmp_path / "deci", tmp_path / "read")
-    (tmp_path / "read" / "config.json").write_text(json.dumps(config))
-    same(logits(load(tmp_path / "read")), expected)
-    with pytest.raises(UnsupportedModel, match="needs code from the checkpoint"):
-        Decoder(tmp_path / "deci")
-
-
-def test_the_decilm_layout_written_at_once_is_the_exported_one(tmp_path: Path) -> None:
-    out, _ = assembled(tmp_path / "a", "llama", UNEVEN, "per-layer")
-    export_checkpoint(out, tmp_path / "deci", "deci")
-    direct, _ = assembled(tmp_path / "b", "llama", UNEVEN, "per-layer", layout="deci")
-    assert read_json(direct / "config.json") == read_json(tmp_path / "deci" / "config.json")
-    first, second = load_file(direct / "model.safetensors"), load_file(tmp_path / "deci" / "model.safetensors")
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize(
-    ("family", "overrides", "part"), [("qwen3", {}, "norms of queries"), ("mistral", {"sliding_window": 8}, "sliding")]
-)
-def test_the_decilm_layout_refuses_what_it_cannot_hold(
-    tmp_path: Path, family: str, overrides: dict[str, Any], part: str
-) -> None:
-    with pytest.raises(UnsupportedModel, match=part):
-        assembled(tmp_path, family, UNEVEN, "per-layer", layout="deci", overrides=overrides)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_decilm_export_refuses_other_folders(tmp_path: Path) -> None:
-    out, _ = assembled(tmp_path, "llama", EVEN, "uniform")
-    with pytest.raises(ConfigError, match="no widths per layer"):
-        export_checkpoint(out, tmp_path / "deci", "deci")
-    config = PruneConfig("magnitude", parse_pattern("2:4"))
-    with pytest.raises(ConfigError, match="--format deci is for folders with widths per layer"):
-        prune_and_export(resolve_model(str(out)), tmp_path / "both", config, None, formats=("dense", "deci"))
-    uneven, _ = assembled(tmp_path / "b", "llama", ((4, 2, 96), (2, 2, 32), (1, 1, 64)), "per-layer")
-    prune(resolve_model(str(uneven)), tmp_path / "pruned", config, None)
-    with pytest.raises(ConfigError, match="zeros in a pattern"):
-        export_checkpoint(tmp_path / "pruned", tmp_path / "deci", "deci")
 
 
 @pytest.mark.parametrize("widths", ["uniform", "per-layer"])
