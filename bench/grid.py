@@ -7,9 +7,10 @@ AT is what a grid varies besides its rows and seeds: a pattern, a sparsity.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ Cell = dict[str, Any]
 def text_record(path: Path, name: str = "text") -> dict[str, str]:
     """What the conditions say of a text: its file name, under `name`, and its hash."""
     return {name: path.name, "sha256": sha256_file(path)}
+
+
+def texts_record(paths: Sequence[Path]) -> dict[str, str]:
+    """The same of one text, or of several that are mixed: their names, and the hash of their hashes."""
+    if len(paths) == 1:
+        return text_record(paths[0])
+    hashes = "".join(sha256_file(path) for path in paths)
+    return {
+        "text": " + ".join(path.name for path in paths),
+        "sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+    }
 
 
 def cells_of(labels: Iterable[str], rows: str, places: str, seeds: str) -> Iterator[tuple[str, str, int]]:

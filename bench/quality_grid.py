@@ -32,7 +32,7 @@ from ..scoring import token_nll
 from ..sources import resolve_model
 from ..texts import CalibrationSet, calibration_windows, load_text, load_tokenizer, tokenize
 from .assets import DEFAULT_DIR, ensure_assets
-from .grid import Cell, ResultsFile, cells_of, publish, text_record
+from .grid import Cell, ResultsFile, cells_of, publish, text_record, texts_record
 from .quality_table import markdown
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -71,6 +71,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "SparseGPT, 256 windows": {"method": "sparsegpt", "samples": 256},
     "recipe best, 256 windows": {"recipe": "best", "samples": 256},
 }
+RESULTS = Path("bench/results/quality.json")
 PUBLISHED = "^(RIA|RIA, a = 1|Wanda|CRePE|CRePE, .* preset.*|.* windows)$"
 
 
@@ -102,8 +103,8 @@ class Grid:
     """A results file and what is needed to fill it. Raises ConfigError where the file is from other conditions."""
 
     def __init__(
-        self, out: Path, model: Path, calib: Path, texts: dict[str, Path], sizes: dict[str, int], command: str,
-        peer: Path | None = None, keep: Path | None = None,
+        self, out: Path, model: Path, calib: tuple[Path, ...], texts: dict[str, Path], sizes: dict[str, int],
+        command: str, peer: Path | None = None, keep: Path | None = None,
     ) -> None:  # fmt: skip
         tokenizer = load_tokenizer(model)
         self.model, self.calib, self.sizes, self.tokenizer = model, calib, sizes, tokenizer
@@ -117,7 +118,7 @@ class Grid:
         }
         conditions = {
             "model": model.name,
-            "calibration": text_record(calib),
+            "calibration": texts_record(calib),
             "texts": {name: text_record(path, "file") for name, path in texts.items()},
             **sizes,
         }
@@ -182,7 +183,12 @@ def _named(text: str) -> tuple[str, Path]:
 
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path, exists=True), default=None, help="Default: SmolLM2-135M.")
-@click.option("--calib", type=click.Path(path_type=Path, exists=True), default=None, help="Default: c4 train.")
+@click.option(
+    "--calib",
+    type=click.Path(path_type=Path, exists=True),
+    multiple=True,
+    help="Several give equal shares. Default: c4 train.",
+)
 @click.option("--text", "texts", multiple=True, metavar="NAME=FILE", help="Default: wiki and c4 valid.")
 @click.option(
     "--rows",
@@ -211,25 +217,26 @@ def _named(text: str) -> tuple[str, Path]:
 @click.option(
     "--keep", type=click.Path(path_type=Path, file_okay=False), default=None, help="Keep the pruned models there."
 )
-@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/results/quality.json"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), default=None)
 @click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
 def main(
-    model: Path | None, calib: Path | None, texts: tuple[str, ...], rows: str, patterns: str, seeds: str,
+    model: Path | None, calib: tuple[Path, ...], texts: tuple[str, ...], rows: str, patterns: str, seeds: str,
     samples: int, length: int, window: int, windows: int, peer: Path | None, keep: Path | None, out: Path,
     markdown_path: Path | None, assets_dir: Path,
 ) -> None:  # fmt: skip
     """Measure the cells that are missing, then print the table of all that are there."""
     chosen = dict(_named(text) for text in texts)
-    if model is None or calib is None or not chosen:
+    command = "python -m crepe_deploy.bench.quality_grid" + "".join(f" --calib {path.name}" for path in calib)
+    if model is None or not calib or not chosen:
         assets = ensure_assets(assets_dir)
-        model, calib = model or assets.model, calib or assets.text("c4", "train")
+        model, calib = model or assets.model, calib or (assets.text("c4", "train"),)
         chosen = chosen or {name: assets.text(name, "valid") for name in ("wiki", "c4")}
     sizes = {"samples": samples, "length": length, "window": window, "windows": windows}
-    command = "python -m crepe_deploy.bench.quality_grid"
     command += "".join(f" --text {name}={path.name}" for name, path in chosen.items())
     command += f' --rows "{rows}" --patterns {patterns} --seeds {seeds}'
     command += f" --samples {samples} --length {length}" + (" --peer PEER/bin/python" if peer else "")
+    command += f" --out {out}" if out != RESULTS else ""
     grid = Grid(out, model, calib, chosen, sizes, command, peer, keep)
     for label, pattern, seed in cells_of(ROWS, rows, patterns, seeds):
         try:

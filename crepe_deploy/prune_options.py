@@ -38,8 +38,8 @@ def options(*several: Callable[[Command], Command]) -> Callable[[Command], Comma
 def calibration_options(*, samples: int, length: int, required: bool = False) -> Callable[[Command], Command]:
     """The calibration text and how much of it is read; samples, length: the defaults."""
     return options(
-        click.option("--calib", required=required, metavar="FILE_OR_DATASET",
-                     help="Calibration text: .txt, .jsonl, .parquet or a datasets name."),
+        click.option("--calib", multiple=True, required=required, metavar="FILE_OR_DATASET",
+                     help="Calibration text: .txt, .jsonl, .parquet or a datasets name. Several give equal shares."),
         click.option("--calib-field", default="text", show_default=True,
                      help="Field of .jsonl, .parquet or dataset rows."),
         click.option("--calib-samples", type=click.IntRange(1), default=samples, show_default=True),
@@ -84,8 +84,8 @@ prune_options = options(
 
 def prepare(
     *, model: str, out: Path, sparsity: str, granularity: Any, recipe: str | None, params: tuple[str, ...],
-    include: str | None, exclude: str | None, dtype: str, revision: str | None, calib: str | None, calib_field: str,
-    calib_samples: int, calib_length: int, seed: int, **given: Any,
+    include: str | None, exclude: str | None, dtype: str, revision: str | None, calib: tuple[str, ...],
+    calib_field: str, calib_samples: int, calib_length: int, seed: int, **given: Any,
 ) -> tuple[Model, PruneConfig, CalibrationSet | None]:  # fmt: skip
     """Resolve options into the pipeline's arguments; whatever can be refused early is. Options go before the recipe."""
     from .methods.presets import resolve_method
@@ -115,12 +115,12 @@ def prepare(
 
 
 def _calibration(
-    folder: Path, calib: str | None, calib_field: str, calib_samples: int, calib_length: int, seed: int
+    folder: Path, calib: tuple[str, ...], calib_field: str, calib_samples: int, calib_length: int, seed: int
 ) -> CalibrationSet:
     from .families import load_config
     from .texts import calibration_windows, load_tokenizer
 
-    if calib is None:
+    if not calib:
         raise ConfigError("this method needs calibration text: give --calib FILE_OR_DATASET")
     context = int(getattr(load_config(folder), "max_position_embeddings", calib_length))
     length = min(calib_length, context)

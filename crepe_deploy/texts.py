@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class CalibrationSet:
 
     tokens: int64 (samples, length). text_tokens: how many tokens the windows were drawn from.
     rule: how they were drawn, in words. bos: "none", or "window" where each window starts with BOS.
+    parts: where several sources were mixed, each one's source, sha256, samples and text_tokens; `sha256` is then of
+    theirs, one after the other.
     """
 
     tokens: Tensor
@@ -62,6 +64,7 @@ class CalibrationSet:
     text_tokens: int
     rule: str
     bos: str
+    parts: tuple[dict[str, Any], ...] = ()
 
     @property
     def token_count(self) -> int:
@@ -81,6 +84,7 @@ class CalibrationSet:
             "seed": self.seed,
             "rule": self.rule,
             "bos": self.bos,
+            **({"parts": list(self.parts)} if self.parts else {}),
         }
 
 
@@ -131,7 +135,7 @@ def wants_bos_each_window(tokenizer: Any) -> bool:
 
 
 def calibration_windows(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     tokenizer: Any,
     samples: int = 128,
     length: int = 2048,
@@ -142,10 +146,44 @@ def calibration_windows(
 
     Documents are joined by blank lines and tokenised without special tokens, though each window starts with BOS where
     the family needs it. A text far longer than wanted is first cut to CHARS_PER_TOKEN characters a token, or MIN_CHARS.
+    Of several sources each gives as many windows as the others (the first ones one more where that does not come out
+    even), in one random order.
     Raises CalibrationError saying how many tokens are missing, ConfigError, and as `load_text` does.
     """
     if samples < 1 or length < 2:
         raise ConfigError(f"{samples} calibration samples of {length} tokens: at least 1 sample of 2 tokens is needed")
+    if isinstance(source, (str, Path)):
+        return _windows(source, tokenizer, samples, length, seed, field)
+    names = [str(one) for one in source]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"calibration sources must be given, and each once: {', '.join(names) or 'none is'}")
+    if len(names) == 1:
+        return _windows(names[0], tokenizer, samples, length, seed, field)
+    if samples < len(names):
+        raise ConfigError(f"{samples} calibration samples cannot come from {len(names)} sources: raise the samples")
+    each, more = divmod(samples, len(names))
+    return _mixed([
+        _windows(name, tokenizer, each + (index < more), length, seed, field) for index, name in enumerate(names)
+    ])  # fmt: skip
+
+
+def _mixed(sets: list[CalibrationSet]) -> CalibrationSet:
+    order = torch.randperm(
+        sum(len(part.tokens) for part in sets), generator=torch.Generator().manual_seed(sets[0].seed)
+    )
+    kept = ("source", "sha256", "samples", "text_tokens")
+    return replace(
+        sets[0],
+        tokens=torch.cat([part.tokens for part in sets])[order],
+        source=" + ".join(part.source for part in sets),
+        sha256=hashlib.sha256("".join(part.sha256 for part in sets).encode()).hexdigest(),
+        text_tokens=sum(part.text_tokens for part in sets),
+        rule=f"equal shares in random order; each: {sets[0].rule}",
+        parts=tuple({name: part.record()[name] for name in kept} for part in sets),
+    )
+
+
+def _windows(source: str | Path, tokenizer: Any, samples: int, length: int, seed: int, field: str) -> CalibrationSet:
     bos = wants_bos_each_window(tokenizer)
     body = length - 1 if bos else length
     text = load_text(source, field, max_chars=max(MIN_CHARS, CHARS_PER_TOKEN * samples * body))

@@ -205,6 +205,39 @@ def test_the_record_says_what_was_drawn(write: Callable[[str, bytes], Path], mon
     assert json.loads(json.dumps(record)) == record
 
 
+def test_several_sources_give_equal_shares_in_one_random_order(write: Callable[[str, bytes], Path]) -> None:
+    tokenizer = pico_tokenizer()
+    names = [str(write(f"{index}.txt", sample_text(400, seed=index).encode())) for index in range(3)]
+    shares_of = (3, 3, 2)
+    mixed = calibration_windows(names, tokenizer, 8, 16, seed=4)
+    shares = [
+        calibration_windows(name, tokenizer, count, 16, seed=4) for name, count in zip(names, shares_of, strict=True)
+    ]
+    apart = torch.cat([share.tokens for share in shares])
+    assert sorted(mixed.tokens.tolist()) == sorted(apart.tolist()) and not torch.equal(mixed.tokens, apart)
+    record = mixed.record()
+    assert (
+        record["source"] == " + ".join(names) and record["samples"] == 8 and record["rule"].startswith("equal shares")
+    )
+    assert [(part["source"], part["samples"]) for part in record["parts"]] == list(zip(names, shares_of, strict=True))
+    assert [part["sha256"] for part in record["parts"]] == [share.sha256 for share in shares]
+    assert record["sha256"] != calibration_windows(names[::-1], tokenizer, 8, 16, seed=4).sha256
+    one = calibration_windows(names[:1], tokenizer, 8, 16, seed=4)
+    assert one.record() == calibration_windows(names[0], tokenizer, 8, 16, seed=4).record() and not one.parts
+
+
+@pytest.mark.parametrize(
+    ("picked", "samples", "message"),
+    [((), 4, "each once: none"), ((0, 0), 4, "each once"), ((0, 1), 1, "cannot come from 2 sources")],
+)
+def test_mixtures_that_make_no_sense_are_refused(
+    write: Callable[[str, bytes], Path], picked: tuple[int, ...], samples: int, message: str
+) -> None:
+    paths = [write(f"{index}.txt", sample_text(100, seed=index).encode()) for index in range(2)]
+    with pytest.raises(ConfigError, match=message):
+        calibration_windows([paths[index] for index in picked], pico_tokenizer(), samples, 8)
+
+
 def test_text_that_needs_more_characters_than_the_cut_is_read_whole(
     write: Callable[[str, bytes], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

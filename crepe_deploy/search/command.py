@@ -79,7 +79,7 @@ def search_command(out: Path, as_json: bool, **options: Any) -> None:  # fmt: sk
 
 def _search(
     *, model: str, out: Path, sparsity: str, granularity: Any, kernels: str | None, revision: str | None,
-    resume: bool, overwrite: bool, calib: str, calib_field: str, calib_samples: int, calib_length: int,
+    resume: bool, overwrite: bool, calib: tuple[str, ...], calib_field: str, calib_samples: int, calib_length: int,
     text: str, text_field: str, text_samples: int, text_length: int, seed: int, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     refuse_test_split(text)
@@ -109,7 +109,9 @@ def refuse_test_split(source: str) -> None:
         raise ConfigError(f"--text {source} is called a test split: search on a validation or training text")
 
 
-def _windows(model: Model, source: str, field: str, samples: int, length: int, seed: int) -> CalibrationSet:
+def _windows(
+    model: Model, source: str | tuple[str, ...], field: str, samples: int, length: int, seed: int
+) -> CalibrationSet:
     from crepe_deploy.families import load_config
     from crepe_deploy.texts import calibration_windows, load_tokenizer
 

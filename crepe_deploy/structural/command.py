@@ -73,7 +73,7 @@ tyr_options = options(
 
 
 def run(
-    write: Writer, *, model: str, out: Path, calib: str, calib_field: str,
+    write: Writer, *, model: str, out: Path, calib: tuple[str, ...], calib_field: str,
     calib_samples: int, calib_length: int, search_samples: int, variant: str | None, revision: str | None,
     resume: bool, overwrite: bool, **given: Any,
 ) -> dict[str, Any]:  # fmt: skip

@@ -59,6 +59,16 @@ def test_its_losses_are_those_of_eval(folder: Path, tmp_path: Path) -> None:
     assert np.exp(np.mean(dense)) == pytest.approx(report.perplexity.value, rel=1e-5)
 
 
+def test_several_calibration_texts_are_mixed_and_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "more.txt").write_text(sample_text(2000, seed=9), encoding="utf-8")
+    out = tmp_path / "q.json"
+    options = ("--rows", "^RIA$", "--seeds", "0", "--calib", str(folder / "more.txt"))
+    assert run(folder, out, *options, "--markdown", str(tmp_path / "q.md")).exit_code == 0
+    assert "tokens of calib.txt + more.txt" in (tmp_path / "q.md").read_text()
+    assert "--calib calib.txt --calib more.txt" in json.loads(out.read_text())["commands"][0]
+    assert isinstance(run(folder, out, "--rows", "^RIA$", "--seeds", "0").exception, ConfigError)
+
+
 def test_other_conditions_are_refused(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "q.json"
     run(folder, out, "--rows", "^RIA$")
