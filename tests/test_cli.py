@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from crepe_deploy import writing
 from crepe_deploy.cli import EXIT_INTERRUPTED, main
+from crepe_deploy.manifest import verify
 from crepe_deploy.methods import METHODS
 
 from .pico import make_pico_llama, sample_text
@@ -70,6 +71,16 @@ def test_the_whole_command(tmp_path: Path, prune_to: Any, capsys: pytest.Capture
     assert report["pattern"] == "2:4"
     assert report["sparsity_of_pruned_tensors"] == pytest.approx(0.5, abs=1e-3)
     assert sorted(path.name for path in out.iterdir()) == ["dense", "report.json"]
+
+
+def test_a_mixture_of_texts_is_named_in_the_manifest_and_the_card(tmp_path: Path, prune_to: Any, calib: Path) -> None:
+    (tmp_path / "more.jsonl").write_text(json.dumps({"text": sample_text(3000, 1)}), encoding="utf-8")
+    out = tmp_path / "out"
+    assert prune_to(out, "--calib", tmp_path / "more.jsonl", "--format", "dense") == 0
+    parts = verify(out / "dense").calibration["parts"]
+    assert [Path(part["source"]).name for part in parts] == ["calib.txt", "more.jsonl"]
+    assert f"tokens of {calib} + {tmp_path / 'more.jsonl'}" in (out / "dense" / "README.md").read_text()
+    assert prune_to(tmp_path / "twice", "--calib", calib) == 2 and not (tmp_path / "twice").exists()
 
 
 def test_inspect_verify_export_and_eval(
