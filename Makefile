@@ -82,7 +82,7 @@ lint: $(VENV)/.dev
 	@rm -rf build && cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p crepe_deploy
 
 # The measurements of bench/results/; about two hours on two cores, best with nothing else running. quality.json and
-# structural.json take hours more and go on where they stopped: their commands are in docs/quality.md and structural.md.
+# structural.json take hours more and go on where they stopped: their commands are in docs/quality*.md and structural.md.
 bench: $(VENV)/.dev assets
 	@$(BIN)/python -m crepe_deploy.bench.pruning --out bench/results/pruning.json
 	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4,16:32 --out bench/results/ladder.json

@@ -35,6 +35,7 @@ from .assets import DEFAULT_DIR, ensure_assets
 from .grid import Cell, ResultsFile, cells_of, publish, text_record, texts_record
 from .quality_table import markdown
 
+PRESETS = Path(__file__).parent / "results"
 ROWS: dict[str, dict[str, Any]] = {
     "RIA": {"method": "ria"},
     "RIA, a = 1": {"method": "ria", "params": {"exponent": 1.0}},
@@ -42,10 +43,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "CRePE": {"method": "crepe"},
     "CRePE, PHO's preset": {"method": "crepe", "preset": "pho"},
     "CRePE, PHO's preset without the neighbourhood": {"method": "crepe", "preset": "pho", "params": {"gamma": 0.0}},
-    "CRePE, hill climbing's preset": {
-        "method": "crepe",
-        "preset": str(Path(__file__).parent / "results" / "search-hill-climb.json"),
-    },
+    "CRePE, hill climbing's preset": {"method": "crepe", "preset": str(PRESETS / "search-hill-climb.json")},
     "SparseGPT": {"method": "sparsegpt"},
     "RIA + DSnoT": {"method": "ria", "reprune": "dsnot"},
     "RIA + DSnoT-RIA": {"method": "ria", "reprune": "dsnot-ria"},

@@ -10,11 +10,12 @@ import numpy as np
 RESAMPLES = 2000
 BASE = "RIA"
 PHO, BARE = "CRePE, PHO's preset", "CRePE, PHO's preset without the neighbourhood"
-CLIMB = "CRePE, hill climbing's preset"
+CLIMB, NARROWED = "CRePE, hill climbing's preset", "CRePE, narrowed model's preset"
 PAIRS = [
     *((ours, other) for ours in ("CRePE", PHO) for other in (BASE, "RIA, a = 1", "Wanda")),
     (PHO, BARE),
     (PHO, CLIMB),
+    (PHO, NARROWED),
 ]
 
 
@@ -50,10 +51,11 @@ def base_of(label: str) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """A page with one table for each pattern; ratios and shares are against the mean of the seeds of `base_of`."""
     conditions = result["conditions"]
+    mixed = ", equal shares of each," if " + " in conditions["calibration"]["text"] else ""
     lines = ["# Quality", "", *(f"    {command}" for command in result["commands"]), ""]
     lines += [
         f"{conditions['model']}; calibrated on {conditions['samples']} x {conditions['length']} tokens of "
-        f"{conditions['calibration']['text']} where the row does not say otherwise; scored on the first "
+        f"{conditions['calibration']['text']}{mixed} where the row does not say otherwise; scored on the first "
         f"{conditions['windows']} x {conditions['window']} tokens of each text. Perplexities are geometric means over "
         "the seeds. Ratios are to RIA calibrated on the same windows, paired over the windows scored, with 95 % "
         "bootstrap intervals over these; closed is the share of ln(PPL/dense) between RIA and dense. Prune s is the "
@@ -74,15 +76,17 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _pairs(result: dict[str, Any], patterns: list[str], texts: list[str]) -> list[str]:
     """CRePE against each of its rivals, and its searched preset against the same without its neighbourhood."""
-    lines = ["", "## CRePE, pair by pair", "", "Ratios of perplexity, paired as above.", ""]
-    lines += ["| pattern | pair | " + " | ".join(texts) + " |", "|---" * (len(texts) + 2) + "|"]
+    lines = []
     for pattern in patterns:
         rows = {text: rows_of(result, pattern, text) for text in texts}
         for first, second in PAIRS:
             if all(first in found and second in found for found in rows.values()):
                 parts = [_ratio(found[first] - found[second]) for found in rows.values()]
                 lines.append(f"| {pattern} | {first} / {second} | " + " | ".join(parts) + " |")
-    return lines
+    if not lines:
+        return []
+    head = ["| pattern | pair | " + " | ".join(texts) + " |", "|---" * (len(texts) + 2) + "|"]
+    return ["", "## CRePE, pair by pair", "", "Ratios of perplexity, paired as above.", "", *head, *lines]
 
 
 def _ratio(differences: np.ndarray[Any, Any]) -> str:

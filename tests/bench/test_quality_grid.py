@@ -64,7 +64,7 @@ def test_several_calibration_texts_are_mixed_and_named(folder: Path, tmp_path: P
     out = tmp_path / "q.json"
     options = ("--rows", "^RIA$", "--seeds", "0", "--calib", str(folder / "more.txt"))
     assert run(folder, out, *options, "--markdown", str(tmp_path / "q.md")).exit_code == 0
-    assert "tokens of calib.txt + more.txt" in (tmp_path / "q.md").read_text()
+    assert "tokens of calib.txt + more.txt, equal shares" in (tmp_path / "q.md").read_text()
     assert "--calib calib.txt --calib more.txt" in json.loads(out.read_text())["commands"][0]
     assert isinstance(run(folder, out, "--rows", "^RIA$", "--seeds", "0").exception, ConfigError)
 
