@@ -44,6 +44,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "CRePE, PHO's preset": {"method": "crepe", "preset": "pho"},
     "CRePE, PHO's preset without the neighbourhood": {"method": "crepe", "preset": "pho", "params": {"gamma": 0.0}},
     "CRePE, hill climbing's preset": {"method": "crepe", "preset": str(PRESETS / "search-hill-climb.json")},
+    "CRePE, narrowed model's preset": {"method": "crepe", "preset": str(PRESETS / "search-pho-narrowed.json")},
     "SparseGPT": {"method": "sparsegpt"},
     "RIA + DSnoT": {"method": "ria", "reprune": "dsnot"},
     "RIA + DSnoT-RIA": {"method": "ria", "reprune": "dsnot-ria"},

@@ -245,8 +245,16 @@ def _prepare_libraries() -> None:
 cli.add_command(search_command)
 
 
-def _interrupt(_signal: int, _frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
+def interrupt_on_sigterm() -> None:
+    """SIGTERM ends this process as Ctrl-C does; workers that a library forks from it die of it without a word."""
+    owner = os.getpid()
+
+    def interrupt(number: int, _frame: Any) -> NoReturn:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def add_outer_commands() -> None:
@@ -265,7 +273,7 @@ def add_outer_commands() -> None:
 def main() -> NoReturn:
     """Run the command line; every known failure is one line on stderr and its exit code."""
     add_outer_commands()
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     try:
         cli(standalone_mode=False)
         code = 0

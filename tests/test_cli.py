@@ -62,6 +62,29 @@ def test_the_command_line_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=False).returncode == 0
 
 
+FORKED_POOL = """
+import multiprocessing, os, signal, sys
+from crepe_deploy import cli
+
+cli.interrupt_on_sigterm()
+pool = multiprocessing.get_context("fork").Pool(2)
+assert pool.map(abs, [-1, -2]) == [1, 2]
+pool.terminate()
+pool.join()
+print("workers ended", file=sys.stderr)
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+"""
+
+
+def test_sigterm_interrupts_the_command_and_ends_forked_workers_silently() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED_POOL], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["workers ended", "interrupted"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_whole_command(tmp_path: Path, prune_to: Any, capsys: pytest.CaptureFixture[str], method: str) -> None:
     out = tmp_path / "out"
