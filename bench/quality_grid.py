@@ -226,7 +226,8 @@ def main(
 ) -> None:  # fmt: skip
     """Measure the cells that are missing, then print the table of all that are there."""
     chosen = dict(_named(text) for text in texts)
-    command = "python -m crepe_deploy.bench.quality_grid" + "".join(f" --calib {path.name}" for path in calib)
+    command = "python -m crepe_deploy.bench.quality_grid" + (f" --model {model.name}" if model else "")
+    command += "".join(f" --calib {path.name}" for path in calib)
     if model is None or not calib or not chosen:
         assets = ensure_assets(assets_dir)
         model, calib = model or assets.model, calib or (assets.text("c4", "train"),)
