@@ -65,7 +65,8 @@ def ablations(rows: dict[str, list[Cell]]) -> list[str]:
     """Rows with one option changed, each beside the row without the change on the same seeds."""
     lines = []
     for label in sorted(label for label in rows if OPTION in label):
-        changed, kept = ({cell["config"]["seed"]: cell for cell in rows.get(name, [])} for name in _pair(label))
+        names = (label, label.partition(OPTION)[0])
+        changed, kept = ({cell["config"]["seed"]: cell for cell in rows.get(name, [])} for name in names)
         seeds = sorted(changed.keys() & kept.keys())
         if not seeds:
             continue
@@ -85,10 +86,6 @@ def ablations(rows: dict[str, list[Cell]]) -> list[str]:
         "|---|---|---:|---:|---:|---:|---:|---|",
     )  # fmt: skip
     return ["", *head, *lines]
-
-
-def _pair(label: str) -> tuple[str, str]:
-    return label, label.partition(OPTION)[0]
 
 
 def _mean_log(cells: Sequence[Cell]) -> float:
