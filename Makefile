@@ -72,7 +72,7 @@ test: $(VENV)/.dev assets browser
 
 # Packed kernels beside dense ones against the committed baseline; JUnit XML in out/gate/. Under a minute.
 gate: $(VENV)/.dev
-	@$(BIN)/python -m crepe_deploy.bench.ci_gate
+	@$(BIN)/python -m crepe_deploy.bench.studies.ci_gate
 
 # What ships is what is type-checked: the installed package, not the source folders.
 lint: $(VENV)/.dev
@@ -84,24 +84,24 @@ lint: $(VENV)/.dev
 # The measurements of bench/results/; about two hours on two cores, best with nothing else running. quality.json and
 # structural.json take hours more and go on where they stopped: their commands are in docs/quality*.md and structural.md.
 bench: $(VENV)/.dev assets
-	@$(BIN)/python -m crepe_deploy.bench.pruning --out bench/results/pruning.json
-	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4,16:32 --out bench/results/ladder.json
-	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4 --feed pruned --only 'RIA|Wanda|CRePE' --out bench/results/ladder-pruned.json
-	@$(BIN)/python -m crepe_deploy.bench.ladder --patterns 2:4 --feed dense --only SparseGPT --out bench/results/ladder-dense.json
-	@$(BIN)/python -m crepe_deploy.bench.preset_grid --seeds 0,1,2 --out bench/results/preset_grid.json
-	@$(BIN)/python -m crepe_deploy.bench.held_out --out bench/results/held_out.json
-	@$(BIN)/python -m crepe_deploy.bench.kernels --out bench/results/kernels.json
-	@$(BIN)/python -m crepe_deploy.bench.onnx --out bench/results/onnx.json
+	@$(BIN)/python -m crepe_deploy.bench.studies.pruning --out bench/results/pruning.json
+	@$(BIN)/python -m crepe_deploy.bench.studies.ladder --patterns 2:4,16:32 --out bench/results/ladder.json
+	@$(BIN)/python -m crepe_deploy.bench.studies.ladder --patterns 2:4 --feed pruned --only 'RIA|Wanda|CRePE' --out bench/results/ladder-pruned.json
+	@$(BIN)/python -m crepe_deploy.bench.studies.ladder --patterns 2:4 --feed dense --only SparseGPT --out bench/results/ladder-dense.json
+	@$(BIN)/python -m crepe_deploy.bench.studies.preset_grid --seeds 0,1,2 --out bench/results/preset_grid.json
+	@$(BIN)/python -m crepe_deploy.bench.studies.held_out --out bench/results/held_out.json
+	@$(BIN)/python -m crepe_deploy.bench.studies.kernels --out bench/results/kernels.json
+	@$(BIN)/python -m crepe_deploy.bench.studies.onnx --out bench/results/onnx.json
 	@$(BIN)/crepe-deploy bench configs/bench-onnx.yaml --threads 2 --out bench/results/onnx-speed.json --overwrite
-	@$(BIN)/python -m crepe_deploy.bench.smollm2
+	@$(BIN)/python -m crepe_deploy.bench.studies.smollm2
 	@$(BIN)/crepe-deploy bench configs/bench-smollm2.yaml --out bench/results/smollm2.json --overwrite
 	@for pattern in 2of4 16of32; do \
-	  $(BIN)/python -m crepe_deploy.bench.packed_parity out/bench/smollm2/crepe-$$pattern/dense \
+	  $(BIN)/python -m crepe_deploy.bench.studies.packed_parity out/bench/smollm2/crepe-$$pattern/dense \
 	    out/bench/smollm2/crepe-$$pattern/packed --out bench/results/packed_parity-$$pattern.json || exit 1; \
 	done
-	@$(BIN)/python -m crepe_deploy.bench.llama_1b
+	@$(BIN)/python -m crepe_deploy.bench.studies.llama_1b
 	@$(BIN)/crepe-deploy bench configs/bench-llama-1b.yaml --out bench/results/llama-1b.json --overwrite
-	@$(BIN)/python -m crepe_deploy.bench.structural_speed
+	@$(BIN)/python -m crepe_deploy.bench.studies.structural_speed
 	@$(BIN)/crepe-deploy bench configs/bench-structural.yaml --out bench/results/structural-llama-1b.json --overwrite
 	@$(BIN)/crepe-deploy bench configs/bench-structural.yaml --engine transformers \
 	  --out bench/results/structural-llama-1b-transformers.json --overwrite

@@ -28,10 +28,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from crepe_deploy.errors import CheckpointError, CrepeError, MissingExtra
-from crepe_deploy.gguf import PROVENANCE, convert_gguf
-from crepe_deploy.manifest import sha256_file
-from crepe_deploy.writing import disk_errors
+from ..errors import CheckpointError, CrepeError, MissingExtra
+from ..store.files import disk_errors
+from ..store.gguf import PROVENANCE, convert_gguf
+from ..store.manifest import sha256_file
 
 MODEL_NAME = "SmolLM2-135M-Instruct, dequantised Q4_1"
 DEFAULT_DIR = Path(".cache/assets")

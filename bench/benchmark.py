@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..progress import progress
-from .gate import Limits, decide, gate_pruned, planned_rounds
-from .measure import Qualities, Session, Start, check, is_again
-from .outcome import Verdict
-from .quality import measure_quality
-from .result import Run
-from .scenario import QualitySpec, Scenario
+from .gate.gate import Limits, decide, gate_pruned, planned_rounds
+from .gate.outcome import Verdict
+from .run.measure import Qualities, Session, Start, check, is_again
+from .run.quality import measure_quality
+from .run.result import Run
+from .run.scenario import QualitySpec, Scenario
 
 
 @dataclass(frozen=True)

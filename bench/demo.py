@@ -23,9 +23,9 @@ import click
 
 from ..errors import ServeError
 from .assets import DEFAULT_DIR, MODEL_NAME, ensure_assets
-from .processes import crepe_deploy
-from .result import load_run
-from .summary import gain
+from .run.processes import crepe_deploy
+from .run.result import load_run
+from .run.summary import gain
 
 RUNS = [
     ("magnitude", "2:4", "dense"),

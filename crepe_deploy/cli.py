@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
+from .commands.lines import quality_lines, report_lines, tensor_lines, width_lines
+from .commands.options import json_option, options, overwrite_option, prepare, prune_options, say
+from .commands.search import search_command
+from .commands.tyr import tyr_options
 from .errors import ConfigError, CrepeError
-from .present import quality_lines, report_lines, tensor_lines, width_lines
-from .prune_options import json_option, options, overwrite_option, prepare, prune_options, say
-from .search.command import search_command
-from .structural.command import tyr_options
 
 EXIT_INTERRUPTED = 130
 
@@ -67,7 +67,7 @@ def prune_command(out: Path, overwrite: bool, as_json: bool, **given: Any) -> No
     """Prune MODEL into the Hugging Face folder OUT, with its manifest."""
     _prepare_libraries()
     from .progress import progress
-    from .prune import prune
+    from .pruning.prune import prune
 
     model, config, calibration = prepare(out=out, **given)
     with progress(f"pruning to {config.pattern} with {config.method}") as step:
@@ -85,8 +85,8 @@ def tyr_command(layout: str, remote_code: bool, as_json: bool, **given: Any) -> 
     --resume goes on.
     """
     _prepare_libraries()
+    from .commands.tyr import lines, run
     from .export.tyr import FolderWriter
-    from .structural.command import lines, run
 
     report = run(FolderWriter(given["widths"], layout, remote_code), **given)
     _print(report, as_json, lines(report))
@@ -149,9 +149,9 @@ def plan_command(
     model: str, sparsity: str, granularity: Any, calib_samples: int, calib_length: int, as_json: bool
 ) -> None:
     """Say what pruning MODEL will need and what each target will gain, without reading a weight."""
+    from .commands.plan import lines, plan
     from .pattern import parse_pattern
-    from .plan import lines, plan
-    from .sources import resolve_model
+    from .store.sources import resolve_model
 
     pattern = parse_pattern(sparsity, granularity)
     result = plan(resolve_model(model, say=say).folder, pattern, calib_samples, calib_length)
@@ -163,7 +163,7 @@ def plan_command(
 @json_option
 def doctor_command(retune: bool, as_json: bool) -> None:
     """Say what this machine can run, which kernels will be used, and why."""
-    from .doctor import doctor, lines
+    from .commands.doctor import doctor, lines
 
     result = doctor(retune)
     _print(result, as_json, lines(result))
@@ -174,8 +174,8 @@ def doctor_command(retune: bool, as_json: bool) -> None:
 @json_option
 def inspect_command(folder: Path, as_json: bool) -> None:
     """Count the zeros of every tensor in FOLDER, name the pattern that holds, and say the widths of uneven layers."""
-    from .audit import inspect_folder
     from .export.onnx.inspect import inspect_onnx, is_onnx
+    from .store.audit import inspect_folder
     from .structural.check import describe
 
     onnx = is_onnx(folder)
@@ -193,7 +193,7 @@ def verify_command(folder: Path, as_json: bool) -> None:
 
     After structural pruning every tensor's shape is compared with config.json too.
     """
-    from .manifest import verify
+    from .store.manifest import verify
     from .structural.check import check_shapes, is_structural
 
     manifest = verify(folder)
@@ -208,8 +208,8 @@ def _evaluate(
     bos: str, dtype: str, against: Path | None, tasks: str | None, task_dir: Path | None, limit: int | None, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     from .progress import progress
-    from .quality import evaluate
-    from .zeroshot import zero_shot
+    from .quality.perplexity import evaluate
+    from .quality.zeroshot import zero_shot
 
     if text is None and tasks is None:
         raise ConfigError("nothing to measure: give --text FILE_OR_DATASET, --tasks NAMES, or both")
@@ -259,9 +259,9 @@ def interrupt_on_sigterm() -> None:
 
 def add_outer_commands() -> None:
     """Add the commands that live outside the core; their modules import nothing heavy."""
-    from .bench.command import bench_command
-    from .bench.gate_command import gate_command
-    from .bench.report_command import report_command
+    from .bench.commands.bench import bench_command
+    from .bench.commands.gate import gate_command
+    from .bench.commands.report import report_command
     from .serve.command import serve_command
 
     cli.add_command(bench_command)

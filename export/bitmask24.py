@@ -20,16 +20,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..audit import check_pattern
-from ..checkpoint import CheckpointReader, read_json
-from ..companions import copy_companions
 from ..errors import CheckpointError, ParityError, UnsupportedModel
-from ..families import Decoder
-from ..manifest import MANIFEST_NAME, Manifest, TensorRecord, hash_folder, save_manifest, versions
+from ..model.decoder import Decoder
 from ..packed.format import DTYPES, unpack_mask
 from ..pattern import NM
-from ..sources import Model, describe_source
-from ..writing import CheckpointWriter, Planned, check_output, disk_errors, require_disk, write_json
+from ..store.audit import check_pattern
+from ..store.checkpoint import CheckpointReader, read_json
+from ..store.companions import copy_companions
+from ..store.files import check_output, disk_errors, require_disk, write_json
+from ..store.manifest import MANIFEST_NAME, Manifest, TensorRecord, hash_folder, save_manifest, versions
+from ..store.sources import Model, describe_source
+from ..store.writing import CheckpointWriter, Planned
 from .packed import same_bits
 
 QUANT_METHOD: Final = "compressed-tensors"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..manifest import Manifest
-from ..writing import disk_errors
+from ..store.files import disk_errors
+from ..store.manifest import Manifest
 
 CARD_NAME = "README.md"
 

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..audit import check_pattern
-from ..checkpoint import CheckpointReader
 from ..errors import ConfigError, VerifyError
-from ..manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify
 from ..pattern import parse_record
 from ..progress import Step, silent, ticker
+from ..store.audit import check_pattern
+from ..store.checkpoint import CheckpointReader
+from ..store.files import disk_errors
+from ..store.manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify
 from ..structural.check import is_structural
-from ..writing import disk_errors
 from .card import CARD_NAME, write_card
 from .greedy import GREEDY_TOKENS, greedy_of
 from .unpack import unpack_checkpoint

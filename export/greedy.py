@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..families import Decoder
-from ..manifest import Manifest
-from ..proof import walk_logits
+from ..model.decoder import Decoder
+from ..model.proof import walk_logits
+from ..store.manifest import Manifest
 from ..texts import load_tokenizer
 
 PROMPT = "The capital of France is"

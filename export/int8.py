@@ -15,11 +15,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointReader, read_json
-from ..companions import copy_companions
 from ..errors import ConfigError, ParityError, UnsupportedModel
-from ..families import Decoder
-from ..manifest import (
+from ..model.decoder import Decoder
+from ..progress import Step, silent, ticker
+from ..store.checkpoint import CheckpointReader, read_json
+from ..store.companions import copy_companions
+from ..store.files import require_disk, write_json
+from ..store.manifest import (
     MANIFEST_NAME,
     Manifest,
     TensorRecord,
@@ -29,9 +31,8 @@ from ..manifest import (
     verify,
     versions,
 )
-from ..progress import Step, silent, ticker
-from ..sources import Model, describe_source
-from ..writing import CheckpointWriter, Planned, require_disk, write_json
+from ..store.sources import Model, describe_source
+from ..store.writing import CheckpointWriter, Planned
 from .card import write_card
 from .packed import dense_modules
 

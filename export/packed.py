@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointReader, read_json
-from ..companions import copy_companions
 from ..errors import CheckpointError, ConfigError, ParityError
-from ..families import Decoder
-from ..manifest import MANIFEST_NAME, Manifest, TensorRecord, hash_folder, save_manifest, sha256_file, verify
+from ..model.decoder import Decoder
+from ..packed.config import COLUMN_MULTIPLE, PackedConfig, packed_config
 from ..packed.format import DTYPES, MASK_SUFFIX, VALUES_SUFFIX, mask_from_weight, pack, unpack, validate
-from ..packed_config import COLUMN_MULTIPLE, PackedConfig, packed_config
 from ..pattern import Pattern, parse_record
 from ..progress import Step, silent, ticker
-from ..writing import CheckpointWriter, Planned, require_disk, write_json
+from ..store.checkpoint import CheckpointReader, read_json
+from ..store.companions import copy_companions
+from ..store.files import require_disk, write_json
+from ..store.manifest import MANIFEST_NAME, Manifest, TensorRecord, hash_folder, save_manifest, sha256_file, verify
+from ..store.writing import CheckpointWriter, Planned
 from .card import write_card
 from .greedy import GREEDY_TOKENS, greedy_of
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ParityError
-from ..families import Decoder, load_config
-from ..manifest import Manifest, save_manifest
-from ..packed_config import packed_config
+from ..model.decoder import Decoder, load_config
+from ..packed.config import packed_config
 from ..progress import Step, silent
-from ..prune import PruneConfig, prune
-from ..sources import Model
+from ..pruning.prune import PruneConfig, prune
+from ..store.files import atomic_folder, check_output, write_json
+from ..store.manifest import Manifest, save_manifest
+from ..store.sources import Model
 from ..texts import CalibrationSet
-from ..writing import atomic_folder, check_output, write_json
 from .bitmask24 import pruned_folder
 from .dense import export_dense
 from .greedy import with_greedy

@@ -16,21 +16,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..calibrate import embed
-from ..checkpoint import CheckpointReader, read_json
-from ..companions import copy_companions
 from ..errors import ConfigError
-from ..families import PROOF_DTYPE, Decoder
-from ..manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify, versions
+from ..model.calibrate import embed
+from ..model.decoder import PROOF_DTYPE, Decoder
+from ..model.proof import check_parity, walk_logits
 from ..progress import Step, silent, ticker
-from ..proof import check_parity, walk_logits
-from ..sources import Model, describe_source
+from ..store.checkpoint import CheckpointReader, read_json
+from ..store.companions import copy_companions
+from ..store.files import atomic_folder, check_output, require_disk, write_json
+from ..store.manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify, versions
+from ..store.sources import Model, describe_source
+from ..store.writing import CheckpointWriter, Planned
 from ..structural import layout as layouts
 from ..structural.check import check_shapes
 from ..structural.layout import Content, Widths
 from ..structural.plan import Geometry, Plans
 from ..structural.slicing import in_layer, masked, padded, sized, sliced
-from ..writing import CheckpointWriter, Planned, atomic_folder, check_output, require_disk, write_json
 from .card import write_card
 from .greedy import GREEDY_TOKENS, record_greedy
 

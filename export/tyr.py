@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from ..checkpoint import read_json
-from ..families import load_config
-from ..sources import Model
+from ..model.decoder import load_config
+from ..store.checkpoint import read_json
+from ..store.files import atomic_folder, write_json
+from ..store.sources import Model
 from ..structural.layout import Widths, check_family
 from ..structural.plan import Geometry
 from ..structural.tyr import Outcome
-from ..writing import atomic_folder, write_json
 from .structural import assemble, choose_layout
 
 # Of the report: what the manifest holds under another name or not at all.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint import CheckpointReader, read_json
-from ..companions import copy_companions
 from ..errors import CheckpointError
-from ..manifest import Manifest
+from ..packed.config import PackedConfig
 from ..packed.format import MASK_SUFFIX, VALUES_SUFFIX, unpack
-from ..packed_config import PackedConfig
-from ..writing import CheckpointWriter, Planned, require_disk, write_json
+from ..store.checkpoint import CheckpointReader, read_json
+from ..store.companions import copy_companions
+from ..store.files import require_disk, write_json
+from ..store.manifest import Manifest
+from ..store.writing import CheckpointWriter, Planned
 from .packed import load_packed
 
 

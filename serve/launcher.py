@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..checkpoint import read_json
 from ..errors import CheckpointError, ConfigError, MissingExtra, ServeError
-from ..manifest import MANIFEST_NAME, load_manifest
-from ..packed_config import QUANT_METHOD
+from ..packed.config import QUANT_METHOD
+from ..store.checkpoint import read_json
+from ..store.manifest import MANIFEST_NAME, load_manifest
 from .ort import flavor_of, is_onnx, require_onnx
 from .smoke import compare, complete, healthy, model_name
 

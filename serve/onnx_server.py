@@ -21,8 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
-from ..checkpoint import read_json
 from ..errors import CheckpointError, ConfigError, CrepeError
+from ..store.checkpoint import read_json
 from .onnx_generate import Sampling, generate
 from .ort import Runner, load_runner
 

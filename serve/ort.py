@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint import read_json
 from ..errors import CheckpointError, ConfigError, MissingExtra, ServeError
+from ..store.checkpoint import read_json
 
 GRAPH_NAME: Final = "model.onnx"
 GENAI_CONFIG: Final = "genai_config.json"

@@ -8,10 +8,9 @@ from typing import Any
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.prune import PruneConfig, prune
-from crepe_deploy.sources import resolve_model
-
-from .pico import VOCAB, make_pico
+from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.store.sources import resolve_model
+from tests.pico import VOCAB, make_pico
 
 # Wide enough that matrices count as large and are streamed; windows short enough that 64 tokens go beyond them.
 SHARED: dict[str, Any] = {

@@ -85,7 +85,7 @@ def test_the_wheel_holds_one_package_and_its_data(wheel: list[str]) -> None:
         name = path.relative_to(ROOT).as_posix()
         assert (name if name.startswith("crepe_deploy/") else f"crepe_deploy/{name}") in wheel
     assert "crepe_deploy/py.typed" in wheel
-    assert "crepe_deploy/presets/default.json" in wheel
+    assert "crepe_deploy/pruning/presets/default.json" in wheel
     for source in (ROOT / "crepe_deploy" / "packed" / "cpu").iterdir():
         assert f"crepe_deploy/packed/cpu/{source.name}" in wheel
 

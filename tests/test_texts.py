@@ -27,8 +27,7 @@ from crepe_deploy.texts import (
     parse_dataset_name,
     tokenize,
 )
-
-from .pico import make_pico_llama, pico_tokenizer, sample_text
+from tests.pico import make_pico_llama, pico_tokenizer, sample_text
 
 
 @pytest.fixture

@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 
-from crepe_deploy.errors import ConfigError, CrepeError
-from crepe_deploy.packed.cuda import dispatch
-
+from ...errors import ConfigError, CrepeError
+from ...packed.cuda import dispatch
 from .layers import measure_shape
 from .model import measure_model
 from .table import render, write_into

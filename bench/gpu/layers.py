@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crepe_deploy.packed.cuda import dispatch, launch
-from crepe_deploy.packed.cuda.dispatch import Held
-from crepe_deploy.packed.cuda.layout import dense_control
-from crepe_deploy.packed.cuda.linear import CudaLinear
-
+from ...packed.cuda import dispatch, launch
+from ...packed.cuda.dispatch import Held
+from ...packed.cuda.layout import dense_control
+from ...packed.cuda.linear import CudaLinear
 from .timing import Call, interleaved
 from .work import PATTERNS, Plan, random_packed
 

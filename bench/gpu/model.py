@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crepe_deploy.packed.linear import PackedLinear
-
+from ...packed.linear import PackedLinear
 from .timing import interleaved
 from .work import DENSE, PATTERNS, Plan, random_packed
 
@@ -69,7 +68,7 @@ def packed(linear: nn.Linear, pattern: str, plan: Plan) -> PackedLinear:
     if plan.on_gpu:
         layer.prepare()
     else:  # the rehearsal: what `prepare` does on a CUDA device
-        from crepe_deploy.packed.cuda.linear import CudaLinear
+        from ...packed.cuda.linear import CudaLinear
 
         layer.on_device = CudaLinear(*pair, plan.device)
         layer.weight_values = layer.weight_mask = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from crepe_deploy.errors import ConfigError
+from ...errors import ConfigError
 
 BEGIN: Final = "<!-- gpu results: made by bench/gpu/run.py -->"
 END: Final = "<!-- end of gpu results -->"

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from crepe_deploy.packed.format import pack
+from ...packed.format import pack
 
 Shapes = dict[str, dict[str, tuple[int, int]]]
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from ..result import Interval
+from ..run.result import Interval
 from .compare import Arm, Comparison, Kind
 from .numbers import digits, interval, percent
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..result import Interval, Layer
+from ..run.result import Interval, Layer
 from .charts import Words
 from .compare import Arm
 from .content import Figure

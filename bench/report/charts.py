@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..metrics import METRICS, by_round
-from ..result import Interval, Point
+from ..run.metrics import METRICS, by_round
+from ..run.result import Interval, Point
 from .compare import Arm, Comparison, in_flight, series_at
 from .content import Figure
 from .numbers import digits, interval, si

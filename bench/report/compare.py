@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
-from ..metrics import METRICS, errors, rounds_of
-from ..result import Candidate, Interval, Point, Run, Series
-from ..statistics import paired_ratio
+from ..run.metrics import METRICS, errors, rounds_of
+from ..run.result import Candidate, Interval, Point, Run, Series
+from ..run.statistics import paired_ratio
 
 Kind = Literal["dense", "pruned", "quantised", "pruned and quantised"]
 

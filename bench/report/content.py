@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from .advice import Advice
 
-from ..result import Interval
+from ..run.result import Interval
 from .numbers import MISSING, interval, percent, si
 
 FOLDED_FROM_ROWS: Final = 30

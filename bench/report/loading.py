@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ConfigError
-from ..result import Candidate, Run, Series, load_run, workload_sha256
+from ..run.result import Candidate, Run, Series, load_run, workload_sha256
 
 
 @dataclass(frozen=True)

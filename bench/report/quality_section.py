@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from ..result import Interval, Quality
+from ..run.result import Interval, Quality
 from .charts import Spot, Words, trade_off
 from .compare import Arm
 from .content import Section, Table, cell, estimate, without_empty_columns

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from ..metrics import METRICS, by_round, errors
-from ..result import Interval, Run, workload_sha256
+from ..run.metrics import METRICS, by_round, errors
+from ..run.result import Interval, Run, workload_sha256
 from .bars import history as history_figure
 from .charts import Words
 from .compare import Arm, Comparison, compare, series_at

@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..metrics import gaps, succeeded
-from ..result import Interval, Request, Series, Visit
+from ..run.metrics import gaps, succeeded
+from ..run.result import Interval, Request, Series, Visit
 
 RESAMPLES: Final = 400
 LEVELS: Final[dict[str, float]] = {"p50": 0.5, "p90": 0.9, "p99": 0.99}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..result import Point, Run
+from ..run.result import Point, Run
 from .compare import Comparison
 from .loading import Group
 from .numbers import count, plural

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..result import Layer
+from ..run.result import Layer
 from .bars import Stack, block_bars, by_block, memory_stack
 from .charts import Words
 from .compare import Arm

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..metrics import METRICS, by_round
-from ..result import Interval, Point
+from ..run.metrics import METRICS, by_round
+from ..run.result import Interval, Point
 from .charts import Words, distribution, forest, load_curve
 from .compare import in_flight, series_at
 from .content import Cell, Figure, Section, Table, cell, estimate, quantity, without_empty_columns

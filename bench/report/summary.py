@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..result import Interval
+from ..run.result import Interval
 from .compare import Arm, Comparison, failed_requests
 from .content import Cell, Table, cell, estimate, without_empty_columns
 from .numbers import digits, plural, si

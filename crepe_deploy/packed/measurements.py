@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from crepe_deploy.cache import cache_dir
+from crepe_deploy.machine import cache_dir
 
 VERSION: Final = 1
 _LOG: Final = logging.getLogger("crepe_deploy")

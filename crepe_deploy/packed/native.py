@@ -24,8 +24,8 @@ from typing import Final
 
 import torch
 
-from crepe_deploy.cache import cache_dir
 from crepe_deploy.errors import ConfigError, KernelError
+from crepe_deploy.machine import cache_dir
 
 ISA_VARIABLE: Final = "CREPE_DEPLOY_CPU_ISA"
 TORCH_ISA: Final = "torch"

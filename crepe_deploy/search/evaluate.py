@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from crepe_deploy.families import Decoder, LinearSpec
+from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Step
+from crepe_deploy.store.journal import Journal
 from crepe_deploy.texts import CalibrationSet
 
-from .journal import Journal
 from .judge import Judge, Verdict
 from .proxies import proxy_errors, proxy_values
 from .sample import LayerSample

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crepe_deploy.calibrate import Stream, embed
 from crepe_deploy.errors import ConfigError, NumericalError
-from crepe_deploy.families import Decoder, LinearSpec
-from crepe_deploy.methods.base import ScoreMethod, SolveMethod, Stats
+from crepe_deploy.model.calibrate import Stream, embed
+from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Step, silent
+from crepe_deploy.pruning.methods.base import ScoreMethod, SolveMethod
 from crepe_deploy.select import select
 
 from .space import Setting

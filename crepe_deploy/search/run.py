@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crepe_deploy.errors import ConfigError, OutputError
-from crepe_deploy.families import Decoder, LinearSpec
-from crepe_deploy.manifest import versions
-from crepe_deploy.methods.presets import load_preset
+from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Step, silent
-from crepe_deploy.prune import choose_targets
-from crepe_deploy.sources import Model, describe_source
+from crepe_deploy.pruning.methods.presets import load_preset
+from crepe_deploy.pruning.prune import choose_targets
+from crepe_deploy.store.files import disk_errors
+from crepe_deploy.store.journal import open_journal
+from crepe_deploy.store.manifest import versions
+from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.texts import CalibrationSet
-from crepe_deploy.writing import disk_errors
 
 from .evaluate import Evaluator, Show
 from .hill_climb import hill_climb
 from .hybrid import Outcome, correlations, pho
-from .journal import open_journal
 from .judge import Verdict
 from .optimise import Expired, require_cmaes
 from .proxies import check_proxy

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crepe_deploy.errors import ConfigError
-from crepe_deploy.methods.base import ScoreMethod, SolveMethod, Stats
-from crepe_deploy.methods.crepe import Crepe
-from crepe_deploy.methods.ria import SUM_FLOOR
-from crepe_deploy.methods.wanda import Wanda
+from crepe_deploy.model.stats import Stats
+from crepe_deploy.pruning.methods.base import ScoreMethod, SolveMethod
+from crepe_deploy.pruning.methods.crepe import Crepe
+from crepe_deploy.pruning.methods.ria import SUM_FLOOR
+from crepe_deploy.pruning.methods.wanda import Wanda
 
 
 @dataclass(frozen=True)

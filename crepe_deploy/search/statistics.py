@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from crepe_deploy.calibrate import Stream, embed
-from crepe_deploy.families import Decoder, LinearSpec
+from crepe_deploy.model.calibrate import Stream, embed
+from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.progress import Step, silent
-from crepe_deploy.writing import disk_errors, require_disk
+from crepe_deploy.store.files import disk_errors, require_disk
 
 from .sample import Band, LayerSample, band_starts, cut_band
 

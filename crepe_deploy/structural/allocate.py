@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from crepe_deploy.calibrate import Collector, embed
-from crepe_deploy.families import Decoder
+from crepe_deploy.model.calibrate import Collector, embed
+from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.progress import Step, silent
 
 from .levels import flap

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from crepe_deploy.calibrate import Collector, embed
-from crepe_deploy.families import Decoder, LinearSpec
-from crepe_deploy.methods.base import Stats
-from crepe_deploy.paired import Pair
+from crepe_deploy.model.calibrate import Collector, embed
+from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.model.paired import Pair
+from crepe_deploy.model.stats import Stats
 
 from .accumulate import level_shares, mean_weight
 from .levels import Level, LocalRules, attention_levels, neuron_levels

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CheckpointReader, TensorInfo, read_json
-from ..errors import VerifyError
-from ..manifest import Manifest
+from crepe_deploy.errors import VerifyError
+from crepe_deploy.store.checkpoint import CheckpointReader, TensorInfo, read_json
+from crepe_deploy.store.manifest import Manifest
+
 from .layout import is_per_layer, layer_shapes, layer_widths
 
 _PREFIXES = ("model.", "")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from crepe_deploy.search.journal import Journal
+from crepe_deploy.store.journal import Journal
 
 from .units import Allocation, Units, levels
 

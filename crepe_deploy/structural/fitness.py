@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from crepe_deploy.calibrate import Stream, embed
 from crepe_deploy.errors import ConfigError, NumericalError
-from crepe_deploy.families import Decoder
+from crepe_deploy.model.calibrate import Stream, embed
+from crepe_deploy.model.decoder import Decoder
 
 from .levels import layer_plan
 from .narrow import narrowed

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from ..errors import CheckpointError, ConfigError, UnsupportedModel
+from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 PREFIX: Final = "crepe_"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crepe_deploy.errors import CalibrationError, ConfigError
-from crepe_deploy.methods.base import Need, Stats
+from crepe_deploy.model.stats import Need, Stats
 
 from .local import DAMPING, DEFAULT_VARIANT, VARIANTS, Quadratic, quadratic, refit_nested, removal_order
 from .plan import Geometry, LayerPlan, head_features

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from crepe_deploy.errors import CalibrationError, NumericalError
-from crepe_deploy.methods.base import Stats
+from crepe_deploy.model.stats import Stats
 
 DAMPING = 0.01
 

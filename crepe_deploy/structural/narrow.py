@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from crepe_deploy.errors import UnsupportedModel
-from crepe_deploy.families import Decoder, LinearSpec
+from crepe_deploy.model.decoder import Decoder, LinearSpec
 
 from .layout import FAMILIES
 from .plan import Geometry, LayerPlan

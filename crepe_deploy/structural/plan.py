@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, UnsupportedModel
+from crepe_deploy.errors import ConfigError, UnsupportedModel
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from crepe_deploy.checkpoint import read_json
 from crepe_deploy.errors import ConfigError
-from crepe_deploy.families import Decoder
+from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.phases import Phases
 from crepe_deploy.progress import Step
-from crepe_deploy.search.journal import Journal, open_journal
-from crepe_deploy.sources import Model, describe_source
+from crepe_deploy.store.checkpoint import read_json
+from crepe_deploy.store.files import check_output, disk_errors, require_disk
+from crepe_deploy.store.journal import Journal, open_journal
+from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.texts import CalibrationSet
-from crepe_deploy.writing import check_output, disk_errors, require_disk
 
 from .config import TyrConfig
 from .fitness import Candidate, Reference, cache_bytes

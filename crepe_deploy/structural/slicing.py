@@ -7,7 +7,8 @@ import re
 import torch
 from torch import Tensor
 
-from ..errors import NumericalError
+from crepe_deploy.errors import NumericalError
+
 from .layout import Widths
 from .plan import Geometry, LayerPlan
 

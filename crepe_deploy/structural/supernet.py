@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crepe_deploy.checkpoint import read_json
 from crepe_deploy.errors import CheckpointError, CrepeError, VerifyError
-from crepe_deploy.manifest import sha256_file
-from crepe_deploy.writing import disk_errors, write_json
+from crepe_deploy.store.checkpoint import read_json
+from crepe_deploy.store.files import disk_errors, write_json
+from crepe_deploy.store.manifest import sha256_file
 
 from .levels import AttentionSize, Level
 from .plan import Geometry

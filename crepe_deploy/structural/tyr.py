@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from crepe_deploy.manifest import versions
-from crepe_deploy.memory import peak_rss_bytes
-from crepe_deploy.sources import Model
+from crepe_deploy.machine import peak_rss_bytes
+from crepe_deploy.store.manifest import versions
+from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
 from .config import TyrConfig

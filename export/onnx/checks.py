@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import CheckpointError, ParityError
-from ...writing import disk_errors
+from ...store.files import disk_errors
 from .inspect import GRAPH_NAME, load_graph
 
 STANDARD_DOMAINS: Final = ("", "ai.onnx")

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from ...checkpoint import CheckpointReader
-from ...companions import copy_companions
 from ...errors import ConfigError
-from ...families import load_config
-from ...manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify
+from ...model.decoder import load_config
 from ...progress import Step, silent, ticker
-from ...writing import disk_errors, require_disk
+from ...store.checkpoint import CheckpointReader
+from ...store.companions import copy_companions
+from ...store.files import disk_errors, require_disk
+from ...store.manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify
 from ..card import write_card
 from ..dense import export_dense
 from ..greedy import greedy_of

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...audit import TensorAudit, count_zeros, held_pattern
 from ...errors import CheckpointError, MissingExtra
 from ...serve.ort import GRAPH_NAME, is_onnx
+from ...store.audit import TensorAudit, count_zeros, held_pattern
 
 __all__ = ["GRAPH_NAME", "inspect_onnx", "is_onnx", "load_graph", "matrices"]
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 
 from ...errors import CheckpointError, ParityError
-from ...families import Decoder
-from ...proof import walk_logits
+from ...model.decoder import Decoder
+from ...model.proof import walk_logits
 from ...serve.ort import Generator, Graph, Logits, Prompts, greedy, load_runner
 from ...texts import load_tokenizer
 

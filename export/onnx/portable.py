@@ -9,8 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ...families import Decoder
-from ...writing import disk_errors
+from ...model.decoder import Decoder
+from ...store.files import disk_errors
 from .inspect import GRAPH_NAME
 from .trace import name_dimensions, trace
 from .weights import allocate, attach

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from ...audit import holds
 from ...errors import VerifyError
-from ...manifest import Manifest
 from ...pattern import NM, parse_record
+from ...store.audit import holds
+from ...store.manifest import Manifest
 from .inspect import matrices
 
 GAIN: Final = (

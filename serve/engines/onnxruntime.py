@@ -22,7 +22,7 @@ class OnnxEngine:
         check_options("onnxruntime", options, ())
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        from ...manifest import load_manifest
+        from ...store.manifest import load_manifest
         from ..ort import is_onnx, load_runner
 
         if not is_onnx(folder):

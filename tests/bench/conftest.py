@@ -9,10 +9,9 @@ import torch
 from crepe_deploy.export.pipeline import prune_and_export
 
 from crepe_deploy.pattern import NM
-from crepe_deploy.prune import PruneConfig
-from crepe_deploy.sources import resolve_model
-
-from ..pico import make_pico_llama
+from crepe_deploy.pruning.prune import PruneConfig
+from crepe_deploy.store.sources import resolve_model
+from tests.pico import make_pico_llama
 
 
 @pytest.fixture(scope="session")

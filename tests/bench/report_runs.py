@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from crepe_deploy.bench.result import (
+from crepe_deploy.bench.run.result import (
     Candidate,
     Environment,
     Host,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from crepe_deploy.bench.result import (
+from crepe_deploy.bench.run.result import (
     Candidate,
     Environment,
     Host,

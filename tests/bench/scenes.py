@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crepe_deploy.bench.scenario import Scenario, parse
+from crepe_deploy.bench.run.scenario import Scenario, parse
 
 NAMES = ("dense", "packed")
 

@@ -13,11 +13,10 @@ import torch
 from crepe_deploy.export.structural import assemble
 from transformers import AutoModelForCausalLM
 
-from crepe_deploy.families import Decoder
-from crepe_deploy.sources import resolve_model
+from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.structural.plan import Geometry, LayerPlan
-
-from ..structural.random_plans import Kept, make_model, masked_model_logits, random_plans
+from tests.structural.random_plans import Kept, make_model, masked_model_logits, random_plans
 
 TOKENS = torch.arange(2, 42).view(2, 20)
 EVEN: tuple[Kept, ...] = ((2, 2, 32),) * 3

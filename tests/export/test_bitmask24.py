@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import crepe_deploy  # noqa: F401  (registers the packed format with transformers)
-from crepe_deploy.checkpoint import CheckpointReader
 from crepe_deploy.errors import CheckpointError, CrepeError, OutputError, UnsupportedModel
-from crepe_deploy.manifest import verify
-
-from ..pico import make_pico_llama
+from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.manifest import verify
+from tests.pico import make_pico_llama
 
 SPARSITY = {"format": "sparse-24-bitmask", "global_sparsity": 0.4, "ignore": ["lm_head"], "sparsity_structure": "2:4",
             "targets": ["Linear"]}  # fmt: skip

@@ -9,9 +9,8 @@ import torch
 from crepe_deploy.export.greedy import GREEDY_TOKENS, record_greedy
 from transformers import AutoModelForCausalLM
 
-from crepe_deploy.families import Decoder
-
-from ..pico import make_pico_llama
+from crepe_deploy.model.decoder import Decoder
+from tests.pico import make_pico_llama
 
 
 def test_it_is_what_transformers_says(tmp_path: Path) -> None:

@@ -21,16 +21,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
 
-from crepe_deploy.audit import inspect_folder
-from crepe_deploy.checkpoint import CheckpointReader
 from crepe_deploy.cli import cli
 from crepe_deploy.errors import CheckpointError, ConfigError, ParityError, UnsupportedModel, VerifyError
-from crepe_deploy.manifest import load_manifest, sha256_file, verify
 from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.prune import PruneConfig
-from crepe_deploy.sources import resolve_model
-
-from ..pico import VOCAB, make_pico, make_pico_llama
+from crepe_deploy.pruning.prune import PruneConfig
+from crepe_deploy.store.audit import inspect_folder
+from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.manifest import load_manifest, sha256_file, verify
+from crepe_deploy.store.sources import resolve_model
+from tests.pico import VOCAB, make_pico, make_pico_llama
 
 LOGPROBS = Path(__file__).with_name("vllm_logprobs.py")
 NAME = "model.layers.0.mlp.down_proj.weight"

@@ -12,17 +12,16 @@ import transformers as tf
 from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
 
 import crepe_deploy  # noqa: F401  registers the format with transformers
-from crepe_deploy.checkpoint import CheckpointReader
+from crepe_deploy.commands.lines import report_lines
 from crepe_deploy.errors import CheckpointError, ConfigError
-from crepe_deploy.manifest import load_manifest
-from crepe_deploy.packed_config import PackedConfig, packed_config
+from crepe_deploy.packed.config import PackedConfig, packed_config
 from crepe_deploy.pattern import NM, Unstructured, parse_pattern
-from crepe_deploy.present import report_lines
-from crepe_deploy.prune import PruneConfig
-from crepe_deploy.sources import resolve_model
+from crepe_deploy.pruning.prune import PruneConfig
+from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.manifest import load_manifest
+from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.texts import calibration_windows, load_tokenizer
-
-from ..pico import VOCAB, make_pico_llama, sample_text
+from tests.pico import VOCAB, make_pico_llama, sample_text
 
 MIXED = PackedConfig(NM(16, 32), ("lm_head",), {"a.q": NM(12, 32), "a.k": NM(12, 32), "a.v": NM(20, 32)})
 

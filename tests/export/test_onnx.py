@@ -24,11 +24,10 @@ from transformers import AutoModelForCausalLM
 
 from crepe_deploy.cli import cli
 from crepe_deploy.errors import CheckpointError, ParityError, UnsupportedModel, VerifyError
-from crepe_deploy.families import Decoder
-from crepe_deploy.manifest import sha256_file, verify
-
-from ..onnx_models import CONFIGS, pruned_model
-from ..pico import make_pico
+from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.store.manifest import sha256_file, verify
+from tests.onnx_models import CONFIGS, pruned_model
+from tests.pico import make_pico
 
 
 def as_portable(source: Path, out: Path, precision: str = "fp32") -> dict[str, Any]:

@@ -15,13 +15,12 @@ from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
 from transformers import GPT2Config, LlamaConfig
 
 from crepe_deploy.errors import ConfigError, DiskFullError, MissingExtra, UnsupportedModel
-from crepe_deploy.manifest import load_manifest, save_manifest
 from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.prune import PruneConfig, prune
-from crepe_deploy.sources import resolve_model
-
-from ..onnx_models import CONFIGS, pruned_model
-from ..pico import VOCAB, make_pico
+from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.store.manifest import load_manifest, save_manifest
+from crepe_deploy.store.sources import resolve_model
+from tests.onnx_models import CONFIGS, pruned_model
+from tests.pico import VOCAB, make_pico
 
 
 @pytest.fixture(autouse=True)

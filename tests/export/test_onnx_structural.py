@@ -13,12 +13,11 @@ from crepe_deploy.export.structural import assemble
 from crepe_deploy.serve.ort import greedy, load_runner
 
 from crepe_deploy.errors import UnsupportedModel
-from crepe_deploy.families import Decoder
-from crepe_deploy.manifest import verify
-from crepe_deploy.sources import resolve_model
+from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.store.manifest import verify
+from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.structural.plan import Geometry
-
-from ..structural.random_plans import UNEVEN, Kept, make_model, random_plans
+from tests.structural.random_plans import UNEVEN, Kept, make_model, random_plans
 
 EVEN: tuple[Kept, ...] = ((2, 2, 32),) * 3
 

@@ -15,15 +15,14 @@ from crepe_deploy.export.packed import export_packed, load_packed, same_bits
 from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file, save_file
 
-from crepe_deploy.checkpoint import CheckpointReader
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, VerifyError
-from crepe_deploy.manifest import hash_folder, load_manifest, save_manifest, sha256_file, verify
-from crepe_deploy.packed_config import PackedConfig
+from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import Pattern, Unstructured, parse_pattern
-from crepe_deploy.prune import PruneConfig, prune
-from crepe_deploy.sources import resolve_model
-
-from ..pico import make_pico_llama
+from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.manifest import hash_folder, load_manifest, save_manifest, sha256_file, verify
+from crepe_deploy.store.sources import resolve_model
+from tests.pico import make_pico_llama
 
 
 def pruned(

@@ -12,26 +12,25 @@ from click.testing import CliRunner
 from crepe_deploy.export import structural
 from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
 from crepe_deploy.export.structural import assemble
+from crepe_deploy.quality.perplexity.perplexity import evaluate
 from safetensors.torch import load_file
 from transformers import AutoModel, Gemma2Config
 
-from crepe_deploy.checkpoint import read_json
 from crepe_deploy.cli import cli
 from crepe_deploy.errors import ConfigError, NumericalError, OutputError, ParityError, UnsupportedModel, VerifyError
-from crepe_deploy.families import Decoder
-from crepe_deploy.manifest import verify
+from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.packed.linear import PackedLinear
 from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.prune import PruneConfig, prune
-from crepe_deploy.quality import evaluate
-from crepe_deploy.sources import resolve_model
+from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.store.checkpoint import read_json
+from crepe_deploy.store.manifest import verify
+from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.structural.check import check_shapes
 from crepe_deploy.structural.plan import Geometry
 from crepe_deploy.texts import calibration_windows, load_tokenizer
-
-from ..pico import VOCAB, make_pico, sample_text
-from ..structural.random_plans import CONFIGS, UNEVEN, Kept, make_model
-from .sliced import EVEN, TOKENS, assembled, load, logits, plain, plans_for, same
+from tests.export.sliced import EVEN, TOKENS, assembled, load, logits, plain, plans_for, same
+from tests.pico import VOCAB, make_pico, sample_text
+from tests.structural.random_plans import CONFIGS, UNEVEN, Kept, make_model
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 

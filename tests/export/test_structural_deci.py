@@ -12,16 +12,15 @@ import torch
 from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file
 
-from crepe_deploy.checkpoint import read_json
 from crepe_deploy.errors import ConfigError, UnsupportedModel
-from crepe_deploy.families import Decoder
-from crepe_deploy.manifest import verify
+from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.prune import PruneConfig, prune
-from crepe_deploy.sources import resolve_model
-
-from ..structural.random_plans import UNEVEN
-from .sliced import EVEN, assembled, load, logits, plain, same
+from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.store.checkpoint import read_json
+from crepe_deploy.store.manifest import verify
+from crepe_deploy.store.sources import resolve_model
+from tests.export.sliced import EVEN, assembled, load, logits, plain, same
+from tests.structural.random_plans import UNEVEN
 
 READ_DECI = """
 import sys

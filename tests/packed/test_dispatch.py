@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from crepe_deploy.doctor import choice_lines
+from crepe_deploy.commands.doctor import choice_lines
 from crepe_deploy.packed import dispatch
 from crepe_deploy.packed.format import pack
 from crepe_deploy.packed.linear import PackedLinear
 from crepe_deploy.packed.prepare import Prepared, prepare
-
-from .test_format import random_mask
+from tests.packed.test_format import random_mask
 
 
 @pytest.fixture

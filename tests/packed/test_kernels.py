@@ -18,8 +18,7 @@ from crepe_deploy.errors import CheckpointError, KernelError
 from crepe_deploy.packed import dispatch, native, ops
 from crepe_deploy.packed.format import pack, slice_columns, unpack
 from crepe_deploy.packed.prepare import PAD, Prepared, expand, prepare, restore
-
-from .test_format import DTYPES, bits, random_mask, random_weight
+from tests.packed.test_format import DTYPES, bits, random_mask, random_weight
 
 ISAS = [isa for isa in native.ISAS if isa in (*native.load().supported, native.TORCH_ISA)]
 CHOICES = ("auto", "stream", "tile", "expand")

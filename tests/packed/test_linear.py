@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from crepe_deploy.errors import CheckpointError, ConfigError, KernelError, PatternError
 from crepe_deploy.packed.format import pack
 from crepe_deploy.packed.linear import PackedLinear, check_loaded
-
-from .test_format import bits, random_mask
+from tests.packed.test_format import bits, random_mask
 
 
 def stored(rows: int = 48, columns: int = 128, n: int = 2, m: int = 4) -> tuple[Tensor, Tensor]:

@@ -12,24 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from crepe_deploy.quality.perplexity.perplexity import evaluate
 
 from crepe_deploy.cli import main
 from crepe_deploy.errors import ConfigError, CrepeError, OutputError
-from crepe_deploy.families import Decoder
-from crepe_deploy.methods.presets import load_preset
+from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pattern import NM
-from crepe_deploy.prune import PruneConfig, choose_targets, prune
-from crepe_deploy.quality import evaluate
+from crepe_deploy.pruning.methods.presets import load_preset
+from crepe_deploy.pruning.prune import PruneConfig, choose_targets, prune
 from crepe_deploy.search import evaluate as evaluation
 from crepe_deploy.search.judge import Judge
 from crepe_deploy.search.run import SearchConfig, journal_path, search
 from crepe_deploy.search.sample import LayerSample
 from crepe_deploy.search.space import Setting, Space, anchors
 from crepe_deploy.search.statistics import SampleRule, collect
-from crepe_deploy.sources import resolve_model
+from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
-
-from ..pico import make_pico_llama, sample_text
+from tests.pico import make_pico_llama, sample_text
 
 CONFIG = SearchConfig(NM(2, 4), evaluations=24, fit=4, finalists=2, kernel_sizes=(3, 7), workers=1)
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from crepe_deploy.errors import ConfigError
-from crepe_deploy.methods import get_method
-from crepe_deploy.methods.base import ScoreMethod, Stats
+from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import NM
+from crepe_deploy.pruning.methods import get_method
+from crepe_deploy.pruning.methods.base import ScoreMethod
 from crepe_deploy.search.hybrid import latin_hypercube
 from crepe_deploy.search.space import FORMS, Setting, Space, anchors
 from crepe_deploy.select import select

@@ -177,7 +177,7 @@ def test_defining_the_command_imports_nothing_heavy() -> None:
 def test_vllm_serves_a_packed_model_from_the_command_line(tmp_path: Path) -> None:
     import torch
 
-    from .models import exports
+    from tests.serve.models import exports
 
     packed = exports(tmp_path, "16:32", torch.float32)["packed"]
     code = "from crepe_deploy.serve.command import serve_command; serve_command()"

@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.bench.metrics import METRICS, errors, succeeded
-from crepe_deploy.bench.result import Point, Series
-from crepe_deploy.bench.served import served_visit, visit_of
+from crepe_deploy.bench.run.metrics import METRICS, errors, succeeded
+from crepe_deploy.bench.run.result import Point, Series
+from crepe_deploy.bench.run.served import served_visit, visit_of
 from crepe_deploy.serve.launcher import Running, ServeOptions, free_port, running, serving
 from crepe_deploy.serve.load import SERVER_OPTIONS, Load, drive, read_result, run_generator
 from crepe_deploy.serve.smoke import healthy
 
 from crepe_deploy.errors import ConfigError, ServeError
-
-from ..pico import pico_tokenizer
-from .fake_server import TOKEN_S
-from .models import exports
+from tests.pico import pico_tokenizer
+from tests.serve.fake_server import TOKEN_S
+from tests.serve.models import exports
 
 FAKE = Path(__file__).with_name("fake_server.py")
 LOAD = Load(prompt_tokens=8, output_tokens=4, requests=3, concurrency=2)

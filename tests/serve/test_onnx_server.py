@@ -21,9 +21,8 @@ from crepe_deploy.serve.onnx_generate import Sampling, choose, generate
 from crepe_deploy.serve.smoke import complete, request
 
 from crepe_deploy.errors import CheckpointError, ConfigError, ServeError
-from crepe_deploy.manifest import load_manifest
-
-from ..onnx_models import pruned_model
+from crepe_deploy.store.manifest import load_manifest
+from tests.onnx_models import pruned_model
 
 SERVE = "from crepe_deploy.serve.command import serve_command; serve_command()"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from crepe_deploy.serve.vllm_cpu import cpu_version, make_usable, write_metadata
 
-from .models import exports
+from tests.serve.models import exports
 
 GENERATE = Path(__file__).with_name("vllm_generate.py")
 PROMPTS = [[2 + index, 5, 9, 30 + index, 7] for index in range(4)]

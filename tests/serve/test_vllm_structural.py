@@ -10,12 +10,11 @@ import torch
 from crepe_deploy.export.pipeline import export_checkpoint
 from crepe_deploy.export.structural import assemble
 
-from crepe_deploy.families import Decoder
-from crepe_deploy.sources import resolve_model
+from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.structural.plan import Geometry
-
-from ..structural.random_plans import Kept, make_model, random_plans
-from .test_vllm_plugin import GENERATE, PROMPTS, REFUSE, needs_vllm, python, transformers_tokens
+from tests.serve.test_vllm_plugin import GENERATE, PROMPTS, REFUSE, needs_vllm, python, transformers_tokens
+from tests.structural.random_plans import Kept, make_model, random_plans
 
 TOKENS = 32
 KEPT: tuple[Kept, ...] = ((4, 2, 256), (2, 2, 64), (3, 1, 96), (1, 1, 200))

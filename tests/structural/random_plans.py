@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from crepe_deploy.structural.plan import Geometry, LayerPlan
-
-from ..pico import VOCAB, make_pico
+from tests.pico import VOCAB, make_pico
 
 CONFIGS: dict[str, type[PretrainedConfig]] = {
     "llama": LlamaConfig,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crepe_deploy.errors import CalibrationError, ConfigError, NumericalError
-from crepe_deploy.methods.base import Stats
+from crepe_deploy.model.stats import Stats
 from crepe_deploy.structural.levels import LocalRules, attention_levels, flap, neuron_levels
 from crepe_deploy.structural.local import VARIANTS, Quadratic, quadratic, refit_nested, removal_order
 from crepe_deploy.structural.plan import Geometry

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from crepe_deploy.errors import ConfigError, UnsupportedModel
 from crepe_deploy.structural.plan import Geometry, LayerPlan, head_features
-
-from .random_plans import CONFIGS, SIZES, random_plans
+from tests.structural.random_plans import CONFIGS, SIZES, random_plans
 
 GEOMETRY = Geometry(hidden=64, heads=8, kv_heads=4, head_dim=8, intermediate=96, layers=3)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from crepe_deploy.errors import ConfigError, UnsupportedModel, VerifyError
-from crepe_deploy.families import Decoder
-from crepe_deploy.search.journal import open_journal
+from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.store.journal import open_journal
 from crepe_deploy.structural.accumulate import level_shares, mean_weight
 from crepe_deploy.structural.allocate import best, flap_allocation, flap_scores
 from crepe_deploy.structural.build import Builder
@@ -26,8 +26,7 @@ from crepe_deploy.structural.plan import Geometry
 from crepe_deploy.structural.stages import iteration_levels
 from crepe_deploy.structural.supernet import Store, planned_bytes
 from crepe_deploy.structural.units import Allocation, Units, Width, even, plan_budget
-
-from ..pico import VOCAB, make_pico, make_pico_llama
+from tests.pico import VOCAB, make_pico, make_pico_llama
 
 LAYERS = 3
 

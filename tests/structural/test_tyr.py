@@ -13,15 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from crepe_deploy import writing
-from crepe_deploy.checkpoint import CheckpointReader
 from crepe_deploy.cli import main
-from crepe_deploy.manifest import verify
+from crepe_deploy.commands.tyr import EXIT_RESUMABLE
+from crepe_deploy.store import writing
+from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.manifest import verify
 from crepe_deploy.structural import build, evolve, stages
-from crepe_deploy.structural.command import EXIT_RESUMABLE
 from crepe_deploy.structural.plan import Geometry
-
-from ..pico import make_pico_llama, sample_text
+from tests.pico import make_pico_llama, sample_text
 
 GEOMETRY = Geometry(hidden=64, heads=8, kv_heads=4, head_dim=8, intermediate=128, layers=3)
 
@@ -290,7 +289,7 @@ def test_an_unsupported_family_is_refused_by_name(
 ) -> None:
     from transformers import GPTNeoXConfig
 
-    from ..pico import VOCAB, make_pico
+    from tests.pico import VOCAB, make_pico
 
     config = GPTNeoXConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
@@ -305,7 +304,7 @@ def test_a_layout_that_has_no_place_for_the_model_is_refused_before_the_search(
 ) -> None:
     from transformers import Qwen3Config
 
-    from ..pico import VOCAB, make_pico
+    from tests.pico import VOCAB, make_pico
 
     config = Qwen3Config(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,

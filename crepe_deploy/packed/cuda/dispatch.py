@@ -22,11 +22,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from crepe_deploy.packed import measurements
-from crepe_deploy.packed.dispatch import TUNE_VARIABLE
-from crepe_deploy.packed.dispatch import bucket as _bucket
-from crepe_deploy.packed.measurements import Timer, Times
-
+from .. import measurements
+from ..dispatch import TUNE_VARIABLE
+from ..dispatch import bucket as _bucket
+from ..measurements import Timer, Times
 from . import launch, semi_structured
 from .layout import DeviceWeight
 

@@ -15,8 +15,7 @@ from crepe_deploy.packed.cuda.dispatch import Held
 from crepe_deploy.packed.cuda.linear import CudaLinear
 from crepe_deploy.packed.linear import PackedLinear
 from crepe_deploy.packed.measurements import Timer, Times
-
-from .weights import assert_product, held, stored
+from tests.packed.cuda.weights import assert_product, held, stored
 
 
 def timer(times: Mapping[str, float]) -> Timer:

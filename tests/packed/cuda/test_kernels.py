@@ -13,8 +13,7 @@ from crepe_deploy.errors import KernelError
 from crepe_deploy.packed.cuda import launch
 from crepe_deploy.packed.cuda.launch import Config
 from crepe_deploy.packed.cuda.layout import Kind, dense_control
-
-from .weights import assert_product, held, ragged, stored
+from tests.packed.cuda.weights import assert_product, held, ragged, stored
 
 PATTERNS = {"2:4": (2, 4), "4:8": (4, 8), "8:16": (8, 16), "16:32": (16, 32), "5:8": (5, 8), "1:4": (1, 4)}
 

@@ -13,9 +13,8 @@ from crepe_deploy.errors import CheckpointError, KernelError
 from crepe_deploy.packed.cuda import semi_structured
 from crepe_deploy.packed.cuda.layout import Kind, bit_planes, population, restore, to_device, words_of_planes
 from crepe_deploy.packed.format import unpack
-
-from ..test_format import bits
-from .weights import ragged, stored
+from tests.packed.cuda.weights import ragged, stored
+from tests.packed.test_format import bits
 
 
 @pytest.mark.parametrize(

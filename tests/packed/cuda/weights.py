@@ -7,8 +7,7 @@ from torch import Tensor
 
 from crepe_deploy.packed.cuda.layout import DeviceWeight, to_device
 from crepe_deploy.packed.format import pack, slice_columns, unpack
-
-from ..test_format import random_mask
+from tests.packed.test_format import random_mask
 
 EPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11}  # the interpreter cuts to bf16 where devices round
 

@@ -1,0 +1,184 @@
+"""The command `bench`, defined without heavy imports so that `--help` stays quick."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from ...errors import ConfigError, CrepeError
+from .init_ci import init_ci_command
+
+if TYPE_CHECKING:
+    from ..benchmark import Gating
+    from ..run.scenario import Scenario
+
+DEFAULT_POINTS: Final = "1x64+32,4x64+32,1x512+1*2"
+
+
+class _RunByDefault(click.Group):
+    """A group whose first argument is a command, or else belongs to `run`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `run` before anything that is no command's name."""
+        if not args or args[0] not in self.commands:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("bench", cls=_RunByDefault, invoke_without_command=False)
+def bench_command() -> None:
+    """Measure checkpoints side by side: latency, throughput, memory and quality, in one run."""
+
+
+bench_command.add_command(init_ci_command)
+
+
+@bench_command.command("run")
+@click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | DIR...")
+@click.option("--baseline", default=None, help="The dense folder; with CONFIG, a candidate's name. Default: the first.")
+@click.option("--engine", default=None, help="vllm or transformers, for candidates that name none.")
+@click.option(
+    "--points",
+    default=None,
+    metavar="LIST",
+    help=f"BATCHxPROMPT+OUTPUT[*REQUESTS] or, served, CONCURRENCY@PROMPT+OUTPUT*REQUESTS; for folders "
+    f"{DEFAULT_POINTS}.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=None, help="Rounds, two visits each; for folders 7.")
+@click.option("--threads", type=click.IntRange(1), default=None, help="Of each candidate. Default: one a core.")
+@click.option("--aa", is_flag=True, help="Measure the baseline twice, for the machine's noise floor.")
+@click.option("--text", type=click.Path(path_type=Path), default=None, help="Also measure quality on this text.")
+@click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window of --text.")
+@click.option("--max-tokens", type=click.IntRange(2), default=None, help="Score only the first tokens of --text.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="The run. Default: NAME.json, here.")
+@click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
+@click.option(
+    "--gate",
+    "budgets",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Judge the candidates by these budgets, against the baseline.",
+)
+@click.option("--max-rounds", type=click.IntRange(1), default=None, help="With --gate: add rounds while undecided.")
+@click.option("--json", "as_json", is_flag=True, help="Print the run, or with --gate the verdict, as JSON.")
+def run_command(
+    targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None, max_rounds: int | None,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Measure the scenario CONFIG, or the model folders DIR..., and write the run as JSON.
+
+    Every candidate runs in a process of its own; they take turns, so that noise meets all of them alike. A GitHub
+    workflow is written by `crepe-deploy bench init-ci`.
+    """
+    from ..benchmark import bench
+    from ..gate.gate import raise_for
+    from ..run.result import save_run
+    from ..run.summary import failures, summary_lines
+    from .gate import show
+
+    scenario = build_scenario(targets, **options)
+    path = check_output(out if out is not None else Path(f"{scenario.name}.json"), overwrite)
+    gating = _gating(budgets, max_rounds, scenario.rounds)
+    run, verdict = bench(scenario, shlex.join(["crepe-deploy", *sys.argv[1:]]), gating=gating)
+    save_run(run, path)
+    if not as_json:
+        click.echo("\n".join([*summary_lines(run), f"written: {path}"]))
+    elif verdict is None:
+        click.echo(run.model_dump_json(indent=2))
+    if verdict is not None:
+        show(verdict, as_json)
+        raise_for(verdict)
+    failed = failures(run)
+    if failed:
+        raise CrepeError(f"{len(failed)} requests failed and were left out; the first: {failed[0]}")
+
+
+def _gating(budgets: Path | None, max_rounds: int | None, rounds: int) -> Gating | None:
+    from ..benchmark import Gating
+    from ..gate.budgets import load_budgets
+
+    if budgets is not None:
+        return Gating(load_budgets(budgets), max_rounds or rounds)
+    if max_rounds is not None:
+        raise ConfigError("--max-rounds adds rounds while a gate cannot decide: give --gate BUDGETS too")
+    return None
+
+
+def check_output(path: Path, overwrite: bool) -> Path:
+    """Refuse a file that exists or that cannot be written, before hours of work. Raises OutputError."""
+    import os
+
+    from ...errors import OutputError
+
+    if path.exists() and not (overwrite and path.is_file()):
+        raise OutputError(f"{path} exists: choose another --out" + ("" if path.is_dir() else ", or give --overwrite"))
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written: {parent} is no folder that can be written to")
+    return path
+
+
+def build_scenario(
+    targets: Sequence[Path], *, baseline: str | None, engine: str | None, points: str | None, rounds: int | None,
+    threads: int | None, aa: bool, text: Path | None, window: int, max_tokens: int | None,
+) -> Scenario:  # fmt: skip
+    """The scenario of a file or of folders, with what the options say instead. Raises ConfigError."""
+    from ..run.scenario import load_scenario, parse, parse_points
+
+    content: dict[str, Any]
+    if len(targets) == 1 and not targets[0].is_dir():
+        source = str(targets[0])
+        content = load_scenario(targets[0]).model_dump(exclude_none=True)
+    else:
+        source = "bench"
+        content = _of_folders(targets, baseline, engine)
+        baseline = None
+    given = {
+        "baseline": baseline,
+        "engine": engine,
+        "points": parse_points(points) if points is not None else None,
+        "rounds": rounds,
+        "threads": threads,
+        "aa": aa or None,
+        "quality": {"text": text, "window": window, "max_tokens": max_tokens} if text is not None else None,
+    }
+    return parse(content | {key: value for key, value in given.items() if value is not None}, source)
+
+
+def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | None) -> dict[str, Any]:
+    import importlib.util
+
+    from ..run.scenario import parse_points
+
+    folders = list(targets)
+    if baseline is not None:
+        folders = [Path(baseline), *(folder for folder in folders if folder.resolve() != Path(baseline).resolve())]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is no folder: give one scenario file, or model folders")
+    if engine is None:
+        engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+        click.echo(f"engine: {engine} (--engine chooses)", err=True)
+    return {
+        "name": "bench",
+        "engine": engine,
+        "candidates": [
+            {"name": name, "folder": folder} for name, folder in zip(short_names(folders), folders, strict=True)
+        ],
+        "points": parse_points(DEFAULT_POINTS),
+    }
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """For each folder as many of its last parts as tell it from the others."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-depth:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"a folder is given twice: {', '.join(map(str, folders))}")

@@ -1,0 +1,135 @@
+"""The command `gate`, defined without heavy imports so that `--help` stays quick."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..gate.budgets import Budgets
+    from ..gate.outcome import Verdict
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command("gate")
+@click.argument("baseline", type=_PATH)
+@click.argument("candidate", type=_PATH, required=False)
+@click.option("--budgets", type=_PATH, default=None, help="YAML or JSON: how much worse is allowed; see configs/.")
+@click.option("--max-slowdown", type=float, default=None, metavar="FRACTION", help="One budget for all latencies.")
+@click.option("--pruned", multiple=True, metavar="NAME", help="Within one run: gate this candidate against dense.")
+@click.option("--candidate", "names", multiple=True, metavar="NAME", help="Of two runs: gate only this candidate.")
+@click.option(
+    "--host-mismatch",
+    type=click.Choice(["refuse", "ratios"]),
+    default="refuse",
+    show_default=True,
+    help="Two machines: INVALID, or compare only ratios within each run.",
+)
+@click.option(
+    "--calibrate",
+    default=None,
+    metavar="NAME",
+    help="Store with the run what its baseline and NAME, the same model again, differ by.",
+)
+@click.option("--junit", type=_PATH, default=None, help="Write JUnit XML here.")
+@click.option("--markdown", type=_PATH, default=None, help="Write a comment for a pull request here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+def gate_command(
+    baseline: Path, candidate: Path | None, calibrate: str | None, junit: Path | None, markdown: Path | None,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Judge measurements against budgets: CANDIDATE against BASELINE, or the --pruned of one run against its dense.
+
+    \b
+    crepe-deploy gate BASE.json NEW.json --budgets FILE      this commit against the last
+    crepe-deploy gate RUN.json --pruned NAME --budgets FILE  pruned against dense
+    crepe-deploy gate RUN.json --calibrate NAME              keep the noise of an A/A pair
+
+    Files are those of `crepe-deploy bench`, or pytest-benchmark's JSON, or folders of that, one file a round.
+    Exit codes: 0 PASS, 3 FAIL, 4 INCONCLUSIVE, 1 INVALID, 2 unusable input.
+    """
+    if calibrate is not None:
+        _calibrate(baseline, candidate, calibrate, as_json, options)
+        return
+    from ..gate.gate import raise_for
+
+    found = _judge(baseline, candidate, **options)
+    write_outputs(found, junit, markdown)
+    show(found, as_json)
+    raise_for(found)
+
+
+def show(found: Verdict, as_json: bool) -> None:
+    """Print a verdict on stdout, as a table or as one JSON document."""
+    from ..gate import render
+
+    if as_json:
+        click.echo(render.as_json(found))
+        return
+    from rich.console import Console
+
+    console = Console()
+    wide = console if console.is_terminal else Console(width=200)
+    for part in render.terminal(found):
+        wide.print(part)
+
+
+def write_outputs(found: Verdict, junit: Path | None, markdown: Path | None) -> None:
+    """Write the asked files, each whole or not at all. Raises OutputError, DiskFullError."""
+    from ..gate import render
+    from ..run.files import write_text
+
+    if junit is not None:
+        write_text(junit, render.junit(found))
+    if markdown is not None:
+        write_text(markdown, render.markdown(found))
+
+
+def _judge(
+    baseline: Path, candidate: Path | None, *, budgets: Path | None, max_slowdown: float | None,
+    pruned: tuple[str, ...], names: tuple[str, ...], host_mismatch: Any,
+) -> Verdict:  # fmt: skip
+    from ..gate.gate import Options, gate_files, gate_pruned
+    from ..run.result import load_run
+
+    limits = _limits(budgets, max_slowdown)
+    if candidate is None:
+        if not pruned:
+            raise ConfigError("give CANDIDATE to compare two files, or --pruned NAME to compare within one run")
+        if names or host_mismatch != "refuse":
+            raise ConfigError("--candidate and --host-mismatch are for two files")
+        return gate_pruned(load_run(baseline), pruned, limits)
+    if pruned:
+        raise ConfigError("--pruned compares within one run; leave CANDIDATE out, or choose with --candidate")
+    return gate_files(baseline, candidate, limits, Options(names, host_mismatch))
+
+
+def _limits(budgets: Path | None, max_slowdown: float | None) -> Budgets | float:
+    from ..gate.budgets import load_budgets
+
+    if budgets is not None and max_slowdown is None:
+        return load_budgets(budgets)
+    if max_slowdown is not None and budgets is None:
+        return max_slowdown
+    raise ConfigError("give either --budgets FILE or --max-slowdown FRACTION")
+
+
+def _calibrate(run: Path, candidate: Path | None, name: str, as_json: bool, options: dict[str, Any]) -> None:
+    from ..gate.gate import calibrate
+    from ..run.statistics import detectable
+
+    if candidate is not None or options["budgets"] or options["pruned"] or options["max_slowdown"] is not None:
+        raise ConfigError("--calibrate takes one run and judges nothing: leave CANDIDATE and the budgets out")
+    noise = calibrate(run, name)
+    if as_json:
+        click.echo(json.dumps({"run": str(run), "noise": noise}, indent=2))
+        return
+    click.echo(f"{run}: noise of {len(noise)} figures stored")
+    for place, width in noise.items():
+        click.echo(f"  {place}: ±{width:.2%}; budgets from {detectable(width):.1%}")

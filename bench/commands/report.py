@@ -1,0 +1,49 @@
+"""`crepe-deploy report`: parse options, then one function."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("report")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; it appears whole or not.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT where it holds an earlier report and nothing else.")
+@click.option(
+    "--max-perplexity-ratio",
+    default=1.10,
+    show_default=True,
+    type=click.FloatRange(min=1.0),
+    help="Quality limit of the answer: candidates above this multiple of the baseline's perplexity are out.",
+)
+@click.option(
+    "--context",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="KV-cache tokens in the memory stack.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def report_command(
+    runs: tuple[Path, ...], out: Path, overwrite: bool, max_perplexity_ratio: float, context: int, as_json: bool
+) -> None:
+    """Show RUNS (files that `crepe-deploy bench` wrote) as one offline page, PNG figures and Markdown.
+
+    Runs of one scenario on one machine become a history; others get chapters of their own.
+    """
+    from ..report.write import make_report
+
+    result = make_report(
+        runs, out, max_perplexity_ratio=max_perplexity_ratio, context_tokens=context, overwrite=overwrite
+    )
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    for chapter in result["chapters"]:
+        click.echo(f"{chapter['scenario']}: should I prune, quantise, or both? {chapter['headline']}")
+        for reason in chapter["reasons"]:
+            click.echo(f"  {reason}")
+    click.echo(f"{result['report']} ({len(result['files'])} files)")

@@ -1,0 +1,282 @@
+"""Measuring a scenario: every candidate in a process of its own, one working at a time, there and back: A B C C B A.
+
+All candidates stay loaded, so that a round's visits to a point follow one another within seconds and meet the same
+neighbours on the machine. Nothing is written here: a run exists when every visit was made.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Final
+
+from ...errors import CheckpointError, ConfigError
+from ...progress import Step, silent
+from ...serve.engines import ENGINES
+from ...serve.engines.base import Settings
+from . import served_worker
+from .candidate import (
+    describe_folder,
+    kv_token_bytes,
+    limits,
+    manifest_of,
+    model_sha256,
+    step_bytes,
+    weight_files,
+    weights_bytes,
+)
+from .environment import load_average, record_environment
+from .result import Candidate, Memory, Point, Quality, Run, Series, Visit
+from .scenario import AGAIN, CandidateSpec, Scenario
+from .served_worker import SERVED, ServedWorker
+from .statistics import noise_floor
+from .worker import OfflineWorker, Turn, Worker, offline_command
+
+_GIB: Final = 1 << 30
+
+Start = Callable[[CandidateSpec, Scenario], Worker]
+Qualities = dict[str, Quality]
+
+
+def check(scenario: Scenario) -> None:
+    """Refuse what cannot be measured, before anything is loaded. Raises ConfigError, CheckpointError, MissingExtra."""
+    points = [spec.point() for spec in scenario.points]
+    vocabularies: dict[str, int | None] = {}
+    for arm in scenario.arms():
+        _require(arm)
+        _check_folder(arm, scenario)
+        for point in points:
+            _check_point(arm, point)
+        vocabularies[arm.name] = limits(arm.folder)[0]
+    if None in vocabularies.values():
+        raise ConfigError(f"config.json gives no vocab_size for {[n for n, size in vocabularies.items() if not size]}")
+    if len(set(vocabularies.values())) > 1:
+        sizes = ", ".join(f"{name} {size}" for name, size in vocabularies.items())
+        raise ConfigError(f"candidates get the same prompts, and their vocabularies differ: {sizes}")
+    if scenario.quality is not None and not scenario.quality.text.is_file():
+        raise ConfigError(f"quality.text {scenario.quality.text} is no file{_remedy(scenario)}")
+
+
+def _check_folder(arm: CandidateSpec, scenario: Scenario) -> None:
+    if not (arm.folder / "config.json").is_file():
+        raise CheckpointError(f"candidate '{arm.name}': {arm.folder} is no model folder{_remedy(scenario)}")
+    if not weight_files(arm.folder):
+        raise CheckpointError(f"candidate '{arm.name}': {arm.folder} holds no weights{_remedy(scenario)}")
+
+
+def _require(arm: CandidateSpec) -> None:
+    name = str(arm.engine)
+    if name == SERVED:
+        served_worker.require(arm.options)
+    elif name in ENGINES:
+        ENGINES[name].require(arm.options)
+    else:
+        raise ConfigError(f"candidate '{arm.name}': no engine '{name}'; there are {', '.join([*ENGINES, SERVED])}")
+
+
+def _check_point(arm: CandidateSpec, point: Point) -> None:
+    context, needed = limits(arm.folder)[1], point.prompt_tokens + point.output_tokens
+    if context is not None and needed > context:
+        raise ConfigError(f"point {point.name} needs {needed} tokens, and the context of '{arm.name}' holds {context}")
+    if arm.engine == SERVED and (point.concurrency is None or point.batch != 1):
+        raise ConfigError(f"point {point.name} is in lock step: engine {SERVED} of '{arm.name}' takes a concurrency")
+    if arm.engine != SERVED and point.concurrency is not None:
+        raise ConfigError(
+            f"point {point.name} has a concurrency: engine {arm.engine} of '{arm.name}' serves none, {SERVED} does"
+        )
+
+
+def _remedy(scenario: Scenario) -> str:
+    return f"; make it with: {scenario.made_by}" if scenario.made_by else ""
+
+
+class Session:
+    """A scenario with every candidate loaded; more rounds can be added before asking for the run.
+
+    Use it in `with`, after `check`: on leaving, every process that it started has ended. `step` is told of the visits
+    made.
+    """
+
+    def __init__(self, scenario: Scenario, command: str, start: Start | None = None) -> None:
+        self.scenario, self.command = scenario, command
+        self.arms = scenario.arms()
+        self.points = [spec.point() for spec in scenario.points]
+        self.visits: dict[tuple[str, str], list[Visit]] = {}
+        self.rounds = 0
+        self._start = start or start_worker
+        self._workers: dict[str, Worker] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Session:
+        self._began, self._load = time.perf_counter(), load_average()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def load(self, step: Step = silent) -> None:
+        """Read every candidate's files, then start one after the other. Raises VerifyError, CrepeError."""
+        for arm in self.arms:
+            self._facts[arm.name] = _facts(arm, self.scenario)
+        for index, arm in enumerate(self.arms):
+            worker = self._start(arm, self.scenario)
+            self._stack.callback(worker.close)
+            self._workers[arm.name] = worker
+            step(index + 1, len(self.arms))
+
+    def warm_up(self, step: Step = silent) -> None:
+        """Rounds of which nothing is kept."""
+        for _ in self._turns(range(-self.scenario.warmup, 0), step):
+            pass
+
+    def measure(self, rounds: int, step: Step = silent) -> None:
+        """Add `rounds` rounds."""
+        for name, point, visit in self._turns(range(self.rounds, self.rounds + rounds), step):
+            self.visits.setdefault((name, point.name), []).append(visit)
+        self.rounds += rounds
+
+    def _turns(self, rounds: range, step: Step) -> Iterator[tuple[str, Point, Visit]]:
+        vocabulary = int(limits(self.arms[0].folder)[0] or 0)
+        total, done = len(rounds) * len(self.points) * len(self._workers) * 2, 0
+        for index in rounds:
+            for point in self.points:
+                turn = Turn(point, index, self.scenario.seed, vocabulary)
+                for name in order([*self._workers], index):
+                    yield name, point, self._workers[name].visit(turn)
+                    done += 1
+                    step(done, total)
+
+    def run(self, qualities: Qualities | None = None) -> Run:
+        """What was measured so far."""
+        candidates = [self._candidate(arm, (qualities or {}).get(arm.name.removesuffix(AGAIN))) for arm in self.arms]
+        threads = self.scenario.thread_count()
+        return Run(
+            name=self.scenario.name,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            command=self.command,
+            seconds=time.perf_counter() - self._began,
+            environment=record_environment(threads, self._load, child_variables(self.scenario)),
+            workload=self.scenario.workload(),
+            baseline=self.scenario.baseline_name,
+            candidates=candidates,
+            noise=self._noise(candidates) if self.scenario.aa else None,
+        )
+
+    def _candidate(self, arm: CandidateSpec, quality: Quality | None) -> Candidate:
+        worker = self._workers[arm.name]
+        return Candidate(
+            **self._facts[arm.name],
+            quality=quality,
+            load_s=[worker.ready["load_s"]],
+            memory=_memory(arm, worker),
+            series=[Series(point=point.name, visits=self.visits[arm.name, point.name]) for point in self.points],
+            notes=self._notes(arm, worker),
+        )
+
+    def _notes(self, arm: CandidateSpec, worker: Worker) -> dict[str, Any]:
+        notes: dict[str, Any] = {
+            key: worker.ready[key] for key in ("dtype", "linears", "kernels") if key in worker.ready
+        }
+        notes |= {"options": arm.options} if arm.options else {}
+        notes |= {"aa_of": self.scenario.baseline_name} if is_again(arm, self.scenario) else {}
+        if any(arm.folder.glob("*.safetensors")):
+            notes["step_bytes"] = step_bytes(arm.folder)
+        return notes
+
+    def _noise(self, candidates: list[Candidate]) -> dict[str, float]:
+        first, again = candidates[:2]
+        found: dict[str, float] = {}
+        for one, other in zip(first.series, again.series, strict=True):
+            found |= noise_floor(one, other)
+        return found
+
+
+def order(names: Sequence[str], round: int) -> list[str]:
+    """There and back, beginning one further each round: the candidate that turns comes twice in a row and finds warm
+    caches, so every one must take that place equally often."""
+    start = round % len(names)
+    there = [*names[start:], *names[:start]]
+    return [*there, *reversed(there)]
+
+
+def is_again(arm: CandidateSpec, scenario: Scenario) -> bool:
+    """Whether it is the second arm of an A/A run."""
+    return scenario.aa and arm.name == scenario.baseline_name + AGAIN
+
+
+def _facts(arm: CandidateSpec, scenario: Scenario) -> dict[str, Any]:
+    known = describe_folder(arm.folder)
+    return {
+        **known,
+        "name": arm.name,
+        "engine": arm.engine,
+        "folder": str(arm.folder),
+        "model_sha256": model_sha256(arm.folder, manifest_of(arm.folder)),
+        "kind": known["kind"] + (", measured again" if is_again(arm, scenario) else ""),
+    }
+
+
+def _memory(arm: CandidateSpec, worker: Worker) -> Memory:
+    return Memory(
+        weights_bytes=weights_bytes(arm.folder),
+        linears_bytes=worker.ready.get("linear_bytes"),
+        loaded_bytes=worker.ready.get("loaded_bytes"),
+        peak_bytes=worker.peak_bytes(),
+        kv_token_bytes=kv_token_bytes(arm.folder, str(worker.ready.get("dtype"))),
+    )
+
+
+def start_worker(arm: CandidateSpec, scenario: Scenario) -> Worker:
+    """The candidate's process, loaded."""
+    found, variables = settings(arm, scenario), child_variables(scenario)
+    if arm.engine != SERVED:
+        return OfflineWorker(arm.name, offline_command(str(arm.engine), arm.folder, found), variables)
+    extra = ["--max-model-len", str(found.max_tokens), "--max-num-seqs", str(max(8, found.max_batch))]
+    dtype = ["--dtype", found.dtype] if found.dtype != "auto" else []
+    del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    return ServedWorker(arm.name, arm.folder, [*extra, "--block-size", "32", *dtype], arm.options, variables)
+
+
+def settings(arm: CandidateSpec, scenario: Scenario) -> Settings:
+    """How the engine is to be loaded: room for the longest sequence and the largest batch, and not more."""
+    points = [spec.point() for spec in scenario.points]
+    longest = max(point.prompt_tokens + point.output_tokens for point in points)
+    rounded = 32 * math.ceil((longest + 1) / 32)
+    context = limits(arm.folder)[1]
+    return Settings(
+        max_tokens=rounded if context is None else min(rounded, context),
+        max_batch=max(point.concurrency or point.batch for point in points),
+        dtype=str(arm.dtype),
+        threads=scenario.thread_count(),
+        options=arm.options,
+    )
+
+
+def child_variables(scenario: Scenario) -> dict[str, str]:
+    """Environment of a candidate: vLLM in one process, nothing bound to a core, a key-value cache that is enough."""
+    threads = str(scenario.thread_count())
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(_cache_gib(scenario)),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _cache_gib(scenario: Scenario) -> int:
+    arms = scenario.arms()
+    needed = [
+        (kv_token_bytes(arm.folder, "float32") or 0) * options.max_tokens * options.max_batch
+        for arm, options in ((arm, settings(arm, scenario)) for arm in arms)
+    ]
+    return max(1, math.ceil(max(needed) / _GIB))

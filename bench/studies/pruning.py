@@ -1,0 +1,163 @@
+"""What pruning costs: time against one plain forward over the same tokens, and peak memory of a larger model.
+
+    python -m crepe_deploy.bench.studies.pruning [--out bench/results/pruning.json]
+
+Both are ratios of one run. Time: SmolLM2-135M-Instruct (dequantised Q4_1), CRePE 2:4, 16 x 512 calibration tokens;
+forward and prune alternate in one process, medians over the rounds. Memory: a random-weight bf16 checkpoint of
+Llama-3.2-1B's shape in a process of its own, peak resident memory above what importing the libraries takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...model.decoder import Decoder
+from ...store.checkpoint import CheckpointReader
+from ...store.manifest import versions
+from ..assets import DEFAULT_DIR, ensure_assets
+from ..run.processes import run_json
+
+SAMPLES, LENGTH, ROUNDS = 16, 512, 5
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+
+
+def measure_time(assets_dir: Path, feed: str) -> dict[str, Any]:
+    """Seconds of one prune over seconds of one plain transformers forward, same tokens, dtype and threads."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ...pattern import NM
+    from ...pruning.methods.presets import resolve_method
+    from ...pruning.prune import PruneConfig, prune
+    from ...store.sources import resolve_model
+    from ...texts import calibration_windows, load_tokenizer
+
+    assets = ensure_assets(assets_dir)
+    tokens = calibration_windows(
+        assets.directory / "c4.train.txt", load_tokenizer(assets.model), SAMPLES, LENGTH, seed=0
+    )
+    method, params, preset = resolve_method("crepe", None, {})
+    config = PruneConfig(method, NM(2, 4), params, preset, feed="pruned" if feed == "pruned" else "dense")
+    dense = AutoModelForCausalLM.from_pretrained(assets.model).eval()
+
+    def forward() -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for batch in torch.split(tokens.tokens, 4):
+                dense(batch, use_cache=False)
+        return time.perf_counter() - start
+
+    forwards, prunes, shares = [forward()], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(ROUNDS):
+            start = time.perf_counter()
+            manifest = prune(resolve_model(str(assets.model)), Path(folder) / str(index), config, tokens)
+            prunes.append(time.perf_counter() - start)
+            seconds = manifest.metrics["seconds"]
+            shares.append((seconds["score"] + seconds["select"]) / prunes[-1])
+            forwards.append(forward())
+    ratios = [
+        prune_s / ((before + after) / 2) for prune_s, before, after in zip(prunes, forwards, forwards[1:], strict=False)
+    ]
+    return {
+        "feed": config.feed,
+        "prune_over_forward": statistics.median(ratios),
+        "prune_over_forward_rounds": ratios,
+        "scoring_and_selection_share": statistics.median(shares),
+        "prune_s": statistics.median(prunes),
+        "forward_s": statistics.median(forwards),
+        "last_phases_s": seconds,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def make_llama_1b(folder: Path) -> None:
+    """Write a random bf16 checkpoint of Llama-3.2-1B's shape, tensor by tensor."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from ...store.writing import CheckpointWriter, Planned
+
+    config = LlamaConfig(**LLAMA_1B, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    plan = {name: Planned("model.safetensors", torch.bfloat16, shape) for name, shape in shapes.items()}
+    with CheckpointWriter(folder, plan) as writer:
+        for name, shape in shapes.items():
+            weight = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+            writer.write(name, weight if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16))
+
+
+def measure_memory(assets_dir: Path) -> dict[str, Any]:
+    """Peak resident memory of pruning the 1B shape in a child process, above that of its imports."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "model"
+        folder.mkdir()
+        make_llama_1b(folder)
+        decoder = Decoder(folder)
+        block = max(
+            sum(decoder.reader.info(key).size_bytes for key in decoder.block_keys(index))
+            for index in range(len(decoder.blocks))
+        )
+        embeddings = decoder.reader.info("model.embed_tokens.weight").size_bytes
+        total = sum(info.size_bytes for info in CheckpointReader(folder))
+        activations = SAMPLES * LENGTH * LLAMA_1B["hidden_size"] * 2
+        command = [sys.executable, "-m", "crepe_deploy.bench.studies.prune_child", str(folder), str(Path(root) / "out")]
+        child = run_json(command)
+    above = child.output["peak_bytes"] - child.output["import_bytes"]
+    budget = embeddings + 4 * block + 2 * activations
+    return {
+        "checkpoint_bytes": total,
+        "peak_above_imports_bytes": above,
+        "budget_bytes": budget,
+        "share_of_budget": above / budget,
+        "budget": "embeddings + 4 x the largest block + 2 x the calibration activations",
+        "import_bytes": child.output["import_bytes"],
+        "seconds": child.seconds,
+    }
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the results here as JSON.")
+@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+def main(out: Path | None, assets_dir: Path) -> None:
+    """Measure pruning time and memory."""
+    result = {
+        "command": "python -m crepe_deploy.bench.studies.pruning",
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), **versions()},
+        "time": [measure_time(assets_dir, feed) for feed in ("dense", "pruned")],
+        "memory": measure_memory(assets_dir),
+    }
+    text = json.dumps(result, indent=2)
+    click.echo(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

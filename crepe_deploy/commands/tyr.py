@@ -1,0 +1,127 @@
+"""The options of `tyr` and what they mean. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import calibration_options, json_option, options, overwrite_option, say
+
+if TYPE_CHECKING:
+    from crepe_deploy.structural.tyr import Writer
+
+EXIT_RESUMABLE = 75
+
+
+def _share(context: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
+    """A number where it is one; which names there are is the configuration's to say."""
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return value
+
+
+tyr_options = options(
+    click.argument("model"),
+    click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for dense/ and report.json."),
+    click.option("--sparsity", type=float, default=0.5, show_default=True,
+                 help="Share of the decoder layers' linear parameters to remove, keys and values included; embeddings, "
+                 "norms and lm_head stay whole and are not counted, as in the paper."),
+    click.option("--method", type=click.Choice(["tyr", "flap", "uniform", "magnitude", "random"]), default="tyr",
+                 show_default=True, help="tyr searches the widths; the others are baselines with as many parameters."),
+    click.option("--widths", type=click.Choice(["per-layer", "uniform"]), default="per-layer", show_default=True,
+                 help="uniform: one width for all layers, a plain checkpoint for any server."),
+    calibration_options(samples=16, length=512, required=True),
+    click.option("--search-samples", type=click.IntRange(0), default=0, show_default=True,
+                 help="Further windows that only the search sees; 0: it sees the calibration samples."),
+    click.option("--iterations", type=click.IntRange(1, 8), default=4, show_default=True,
+                 help="Of building and searching; level steps are 12.5 %, halved by each."),
+    click.option("--generations", type=click.IntRange(1), default=10, show_default=True, help="Of each iteration."),
+    click.option("--offspring", type=click.IntRange(1), default=16, show_default=True, help="Of each generation."),
+    click.option("--ffn-multiple", "multiple", type=click.IntRange(1), default=128, show_default=True,
+                 help="FFN neurons come and go in so many."),
+    click.option("--attention", type=click.Choice(["auto", "groups", "queries"]), default="auto", show_default=True,
+                 help="Unit of per-layer widths: whole KV groups, or a query head of every group; auto: groups where a "
+                 "layer has at least four."),
+    click.option("--attention-share", default=None, callback=_share, metavar="best|target|NUMBER",
+                 help="Share of attention units that per-layer widths keep, the FFN taking the rest of the budget: a "
+                 "number; target: as of everything, like the paper; best: of a few even splits that are judged first. "
+                 "Default: best for tyr, target for the baselines."),
+    click.option("--accumulation", type=click.Choice(["expectation", "uniform", "single", "none"]),
+                 default="expectation", show_default=True, help="What the next block is fed in a supernet."),
+    click.option("--variant", type=click.Choice(["paper", "code", "obs"]), default=None,
+                 help="Saliency: the paper's, its public code's, or the Hessian term alone."),
+    click.option("--fitness", type=click.Choice(["logits", "hidden"]), default="logits", show_default=True,
+                 help="KL over the top-k logits, or the distance of hidden states."),
+    click.option("--top-k", type=click.IntRange(1), default=1024, show_default=True, help="Logits that are compared."),
+    click.option("--refit/--no-refit", default=None, help="Default: refit for tyr and uniform."),
+    click.option("--finish", type=click.Choice(["paired", "single", "supernet"]), default="single", show_default=True,
+                 help="How the found widths are pruned at the end: aiming at each layer's own output, at the dense "
+                 "model's, or as the last supernet has them."),
+    click.option("--layout", type=click.Choice(["plugin", "deci"]), default="plugin", show_default=True,
+                 help="Of per-layer widths: for readers with crepe-deploy installed, or DeciLM's for stock vLLM."),
+    click.option("--remote-code", is_flag=True, help="Put modelling files beside per-layer weights."),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--dtype", default="auto", show_default=True, help="To compute in: auto, bfloat16, float16, float32."),
+    click.option("--revision", default=None, help="Branch, tag or commit of a hub model."),
+    click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run."),
+    overwrite_option,
+    json_option,
+)  # fmt: skip
+
+
+def run(
+    write: Writer, *, model: str, out: Path, calib: tuple[str, ...], calib_field: str,
+    calib_samples: int, calib_length: int, search_samples: int, variant: str | None, revision: str | None,
+    resume: bool, overwrite: bool, **given: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Resolve options and prune; `write` makes the checkpoint. A stop leaves exit code 75 and OUT.work behind."""
+    from crepe_deploy.model.decoder import load_config
+    from crepe_deploy.progress import progress
+    from crepe_deploy.store.sources import require_pinned, resolve_model
+    from crepe_deploy.structural.config import TyrConfig
+    from crepe_deploy.structural.prepare import JOURNAL, work_folder
+    from crepe_deploy.structural.tyr import tyr
+    from crepe_deploy.texts import calibration_windows, load_tokenizer
+
+    if variant is not None:
+        given["variant"] = variant
+    config = TyrConfig(search_samples=search_samples, **given)
+    config.check()
+    found = resolve_model(model, revision, say)
+    require_pinned(revision, found)
+    context = int(getattr(load_config(found.folder), "max_position_embeddings", calib_length))
+    text = calibration_windows(
+        calib, load_tokenizer(found.folder), calib_samples + search_samples, min(calib_length, context),
+        seed=config.seed, field=calib_field,
+    )  # fmt: skip
+    try:
+        return tyr(
+            found, out, config, text, resume=resume, overwrite=overwrite, show=progress, say=say, write=write
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        if not (work_folder(out) / JOURNAL).is_file():
+            raise
+        say("stopped; the same command with --resume goes on")
+        raise SystemExit(EXIT_RESUMABLE) from None
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """What `tyr` did, for a reader at a terminal."""
+    parameters, reached = report["parameters"], report["sparsity"]["reached"]
+    layers = report["layers"]
+    text = [
+        f"{reached:.2%} of {parameters['dense']:,} linear parameters removed with {report['method']}, "
+        f"{parameters['kept']:,} left, {report['seconds']['all']:.0f} s",
+    ]
+    if report["widths"] == "uniform":
+        text.append(f"every layer: {_layer(layers[0])}")
+    else:
+        text += [f"  layer {index}: {_layer(layer)}" for index, layer in enumerate(layers)]
+    return [*text, f"{report['out']}/dense: written and verified"]
+
+
+def _layer(layer: dict[str, int]) -> str:
+    return f"{layer['heads']} query heads, {layer['kv_heads']} KV heads, {layer['intermediate_size']} FFN neurons"

@@ -1,0 +1,28 @@
+"""This machine as the tool sees it: the user's cache folder, and how much memory the process has used."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/crepe-deploy`, else `~/.cache/crepe-deploy`; not created. All of it can be deleted."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "crepe-deploy"
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far.
+
+    From /proc where there is one: getrusage also counts what the parent had resident when it started this process.
+    """
+    if _STATUS.exists():
+        (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

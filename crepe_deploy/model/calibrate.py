@@ -1,0 +1,182 @@
+"""The calibration batch on its way through the blocks, and the statistics of what each linear layer reads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .decoder import Decoder, LinearSpec
+from .stats import Need, Stats
+
+BATCH_TOKENS = 2048
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Stream:
+    """Hidden states of a token set in front of one block, in micro-batches, and how every block is to be called.
+
+    hidden: tensors (batch, length, width), compute dtype. calls: for each batch size, one call for each block.
+    """
+
+    hidden: list[Tensor]
+    calls: dict[int, list[Call]]
+
+    @property
+    def sequences(self) -> int:
+        return sum(batch.shape[0] for batch in self.hidden)
+
+    @torch.inference_mode()
+    def run(self, block: nn.Module, index: int, *, advance: bool) -> None:
+        """Send every micro-batch through `block`; with `advance` its output replaces the hidden states."""
+        for position, batch in enumerate(self.hidden):
+            args, kwargs = self.calls[batch.shape[0]][index]
+            output = block(batch, *args, **kwargs)
+            if advance:
+                self.hidden[position] = output
+
+
+def embed(decoder: Decoder, token_sets: list[Tensor]) -> list[Stream]:
+    """Run the embeddings over token sets, each (samples, length) int64, and note how the model calls its blocks."""
+    with decoder.embedder() as run:
+        return [_embed_one(run, tokens) for tokens in token_sets]
+
+
+def _embed_one(run: Any, tokens: Tensor) -> Stream:
+    hidden: list[Tensor] = []
+    calls: dict[int, list[Call]] = {}
+    for batch in torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1])):
+        slots = run(batch)
+        hidden.append(slots[0].hidden)
+        calls.setdefault(batch.shape[0], [slot.call for slot in slots])
+    return Stream(hidden, calls)
+
+
+def shared_inputs(block: nn.Module, linears: list[LinearSpec], stream: Stream, index: int) -> list[list[str]]:
+    """Group the paths of linears that read one and the same tensor, in the order in which they are called."""
+    groups: list[tuple[Tensor, list[str]]] = []
+
+    def note(path: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for seen, paths in groups:
+                if seen is args[0]:
+                    paths.append(path)
+                    return
+            groups.append((args[0], [path]))
+
+        return hook
+
+    handles = [block.get_submodule(spec.path).register_forward_pre_hook(note(spec.path)) for spec in linears]
+    try:
+        Stream(stream.hidden[:1], stream.calls).run(block, index, advance=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [paths for _, paths in groups]
+
+
+@contextlib.contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, products of fp32 copies of `dtype` tensors may use bf16 units where those lose nothing.
+
+    They multiply bf16 numbers exactly and add in fp32, several times faster than fp32 units on some CPUs.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@dataclass
+class _Accumulator:
+    """Sums over the calibration tokens of one linear input: squares and values (in,), Gram matrix (in, in); fp32."""
+
+    needs: frozenset[Need]
+    squares: Tensor | None = None
+    total: Tensor | None = None
+    tokens: int = 0
+    gram: Tensor | None = None
+    _stats: Stats | None = None
+
+    def add(self, batch: Tensor) -> None:
+        """`batch` (..., in), any float dtype."""
+        rows = batch.reshape(-1, batch.shape[-1])
+        if "moments" in self.needs:
+            total = rows.sum(0, dtype=torch.float32)
+            self.total = total if self.total is None else self.total.add_(total)
+            self.tokens += len(rows)
+        if self.needs & {"col_norm", "moments"}:
+            squares = rows.to(torch.float32, copy=True).square_().sum(0)  # ten times faster than vector_norm here
+            self.squares = squares if self.squares is None else self.squares.add_(squares)
+        if "hessian" in self.needs:
+            rows = rows.float()
+            if self.gram is None:
+                self.gram = torch.zeros(rows.shape[1], rows.shape[1])
+            with exact_products(batch.dtype):
+                self.gram.addmm_(rows.T, rows)
+
+    @torch.inference_mode()
+    def stats(self, sequences: int) -> Stats:
+        """Close the sums; every call returns the same object, so that methods can recognise a shared input."""
+        if self._stats is None:
+            self._stats = Stats(
+                col_norm=None if self.squares is None else (self.squares / sequences).sqrt_(),
+                hessian=None if self.gram is None else self.gram.mul_(2 / sequences),
+                total=None if self.total is None else self.total / sequences,
+                variance=self._variance(),
+            )
+        return self._stats
+
+    def _variance(self) -> Tensor | None:
+        if self.total is None or self.squares is None:
+            return None
+        return (self.squares / self.tokens).sub_((self.total / self.tokens).square_()).clamp_(min=0)
+
+
+@dataclass
+class Collector:
+    """Accumulates `needs` for the inputs of chosen linears; linears that read one tensor share one accumulator."""
+
+    needs: frozenset[Need]
+    _by_path: dict[str, _Accumulator] = field(default_factory=dict)
+    _batch: list[tuple[Tensor, _Accumulator]] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def watching(self, block: nn.Module, linears: list[LinearSpec]) -> Iterator[None]:
+        """Hook the named linears of `block` while the block runs. Does nothing when nothing is needed."""
+        handles = []
+        if self.needs:
+            for spec in linears:
+                handles.append(block.get_submodule(spec.path).register_forward_pre_hook(self._hook(spec.path)))
+            handles.append(block.register_forward_hook(lambda *_: self._batch.clear()))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._batch.clear()
+
+    def _hook(self, path: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for seen, accumulator in self._batch:
+                if seen is args[0] and self._by_path.setdefault(path, accumulator) is accumulator:
+                    return
+            accumulator = self._by_path.setdefault(path, _Accumulator(self.needs))
+            accumulator.add(args[0])
+            self._batch.append((args[0], accumulator))
+
+        return hook
+
+    def stats(self, path: str, sequences: int) -> Stats:
+        """The statistics of one linear's input; linears with a shared input get the same tensors."""
+        if not self.needs:
+            return Stats()
+        return self._by_path[path].stats(sequences)

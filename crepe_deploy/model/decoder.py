@@ -1,0 +1,339 @@
+"""What a decoder looks like: its blocks and the linear layers in them, found by structure; its weights on demand.
+
+A `Decoder` is the architecture built from `config.json` alone. Parameters live on the meta device until a module is
+materialised from the checkpoint and go back there when it is released, so the model is never whole in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
+from crepe_deploy.store.checkpoint import CheckpointReader, read_json
+
+# Model types whose pruning and reloading the tests cover, each with the module names that its files spell otherwise.
+FAMILIES: dict[str, dict[str, str]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "phi3": {},
+    "opt": {},
+    "gpt_neox": {"lm_head.": "embed_out."},
+    "gpt2": {},
+}
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROOF_DTYPE = "float64"  # for comparisons: real models' residuals reach 1e4, where float32 keeps three decimals
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer of a block.
+
+    path: module path inside the block. key: its weight's name in the checkpoint.
+    transposed: stored (in, out), as GPT-2's Conv1D does, rather than (out, in).
+    """
+
+    path: str
+    key: str
+    out_features: int
+    in_features: int
+    transposed: bool
+
+
+class BlockSlot(nn.Module):
+    """Stands where a decoder block stood: notes how it was called and passes the hidden states on.
+
+    `replacement`, when set, is returned instead. Unknown attributes are looked up on the block.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._block = [block]  # in a list, so that its parameters are not this module's
+        self.hidden: Tensor | None = None
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.replacement: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden = hidden_states
+        self.call = (args, kwargs)
+        return hidden_states if self.replacement is None else self.replacement
+
+
+class Decoder:
+    """A causal language model on the meta device, bound to the checkpoint that holds its weights.
+
+    model: the transformers module whose decoder blocks have been replaced by `slots`.
+    blocks: the real blocks. linears: per block, what can be pruned. dtype: of computation. replaced: by checkpoint
+    name, tensors that are used instead of the file's.
+    Raises UnsupportedModel naming what is missing, CheckpointError, ConfigError.
+    """
+
+    def __init__(self, root: Path, dtype: str = "auto") -> None:
+        self.reader = CheckpointReader(root)
+        self.replaced: dict[str, Tensor] = {}
+        self.config = load_config(root)
+        self.dtype = self._compute_dtype(dtype)
+        self.model = _build_meta(self.config, self.dtype)
+        self.blocks_path, blocks = _find_blocks(self.model)
+        self.blocks: list[nn.Module] = list(blocks)
+        self._check_weights()
+        self.linears = [self._linears(index) for index in range(len(self.blocks))]
+        self.slots = [BlockSlot(block) for block in self.blocks]
+        parent = self.model.get_submodule(self.blocks_path.rpartition(".")[0])
+        setattr(parent, self.blocks_path.rpartition(".")[2], nn.ModuleList(self.slots))
+
+    def _compute_dtype(self, dtype: str) -> torch.dtype:
+        if dtype == PROOF_DTYPE:
+            return torch.float64
+        if dtype != "auto":
+            if dtype not in COMPUTE_DTYPES:
+                raise ConfigError(f"dtype '{dtype}' is unknown; known: auto, {', '.join(COMPUTE_DTYPES)}")
+            return COMPUTE_DTYPES[dtype]
+        largest = max(self.reader, key=lambda info: info.size_bytes, default=None)
+        if largest is None or largest.dtype not in COMPUTE_DTYPES.values():
+            found = "no tensors" if largest is None else f"{largest.dtype} weights"
+            raise UnsupportedModel(f"{self.reader.root} holds {found}; bfloat16, float16 or float32 weights are needed")
+        return largest.dtype
+
+    @property
+    def context_length(self) -> int:
+        """The longest window the model accepts, in tokens."""
+        return int(getattr(self.config, "max_position_embeddings", 2048))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    def key(self, name: str) -> str:
+        """The checkpoint's name for a parameter of the module tree. Raises CheckpointError naming it."""
+        prefix = f"{self.model.base_model_prefix}."
+        renamed = name
+        for module, spelled in FAMILIES.get(self.config.model_type, {}).items():
+            renamed = spelled + renamed.removeprefix(module) if renamed.startswith(module) else renamed
+        for candidate in (name, renamed, name.removeprefix(prefix), prefix + name):
+            if candidate in self.reader:
+                return candidate
+        raise CheckpointError(f"{self.reader.root}: tensor '{name}' is missing")
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor by checkpoint name, in its file's dtype. Raises CheckpointError where it holds NaN or infinity."""
+        return self.replaced[key] if key in self.replaced else self.reader.load_finite(key)
+
+    def _check_weights(self) -> None:
+        tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name in tied:
+                continue
+            info = self.reader.info(self.key(name))
+            if info.shape != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{info.file}: tensor '{info.name}' has shape {info.shape}, and config.json asks for "
+                    f"{tuple(parameter.shape)}"
+                )
+
+    def _linears(self, index: int) -> list[LinearSpec]:
+        specs = []
+        for path, module in self.blocks[index].named_modules():
+            if not is_linear(module):
+                continue
+            transposed = not isinstance(module, nn.Linear)
+            weight = module.weight
+            out_features, in_features = weight.shape[::-1] if transposed else weight.shape
+            key = self.key(f"{self.blocks_path}.{index}.{path}.weight")
+            specs.append(LinearSpec(path, key, int(out_features), int(in_features), transposed))
+        return specs
+
+    def block_keys(self, index: int) -> list[str]:
+        """The checkpoint names of every parameter of one block."""
+        return [self.key(f"{self.blocks_path}.{index}.{name}") for name, _ in self.blocks[index].named_parameters()]
+
+    @contextlib.contextmanager
+    def block(self, index: int) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+        """Yield a block with its weights in memory, and those weights by checkpoint name in the file's dtype.
+
+        Where the file's dtype is the compute dtype both are one memory: writing to a weight changes the block.
+        """
+        prefix = f"{self.blocks_path}.{index}."
+        with self._materialised(self.blocks[index], prefix) as weights:
+            yield self.blocks[index], weights
+
+    @contextlib.contextmanager
+    def _materialised(self, module: nn.Module, prefix: str) -> Iterator[dict[str, Tensor]]:
+        weights: dict[str, Tensor] = {}
+        meta: dict[str, nn.Parameter] = dict(module.named_parameters())
+        try:
+            for name in meta:
+                key = self.key(prefix + name)
+                weights[key] = self.tensor(key)
+                _assign(module, name, weights[key].to(self.dtype))
+            for name, buffer in module.named_buffers():
+                if prefix + name in self.reader:
+                    buffer.copy_(self.reader.load_finite(prefix + name))
+            yield weights
+        finally:
+            for name, parameter in meta.items():
+                _replace(module, name, parameter)
+
+    @contextlib.contextmanager
+    def embedder(self) -> Iterator[Callable[[Tensor], list[BlockSlot]]]:
+        """Yield a function that runs everything before the blocks: token ids (batch, length) -> the called slots."""
+        base = self.model.base_model
+        prefix = next((f"{name}." for name, module in self.model.named_modules() if module is base and name), "")
+        with self._materialised(base, prefix), torch.inference_mode():
+
+            def embed(tokens: Tensor) -> list[BlockSlot]:
+                base(input_ids=tokens, use_cache=False)
+                return self.slots
+
+            yield embed
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Run everything after the blocks: tokens (batch, length), hidden (batch, length, width) -> fp32 logits."""
+        with self.head() as run:
+            return run(tokens, hidden).float()
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """Yield what `logits` runs, loaded once for many calls; its logits are in the dtype of computation."""
+        tied = getattr(self.model, "all_tied_weights_keys", {}) or {}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._tied_released(tied))
+            stack.enter_context(self._materialised(self.model, ""))
+            for name, source in tied.items():
+                _assign(self.model, name, self.model.get_parameter(source).data)
+
+            def run(tokens: Tensor, hidden: Tensor) -> Tensor:
+                self.slots[-1].replacement = hidden
+                try:
+                    with torch.inference_mode():
+                        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+                finally:
+                    self.slots[-1].replacement = None
+                return logits
+
+            yield run
+
+    @contextlib.contextmanager
+    def _tied_released(self, tied: dict[str, str]) -> Iterator[None]:
+        """Untie `tied` parameters while they are filled by hand, so that none is looked for in the checkpoint."""
+        before = {name: self.model.get_parameter(name) for name in tied}
+        for name in tied:
+            module, _, leaf = name.rpartition(".")
+            self.model.get_submodule(module)._parameters[leaf] = None
+        try:
+            yield
+        finally:
+            for name, parameter in before.items():
+                _replace(self.model, name, parameter)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for nn.Linear and for the Conv1D of GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def load_config(root: Path) -> Any:
+    """The transformers configuration of a folder, without remote code. Raises CheckpointError, UnsupportedModel."""
+    from transformers import AutoConfig
+
+    content = read_json(root / "config.json")
+    name = content.get("model_type", "unknown")
+    if "quantization_config" in content:
+        method = (content["quantization_config"] or {}).get("quant_method", "unknown")
+        raise UnsupportedModel(f"{root} is already quantised or packed ({method}); give the unquantised model")
+    if "auto_map" in content and name not in _known_model_types():
+        raise UnsupportedModel(f"{root}: model type '{name}' needs code from the checkpoint, which is never run")
+    try:
+        config = AutoConfig.from_pretrained(root, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UnsupportedModel(f"{root}: config.json of model type '{name}' is not understood: {error}") from error
+    if getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config"):
+        raise UnsupportedModel(f"model type '{name}' is not a text-only decoder")
+    return config
+
+
+def _known_model_types() -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING.keys())
+
+
+def _build_meta(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise UnsupportedModel(f"model type '{config.model_type}' has no causal language model: {error}") from error
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, every parameter that a module registers lands on the meta device; buffers stay real.
+
+    Real buffers matter: rotary frequencies and embedding scales are computed at construction and are in no file.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks: the outermost list of like modules that hold linear layers."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len({type(block) for block in module}) != 1:
+            continue
+        if any(is_linear(part) for part in module[0].modules()):
+            _check_block(name, path, module[0])
+            return path, module
+    raise UnsupportedModel(f"{name}: no list of decoder blocks with linear layers was found")
+
+
+def _check_block(name: str, path: str, block: nn.Module) -> None:
+    for parameter_name, parameter in block.named_parameters():
+        owner = block.get_submodule(parameter_name.rpartition(".")[0])
+        if parameter.ndim >= 2 and not is_linear(owner):
+            raise UnsupportedModel(
+                f"{name}: '{path}.0.{parameter_name}' of shape {tuple(parameter.shape)} belongs to "
+                f"{type(owner).__name__}, which is not a linear layer (experts and convolutions are not supported); "
+                f"tested families: {', '.join(FAMILIES)}"
+            )
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    _replace(module, name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = parameter

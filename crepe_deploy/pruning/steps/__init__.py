@@ -1,0 +1,75 @@
+"""The optional steps around a method, by kind and name. Adding one takes its class and a line in its own registry.
+
+On the command line and in recipes a step is written `NAME` or `NAME:PARAMETER=VALUE,PARAMETER=VALUE`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+from crepe_deploy.errors import ConfigError
+from crepe_deploy.model.stats import Need
+
+from .allocators import ALLOCATORS, Allocator
+from .permute import PERMUTERS, Permuter
+from .reconstruct import RECONSTRUCTORS, Reconstructor
+from .reprune import REPAIRERS, Repairer
+from .rescale import RESCALERS, Logits
+
+KINDS: dict[str, dict[str, Any]] = {
+    "allocate": ALLOCATORS,
+    "permute": PERMUTERS,
+    "reprune": REPAIRERS,
+    "reconstruct": RECONSTRUCTORS,
+    "rescale": RESCALERS,
+}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What was asked for, built; None where a step is left out."""
+
+    allocate: Allocator | None = None
+    permute: Permuter | None = None
+    reprune: Repairer | None = None
+    reconstruct: Reconstructor | None = None
+    rescale: Logits | None = None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The statistics that the steps on each block read; allocation walks the model by itself."""
+        return frozenset().union(*(step.needs for step in (self.permute, self.reprune, self.reconstruct) if step))
+
+    def record(self) -> dict[str, Any]:
+        """Every parameter of every step, for the manifest."""
+        return {kind: {"class": type(step).__name__, **vars(step)} for kind, step in vars(self).items() if step}
+
+
+def build_step(kind: str, text: str) -> Any:
+    """The step `text` of a kind. Raises ConfigError for an unknown name or parameter, listing the known."""
+    known = KINDS[kind]
+    name, _, settings = text.partition(":")
+    if name not in known:
+        raise ConfigError(f"--{kind} '{name}' is unknown; known: {', '.join(known)}")
+    allowed = [field.name for field in fields(known[name])]
+    values: dict[str, Any] = {}
+    for setting in filter(None, settings.split(",")):
+        parameter, equals, value = setting.partition("=")
+        if not equals or parameter not in allowed:
+            raise ConfigError(f"--{kind} {name}: '{setting}' is not NAME=VALUE with a NAME of: {', '.join(allowed)}")
+        values[parameter] = _value(value)
+    return known[name](**values)
+
+
+def build_steps(**wanted: str | None) -> Steps:
+    """All steps by kind; None leaves one out. Raises ConfigError."""
+    return Steps(**{kind: build_step(kind, text) for kind, text in wanted.items() if text is not None})
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

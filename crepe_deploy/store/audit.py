@@ -1,0 +1,100 @@
+"""What a checkpoint's tensors really hold: zeros, and the sparsity pattern found by counting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crepe_deploy.errors import VerifyError
+from crepe_deploy.pattern import NM, Pattern, parse_record, zero_count
+
+from .checkpoint import CheckpointReader
+from .manifest import MANIFEST_NAME, TensorRecord, load_manifest
+
+GROUP_SIZES = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class TensorAudit:
+    """One tensor as counted.
+
+    pattern: the one its manifest records, where the count confirms it; otherwise the finest N:M that every group of
+    the input dimension holds, or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    zeros: int
+    sparsity: float
+    pattern: str | None
+
+
+def count_zeros(tensor: Tensor) -> int:
+    """Entries equal to zero, negative zero included."""
+    return tensor.numel() - int(torch.count_nonzero(tensor))
+
+
+def most_nonzeros(weight: Tensor, m: int) -> int:
+    """The largest number of non-zeros in any group of m consecutive columns of weight (out, in), in % m == 0."""
+    return int((weight != 0).view(weight.shape[0], -1, m).sum(-1, dtype=torch.int16).amax())
+
+
+def held_pattern(weight: Tensor) -> str | None:
+    """The N:M with the smallest M among 4, 8, 16, 32 that holds with at least one zero in each group."""
+    for m in GROUP_SIZES:
+        if weight.shape[1] % m == 0 and weight.numel() and (n := most_nonzeros(weight, m)) < m:
+            return f"{n}:{m}"
+    return None
+
+
+def holds(weight: Tensor, pattern: Pattern) -> bool:
+    """Whether weight (out, in) has the zeros that `pattern` asks for, where it asks for them."""
+    if isinstance(pattern, NM):
+        return most_nonzeros(weight, pattern.m) <= pattern.n
+    if pattern.granularity == "matrix":
+        return count_zeros(weight) >= zero_count(pattern, *weight.shape)
+    return int((weight == 0).sum(-1).amin()) >= zero_count(pattern, 1, weight.shape[1])
+
+
+def check_pattern(name: str, weight: Tensor, pattern: Pattern) -> int:
+    """Count the zeros of weight (out, in); raise VerifyError naming it when `pattern` does not hold."""
+    if not holds(weight, pattern):
+        raise VerifyError(f"{name}: its written zeros do not hold the pattern {pattern}")
+    return count_zeros(weight)
+
+
+def inspect_folder(root: Path) -> list[dict[str, Any]]:
+    """Audit every tensor of a checkpoint folder, one in memory at a time. Raises CheckpointError."""
+    return [asdict(audit) for audit in _audits(root)]
+
+
+def _audits(root: Path) -> Iterator[TensorAudit]:
+    reader = CheckpointReader(root)
+    records: dict[str, TensorRecord] = {}
+    if (root / MANIFEST_NAME).is_file():
+        records = load_manifest(root).tensors
+    for info in reader:
+        tensor = reader.load(info.name)
+        record = records.get(info.name)
+        weight = tensor.T.contiguous() if record is not None and record.transposed else tensor
+        zeros = count_zeros(tensor)
+        yield TensorAudit(
+            name=info.name,
+            shape=info.shape,
+            dtype=str(info.dtype).removeprefix("torch."),
+            zeros=zeros,
+            sparsity=zeros / max(tensor.numel(), 1),
+            pattern=_counted_pattern(weight, record),
+        )
+
+
+def _counted_pattern(weight: Tensor, record: TensorRecord | None) -> str | None:
+    if record is not None and holds(weight, parse_record(record.pattern)):
+        return record.pattern
+    return held_pattern(weight) if weight.ndim == 2 and weight.is_floating_point() else None

@@ -1,0 +1,229 @@
+"""Reading sharded safetensors folders: headers first and checked whole, then one tensor at a time.
+
+Tensors are read with plain file reads rather than memory maps, so that resident memory is what was asked for and
+nothing else. Nothing here writes; see `writing.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from crepe_deploy.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: file, dtype, shape, and absolute byte offset."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Parse and check one safetensors header against the file's size. Raises CheckpointError."""
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            if len(start) < 8:
+                raise CheckpointError(f"{path}: {file_bytes} bytes is too short for a safetensors file")
+            (header_bytes,) = struct.unpack("<Q", start)
+            if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise CheckpointError(
+                    f"{path}: its header claims {header_bytes} bytes and the file has {file_bytes}: "
+                    "it is truncated or not a safetensors file; download it again"
+                )
+            header = json.loads(file.read(header_bytes))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its safetensors header cannot be read: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its safetensors header is not a table of tensors")
+    header.pop("__metadata__", None)
+    data_start = 8 + header_bytes
+    infos = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
+    _check_layout(path, list(infos.values()), data_start, file_bytes)
+    return infos
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    try:
+        dtype = DTYPES[entry["dtype"]]
+        shape = tuple(int(size) for size in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensor '{name}' has a malformed header entry ({error!r})") from error
+    size_bytes = math.prod(shape) * dtype.itemsize
+    if min((begin, *shape), default=0) < 0 or end - begin != size_bytes:
+        raise CheckpointError(f"{path}: tensor '{name}' of shape {shape} does not fit its offsets {begin}..{end}")
+    return TensorInfo(name, path, dtype, shape, data_start + begin, size_bytes)
+
+
+def _check_layout(path: Path, infos: list[TensorInfo], data_start: int, file_bytes: int) -> None:
+    position = data_start
+    for info in sorted(infos, key=lambda info: (info.offset, info.size_bytes)):
+        if info.offset != position:
+            raise CheckpointError(f"{path}: tensor '{info.name}' overlaps another one or leaves a hole before it")
+        position += info.size_bytes
+    if position != file_bytes:
+        raise CheckpointError(
+            f"{path}: the header describes {position} bytes and the file has {file_bytes}: "
+            "the file is truncated or damaged; download it again"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError when missing, unreadable or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return content
+
+
+def shard_paths(root: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, in order. Raises CheckpointError.
+
+    Names in an index must be plain file names of regular files inside the folder. A link is followed only
+    where it stays inside the folder or is the whole-snapshot layout of the Hugging Face cache (../../blobs/).
+    """
+    index = root / INDEX_NAME
+    if not index.exists():
+        if not (root / SINGLE_NAME).exists():
+            raise CheckpointError(
+                f"{root}: neither {SINGLE_NAME} nor {INDEX_NAME} is there; crepe-deploy reads safetensors only "
+                "(convert pickled .bin weights with transformers' save_pretrained first)"
+            )
+        names = [SINGLE_NAME]
+    else:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index}: 'weight_map' is missing or not a table of file names")
+        names = sorted(set(weight_map.values()))
+    return [_safe_shard(root, name) for name in names]
+
+
+def _safe_shard(root: Path, name: str) -> Path:
+    path = root / name
+    if Path(name).name != name or name in {"", ".", ".."}:
+        raise CheckpointError(f"{root / INDEX_NAME}: file name '{name}' points outside the folder; refused")
+    if path.is_symlink():
+        target = path.resolve()
+        blobs = root.resolve().parent.parent / "blobs"
+        if target.parent not in {root.resolve(), blobs}:
+            raise CheckpointError(f"{path} is a link to {target}, outside the model folder; refused")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: this shard is missing; download the model again")
+    return path
+
+
+class CheckpointReader:
+    """A checkpoint folder whose headers have been read and checked.
+
+    tensors: every tensor by name. Opening reads no tensor data. Raises CheckpointError.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise CheckpointError(f"{root} is not a model folder")
+        self.root = root
+        self.files = shard_paths(root)
+        self.tensors: dict[str, TensorInfo] = {}
+        for path in self.files:
+            for name, info in read_header(path).items():
+                if name in self.tensors:
+                    raise CheckpointError(f"{path}: tensor '{name}' is also in {self.tensors[name].file.name}")
+                self.tensors[name] = info
+        self._check_index()
+
+    def _check_index(self) -> None:
+        if not (self.root / INDEX_NAME).exists():
+            return
+        for name, file in read_json(self.root / INDEX_NAME)["weight_map"].items():
+            if name not in self.tensors or self.tensors[name].file.name != file:
+                raise CheckpointError(f"{self.root / INDEX_NAME}: tensor '{name}' is not in {file}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[TensorInfo]:
+        return iter(self.tensors.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises CheckpointError naming the tensor when it is missing."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.root}: tensor '{name}' is missing")
+        return self.tensors[name]
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor into fresh memory, in the file's dtype. Raises CheckpointError."""
+        info = self.info(name)
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        if info.size_bytes:
+            view = bytes_of(tensor)
+            try:
+                with info.file.open("rb", buffering=0) as file:
+                    file.seek(info.offset)
+                    _read_exactly(file, view, info)
+            except OSError as error:
+                raise CheckpointError(f"{info.file}: tensor '{name}' cannot be read: {error}") from error
+        return tensor
+
+    def load_finite(self, name: str) -> Tensor:
+        """`load`, refusing NaN and infinity by the tensor's name."""
+        tensor = self.load(name)
+        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+            raise CheckpointError(
+                f"{self.root}: tensor '{name}' holds NaN or infinite values; the checkpoint is damaged"
+            )
+        return tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous, non-empty tensor as bytes; writing to it writes to the tensor."""
+    return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def _read_exactly(file: Any, view: memoryview, info: TensorInfo) -> None:
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise CheckpointError(f"{info.file}: it ends inside tensor '{info.name}'; the file is truncated")
+        done += count

@@ -1,0 +1,112 @@
+"""Where a model comes from: a local folder, a GGUF file (dequantised), or a hub id with its revision pinned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from crepe_deploy.errors import CheckpointError, ConfigError
+from crepe_deploy.machine import cache_dir
+
+from .checkpoint import shard_paths
+from .manifest import Source, sha256_file
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_HUB_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "README.md",
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder on this disk and how it came there. `folder` is what every later step reads."""
+
+    folder: Path
+    kind: str
+    id: str
+    revision: str | None
+    notes: dict[str, str]
+
+
+def resolve_model(model: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Model:
+    """Find MODEL on this disk, downloading or converting it where needed. Raises CheckpointError, ConfigError."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Model(path, "folder", str(path), None, {})
+    if path.suffix == ".gguf":
+        return _from_gguf(path, say)
+    if path.exists():
+        raise CheckpointError(f"{path} is neither a model folder nor a .gguf file")
+    if not _HUB_ID.match(model):
+        raise CheckpointError(f"model '{model}' is no folder on this disk and no hub id of the form owner/name")
+    return _from_hub(model, revision, say)
+
+
+def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:
+    from .gguf import convert_gguf
+
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    digest = sha256_file(path)
+    folder = cache_dir() / "gguf" / digest
+    if not folder.is_dir():
+        say(f"dequantising {path.name} (once; kept in {folder})")
+        convert_gguf(path, folder)
+    notes = {"gguf": path.name, "gguf_sha256": digest, "weights": "dequantised from GGUF to bfloat16"}
+    return Model(folder, "gguf", str(path), None, notes)
+
+
+def _from_hub(model: str, revision: str | None, say: Callable[[str], None]) -> Model:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    say(f"fetching {model} from the hub")
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"model '{model}' is no folder on this disk, and the hub did not give it: {reason}"
+        ) from error
+    return Model(folder, "hub", model, folder.name, {})
+
+
+def describe_source(model: Model) -> Source:
+    """Hash the files that were read and note the licence, for the manifest."""
+    names = ["config.json", *(path.name for path in shard_paths(model.folder))]
+    files = {name: sha256_file(model.folder / name) for name in names}
+    return Source(
+        kind=model.kind,
+        id=model.id,
+        revision=model.revision,
+        files=files,
+        license=read_license(model.folder),
+        notes=model.notes,
+    )
+
+
+def read_license(folder: Path) -> str | None:
+    """The licence named in the front matter of a model card, or None."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"^---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license:\s*(\S+)", front.group(1), re.MULTILINE) if front else None
+    return found.group(1) if found else None
+
+
+def require_pinned(revision: str | None, model: Model) -> None:
+    """Refuse a revision for a model that has none. Raises ConfigError."""
+    if revision is not None and model.kind != "hub":
+        raise ConfigError(f"--revision {revision} applies to hub ids only, and {model.id} is a {model.kind}")

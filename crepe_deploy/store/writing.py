@@ -1,0 +1,136 @@
+"""Writing checkpoints: planned safetensors files filled tensor by tensor, and folders that appear whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crepe_deploy.errors import CrepeError
+
+from .checkpoint import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, bytes_of
+from .files import disk_errors, write_json
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor to be written: its file name, dtype and shape."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        size = self.dtype.itemsize
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+class CheckpointWriter:
+    """Writes the planned tensors into `root` in any order, holding none of them in memory.
+
+    Every file is allocated at its full size on entry, so a full disk is met before the work. On leaving without an
+    error, every planned tensor must have been written; files are fsynced and the index is written last.
+    Raises DiskFullError, OutputError, CrepeError.
+    """
+
+    def __init__(self, root: Path, plan: Mapping[str, Planned]) -> None:
+        self.root = root
+        self.plan = dict(plan)
+        self._offsets: dict[str, int] = {}
+        self._files: dict[str, int] = {}
+        self._pending = set(self.plan)
+
+    def __enter__(self) -> CheckpointWriter:
+        try:
+            for file in sorted({planned.file for planned in self.plan.values()}):
+                self._allocate(file)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def _allocate(self, file: str) -> None:
+        names = [name for name, planned in self.plan.items() if planned.file == file]
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name in names:
+            planned = self.plan[name]
+            end = position + planned.size_bytes
+            header[name] = {
+                "dtype": DTYPE_NAMES[planned.dtype],
+                "shape": list(planned.shape),
+                "data_offsets": [position, end],
+            }
+            self._offsets[name] = position
+            position = end
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        start = 8 + len(raw)
+        for name in names:
+            self._offsets[name] += start
+        with disk_errors(self.root):
+            handle = os.open(self.root / file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            self._files[file] = handle
+            _reserve(handle, start + position)
+            os.pwrite(handle, struct.pack("<Q", len(raw)) + raw, 0)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one planned tensor; its dtype and shape must be as planned, and each is written once."""
+        planned = self.plan[name]
+        if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape or name not in self._pending:
+            raise CrepeError(f"'{name}' was planned as {planned} and written as {tensor.dtype} {tuple(tensor.shape)}")
+        if tensor.numel():
+            view = bytes_of(tensor.detach().contiguous())
+            with disk_errors(self.root):
+                _write_exactly(self._files[planned.file], view, self._offsets[name])
+        self._pending.discard(name)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                if self._pending:
+                    raise CrepeError(
+                        f"{len(self._pending)} planned tensors were not written: {sorted(self._pending)[:3]}"
+                    )
+                with disk_errors(self.root):
+                    for handle in self._files.values():
+                        os.fsync(handle)
+                self._write_index()
+        finally:
+            self._close()
+
+    def _write_index(self) -> None:
+        if set(self._files) == {SINGLE_NAME}:
+            return
+        total = sum(planned.size_bytes for planned in self.plan.values())
+        weight_map = {name: self.plan[name].file for name in sorted(self.plan)}
+        write_json(self.root / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def _close(self) -> None:
+        for handle in self._files.values():
+            os.close(handle)
+        self._files.clear()
+
+
+def _reserve(handle: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+    else:
+        os.ftruncate(handle, size)
+
+
+def _write_exactly(handle: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(handle, view[done : done + (1 << 30)], offset + done)

@@ -1,0 +1,72 @@
+"""`plan` predicts what the run then does; `doctor` names what is used."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from crepe_deploy.export.packed import export_packed
+
+from crepe_deploy.cli import main
+from crepe_deploy.commands.doctor import gpu_lines
+from crepe_deploy.commands.plan import gpu_gains, gpu_truth, lines, plan
+from crepe_deploy.pattern import parse_pattern
+from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.store.sources import resolve_model
+from tests.pico import make_pico_llama
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "16:32", "0.5"])
+def test_the_predicted_bytes_are_the_written_bytes(tmp_path: Path, pattern: str) -> None:
+    model = make_pico_llama(tmp_path / "model", torch.bfloat16)
+    expected = plan(model, parse_pattern(pattern), 4, 32)
+    prune(resolve_model(str(model)), tmp_path / "pruned", PruneConfig("magnitude", parse_pattern(pattern)), None)
+    (tmp_path / "packed").mkdir()
+    export_packed(tmp_path / "pruned", tmp_path / "packed")
+    header = 8192  # names and offsets
+    written = (tmp_path / "packed" / "model.safetensors").stat().st_size
+    assert expected["packed_checkpoint_bytes"] < written < expected["packed_checkpoint_bytes"] + header
+    if parse_pattern(pattern).sparsity == 0.5:
+        assert expected["pruned_tensors_packed_over_dense"] == 0.5625
+
+
+def test_misfits_are_listed(tmp_path: Path) -> None:
+    model = make_pico_llama(tmp_path / "model", intermediate_size=120)
+    result = plan(model, parse_pattern("16:32"), 4, 32)
+    assert len(result["does_not_divide"]) == 2
+    assert any("does not divide: 2 tensors" in line for line in lines(result))
+    assert plan(model, parse_pattern("2:4"), 4, 32)["not_packable"] == result["does_not_divide"]
+
+
+def test_doctor_says_which_kernels_run_and_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["crepe-deploy", "doctor", "--json"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert not exit_info.value.code
+    packed = json.loads(capsys.readouterr().out)["packed_cpu"]
+    assert packed["isa"] in packed["supported"]
+    assert packed["reason"]
+
+
+def test_gpu_gains_are_ranges_over_what_was_measured() -> None:
+    found = [{"batch": 1, "gain_over_dense": gain} for gain in (1.5, 1.2)] + [{"batch": 64, "gain_over_dense": 0.9}]
+    assert gpu_gains(found).endswith("batch 1: 1.20x to 1.50x, batch 64: 0.90x to 0.90x")
+
+
+def test_without_a_gpu_no_speed_is_promised() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "no speed is promised" in gpu_truth({(64, 64)})
+    assert "nothing measured" in gpu_lines([])[0]
+
+
+def test_measured_gpu_choices_are_one_line_a_shape() -> None:
+    entry = {"dtype": "bfloat16", "kind": "nibble", "shape": [64, 128], "choice": "stream n16 m1 s1 w4 p1"}
+    found = [entry | {"batch": 16, "gain_over_dense": None}, entry | {"batch": 1, "gain_over_dense": 1.5}]
+    (line,) = gpu_lines(found)
+    assert line == "  64x128 bfloat16 nibble, by batch, over dense: 1: stream 1.50x, 16: stream"

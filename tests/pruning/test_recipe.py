@@ -1,0 +1,96 @@
+"""Recipes: strict files, options that go before them, and a shipped one that runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from crepe_deploy.cli import cli
+from crepe_deploy.errors import ConfigError
+from crepe_deploy.pattern import NM, Unstructured
+from crepe_deploy.pruning.methods import METHODS
+from crepe_deploy.pruning.prune import PruneConfig
+from crepe_deploy.pruning.recipe import Recipe, known_recipes, load_recipe
+from crepe_deploy.pruning.steps import KINDS
+from crepe_deploy.store.manifest import load_manifest
+from tests.pico import make_pico_llama, sample_text
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_every_shipped_recipe_builds(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.provenance
+    assert recipe.method in METHODS
+    steps = {kind: getattr(recipe, kind) for kind in KINDS}
+    PruneConfig(recipe.method, NM(2, 4), dict(recipe.params), feed=recipe.feed, **steps).steps()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nreconstrcut: exact", "reconstrcut: Extra inputs are not permitted"),
+        ("method: ria", "name: Field required"),
+        ("name: a\nfeed: twice", "feed: Input should be 'auto', 'dense', 'pruned' or 'both'"),
+        ("name: 3", "name: Input should be a valid string"),
+        ("- a", "it: Input should be a valid dictionary"),
+        ("name: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_recipe_names_its_fault(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_an_unknown_recipe_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"neither a file nor a known name; known: .*best"):
+        load_recipe("bset")
+
+
+def test_json_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({"name": "mine", "method": "wanda", "params": {}}))
+    assert load_recipe(str(tmp_path / "r.json")) == Recipe(name="mine", method="wanda")
+
+
+def test_the_command_line_prunes_by_recipe_and_options_go_first(tmp_path: Path) -> None:
+    model = make_pico_llama(tmp_path / "m")
+    (tmp_path / "calib.txt").write_text(sample_text(3000), encoding="utf-8")
+    (tmp_path / "r.yaml").write_text(
+        "name: mine\nmethod: ria\nparams: {exponent: 1.0}\nreprune: dsnot\nreconstruct: obs"
+    )
+    common = [
+        "prune",
+        str(model),
+        "--calib",
+        str(tmp_path / "calib.txt"),
+        "--calib-samples",
+        "4",
+        "--calib-length",
+        "32",
+    ]
+
+    def config(out: str, *options: str) -> dict[str, object]:
+        arguments = [*common, "--out", str(tmp_path / out), "--recipe", str(tmp_path / "r.yaml"), *options]
+        result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+        assert result.exit_code == 0
+        return load_manifest(tmp_path / out).config
+
+    plain = config("a")
+    assert (plain["recipe"], plain["method"], plain["reprune"], plain["reconstruct"]) == ("mine", "ria", "dsnot", "obs")
+    assert plain["params"] == {"exponent": 1.0}
+    changed = config("b", "--reconstruct", "exact:damping=0.1", "--param", "exponent=0.5", "--feed", "dense")
+    assert (changed["reconstruct"], changed["params"]) == ("exact:damping=0.1", {"exponent": 0.5})
+    assert changed["feed"] == "dense"
+    other = config("c", "--method", "wanda")
+    assert (other["method"], other["params"], other["reprune"]) == ("wanda", {}, "dsnot")
+
+
+def test_a_permutation_is_for_groups_alone() -> None:
+    recipe = Recipe(name="mine", method="ria", permute="fold", reconstruct="exact")
+    assert recipe.options(NM(2, 4)) == {"method": "ria", "feed": "auto", "permute": "fold", "reconstruct": "exact"}
+    assert "permute" not in recipe.options(Unstructured(0.5))
+    PruneConfig("ria", Unstructured(0.5), {}, reconstruct=recipe.options(Unstructured(0.5))["reconstruct"]).steps()
