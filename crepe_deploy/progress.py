@@ -11,17 +11,17 @@ from typing import Protocol
 LINE_EVERY_S = 10.0
 
 
-class Step(Protocol):
+class Progress(Protocol):
     """Called after each piece of work with how many pieces are done and how many there are."""
 
     def __call__(self, done: int, total: int) -> None: ...
 
 
 def silent(done: int, total: int) -> None:
-    """A step that shows nothing."""
+    """Progress that shows nothing."""
 
 
-def ticker(step: Step, total: int) -> Callable[[], None]:
+def ticker(step: Progress, total: int) -> Callable[[], None]:
     """A call for each finished piece of work, `total` of them in all the phases that share it."""
     done = 0
 
@@ -34,8 +34,8 @@ def ticker(step: Step, total: int) -> Callable[[], None]:
 
 
 @contextmanager
-def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
-    """Yield a `Step` that shows `label`, the share done and the time left."""
+def progress(label: str, *, quiet: bool = False) -> Iterator[Progress]:
+    """Yield a `Progress` that shows `label`, the share done and the time left."""
     if quiet:
         yield silent
     elif sys.stderr.isatty():
@@ -46,26 +46,19 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Step]:
+def _bar(label: str) -> Iterator[Progress]:
+    from rich import progress as bar
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        bar.TextColumn("{task.description}"),
+        bar.BarColumn(),
+        bar.MofNCompleteColumn(),
+        bar.TimeElapsedColumn(),
+        bar.TextColumn("left"),
+        bar.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with bar.Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(label, total=None)
 
         def step(done: int, total: int) -> None:
@@ -74,7 +67,7 @@ def _bar(label: str) -> Iterator[Step]:
         yield step
 
 
-def _lines(label: str) -> Step:
+def _lines(label: str) -> Progress:
     start = last = time.monotonic()
 
     def step(done: int, total: int) -> None:

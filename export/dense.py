@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import ConfigError, VerifyError
 from ..pattern import parse_record
-from ..progress import Step, silent, ticker
+from ..progress import Progress, silent, ticker
 from ..store.audit import check_pattern
 from ..store.checkpoint import CheckpointReader
 from ..store.files import disk_errors
@@ -25,7 +25,7 @@ from .greedy import GREEDY_TOKENS, greedy_of
 from .unpack import unpack_checkpoint
 
 
-def export_dense(source: Path, folder: Path, *, link: bool = False, step: Step = silent) -> Manifest:
+def export_dense(source: Path, folder: Path, *, link: bool = False, step: Progress = silent) -> Manifest:
     """Copy a pruned checkpoint into the existing, empty `folder`, recount its zeros there and add a model card.
 
     A packed source is unpacked, bit by bit what was packed.

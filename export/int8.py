@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, ParityError, UnsupportedModel
 from ..model.decoder import Decoder
-from ..progress import Step, silent, ticker
+from ..progress import Progress, silent, ticker
 from ..store.checkpoint import CheckpointReader, read_json
 from ..store.companions import copy_companions
 from ..store.files import require_disk, write_json
@@ -42,7 +42,7 @@ ROWS: Final = 1024
 _HALF_STEP: Final = 0.5 * (1 + 1e-5)  # float32 rounding of the quotient included
 
 
-def export_int8(source: Path, folder: Path, *, link: bool = False, step: Step = silent) -> Manifest:
+def export_int8(source: Path, folder: Path, *, link: bool = False, step: Progress = silent) -> Manifest:
     """Quantise a dense checkpoint, pruned or not, into the existing, empty `folder`; re-read and compare every weight.
 
     A source without a manifest is taken as an unpruned model. link: nothing to do here. step: told of every piece of

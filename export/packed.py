@@ -20,7 +20,7 @@ from ..model.decoder import Decoder
 from ..packed.config import COLUMN_MULTIPLE, PackedConfig, packed_config
 from ..packed.format import DTYPES, MASK_SUFFIX, VALUES_SUFFIX, mask_from_weight, pack, unpack, validate
 from ..pattern import Pattern, parse_record
-from ..progress import Step, silent, ticker
+from ..progress import Progress, silent, ticker
 from ..store.checkpoint import CheckpointReader, read_json
 from ..store.companions import copy_companions
 from ..store.files import require_disk, write_json
@@ -35,7 +35,7 @@ _BITS = {2: torch.int16, 4: torch.int32}
 Tick = Callable[[], None]
 
 
-def export_packed(source: Path, folder: Path, *, link: bool = False, step: Step = silent) -> Manifest:
+def export_packed(source: Path, folder: Path, *, link: bool = False, step: Progress = silent) -> Manifest:
     """Pack a pruned checkpoint into the existing, empty `folder`, re-read and compare every bit, and record the size.
 
     link: nothing to do here; weights are always rewritten. step: told of every piece of work done.

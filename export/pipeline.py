@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ConfigError, ParityError
 from ..model.decoder import Decoder, load_config
 from ..packed.config import packed_config
-from ..progress import Step, silent
+from ..progress import Progress, silent
 from ..pruning.prune import PruneConfig, prune
 from ..store.files import atomic_folder, check_output, write_json
 from ..store.manifest import Manifest, save_manifest
@@ -48,7 +48,7 @@ def check_formats(formats: Sequence[str]) -> list[str]:
 
 
 def export_checkpoint(
-    source: Path, out: Path, format: str, *, overwrite: bool = False, step: Step = silent,
+    source: Path, out: Path, format: str, *, overwrite: bool = False, step: Progress = silent,
     onnx: OnnxOptions = DEFAULT,
 ) -> Manifest:  # fmt: skip
     """Export the checkpoint `source` into the folder `out`. Raises ConfigError, OutputError, VerifyError.
@@ -92,7 +92,7 @@ def prune_and_export(
     *,
     formats: Sequence[str] = ("dense",),
     overwrite: bool = False,
-    step: Step = silent,
+    step: Progress = silent,
     onnx: OnnxOptions = DEFAULT,
 ) -> dict[str, Any]:
     """Prune `model` and write `out/FORMAT/` for each format and `out/report.json`; returns the report."""

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..model.calibrate import embed
 from ..model.decoder import PROOF_DTYPE, Decoder
 from ..model.proof import check_parity, walk_logits
-from ..progress import Step, silent, ticker
+from ..progress import Progress, silent, ticker
 from ..store.checkpoint import CheckpointReader, read_json
 from ..store.companions import copy_companions
 from ..store.files import atomic_folder, check_output, require_disk, write_json
@@ -109,7 +109,7 @@ def assemble(
     record: dict[str, Any] | None = None,
     calibration: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
-    step: Step = silent,
+    step: Progress = silent,
 ) -> Manifest:
     """Write what `plans` keep of `source` into the folder `out`, which appears whole and proven or not at all.
 
@@ -151,7 +151,7 @@ def assemble(
         return _finish(folder, manifest, chosen, _size(folder, decoder.reader, {}))
 
 
-def export_deci(source: Path, folder: Path, *, link: bool = False, step: Step = silent) -> Manifest:
+def export_deci(source: Path, folder: Path, *, link: bool = False, step: Progress = silent) -> Manifest:
     """The checkpoint `source` with widths per layer in the DeciLM layout, in the existing, empty `folder`.
 
     link: nothing to do here. Raises VerifyError, ConfigError (another kind of source), UnsupportedModel, ParityError.

@@ -32,7 +32,7 @@ def run() -> int:
     if "--rehearse" in sys.argv:  # the interpreter is asked for before the kernels are imported
         os.environ["TRITON_INTERPRET"] = "1"
     from_checkout()
-    from .command import main
+    from crepe_deploy.bench.gpu.command import main
 
     return main()
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from ...errors import CheckpointError, ConfigError
-from ...progress import Step, silent
+from ...progress import Progress, silent
 from ...serve.engines import ENGINES
 from ...serve.engines.base import Settings
 from . import served_worker
@@ -121,7 +121,7 @@ class Session:
     ) -> None:
         self._stack.close()
 
-    def load(self, step: Step = silent) -> None:
+    def load(self, step: Progress = silent) -> None:
         """Read every candidate's files, then start one after the other. Raises VerifyError, CrepeError."""
         for arm in self.arms:
             self._facts[arm.name] = _facts(arm, self.scenario)
@@ -131,18 +131,18 @@ class Session:
             self._workers[arm.name] = worker
             step(index + 1, len(self.arms))
 
-    def warm_up(self, step: Step = silent) -> None:
+    def warm_up(self, step: Progress = silent) -> None:
         """Rounds of which nothing is kept."""
         for _ in self._turns(range(-self.scenario.warmup, 0), step):
             pass
 
-    def measure(self, rounds: int, step: Step = silent) -> None:
+    def measure(self, rounds: int, step: Progress = silent) -> None:
         """Add `rounds` rounds."""
         for name, point, visit in self._turns(range(self.rounds, self.rounds + rounds), step):
             self.visits.setdefault((name, point.name), []).append(visit)
         self.rounds += rounds
 
-    def _turns(self, rounds: range, step: Step) -> Iterator[tuple[str, Point, Visit]]:
+    def _turns(self, rounds: range, step: Progress) -> Iterator[tuple[str, Point, Visit]]:
         vocabulary = int(limits(self.arms[0].folder)[0] or 0)
         total, done = len(rounds) * len(self.points) * len(self._workers) * 2, 0
         for index in rounds:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.bench.gate.gate.interleave import Work, repeated
+from crepe_deploy.bench.gate.interleave import Work, repeated
 from crepe_deploy.bench.studies.workloads import decode_step, dense_linear, packed_linear
 
 from crepe_deploy.model.stats import Stats

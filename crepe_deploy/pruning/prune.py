@@ -18,7 +18,7 @@ from crepe_deploy.model.paired import Pair
 from crepe_deploy.model.proof import check_parity
 from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import NM, Pattern, check_divides
-from crepe_deploy.progress import Step, silent
+from crepe_deploy.progress import Progress, silent
 from crepe_deploy.store.audit import check_pattern
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.companions import copy_companions
@@ -108,7 +108,7 @@ def prune(
     calibration: CalibrationSet | None,
     *,
     overwrite: bool = False,
-    step: Step = silent,
+    step: Progress = silent,
 ) -> Manifest:
     """Prune `model` into the checkpoint folder `out`, which appears whole and verified or not at all.
 
@@ -196,7 +196,7 @@ def _probe_tokens(decoder: Decoder, tokens: Tensor | None) -> Tensor:
     return torch.randint(decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def _allocate(run: _Run, tokens: Tensor, step: Step) -> Step:
+def _allocate(run: _Run, tokens: Tensor, step: Progress) -> Progress:
     """Give every tensor its own pattern; returns the progress that the blocks go on with."""
     blocks, treatment = len(run.targets), run.pruner.treatment
     assert treatment.steps.allocate is not None
@@ -209,7 +209,7 @@ def _allocate(run: _Run, tokens: Tensor, step: Step) -> Step:
     return lambda done, _: step(blocks + done, 2 * blocks)
 
 
-def _prune_into(folder: Path, run: _Run, tokens: Tensor | None, probe_tokens: Tensor, step: Step) -> Tensor:
+def _prune_into(folder: Path, run: _Run, tokens: Tensor | None, probe_tokens: Tensor, step: Progress) -> Tensor:
     """Write the pruned checkpoint's tensors into `folder`; returns the pruned model's logits on the probe."""
     decoder = run.decoder
     with CheckpointWriter(folder, _same_plan(decoder.reader)) as writer:

@@ -13,7 +13,7 @@ import torch
 
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
-from crepe_deploy.progress import Step
+from crepe_deploy.progress import Progress
 from crepe_deploy.store.journal import Journal
 from crepe_deploy.texts import CalibrationSet
 
@@ -25,7 +25,7 @@ from .statistics import SampleRule, collect
 
 JUDGE_BATCH = 8  # settings in one walk over the model: hidden states of each are held
 
-Show = Callable[[str], AbstractContextManager[Step]]
+Show = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass

@@ -18,7 +18,7 @@ from crepe_deploy.model.calibrate import Stream, embed
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import Pattern
-from crepe_deploy.progress import Step, silent
+from crepe_deploy.progress import Progress, silent
 from crepe_deploy.pruning.methods.base import ScoreMethod, SolveMethod
 from crepe_deploy.select import select
 
@@ -60,7 +60,7 @@ class Judge:
     col_norms: Mapping[str, Tensor]
 
     @torch.inference_mode()
-    def __call__(self, settings: list[Setting], step: Step = silent) -> list[Verdict]:
+    def __call__(self, settings: list[Setting], step: Progress = silent) -> list[Verdict]:
         """Judge every setting. Raises ConfigError for a method that is no score, NumericalError for NaN."""
         methods = [_score_method(setting) for setting in settings]
         dense = embed(self.decoder, [self.tokens])[0]

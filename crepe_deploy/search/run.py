@@ -16,7 +16,7 @@ from typing import Any, Literal
 from crepe_deploy.errors import ConfigError, OutputError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
-from crepe_deploy.progress import Step, silent
+from crepe_deploy.progress import Progress, silent
 from crepe_deploy.pruning.methods.presets import load_preset
 from crepe_deploy.pruning.prune import choose_targets
 from crepe_deploy.store.files import disk_errors
@@ -80,7 +80,7 @@ class _Search:
 
 
 @contextmanager
-def hidden(label: str) -> Iterator[Step]:
+def hidden(label: str) -> Iterator[Progress]:
     """Show nothing."""
     yield silent
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from crepe_deploy.model.calibrate import Stream, embed
 from crepe_deploy.model.decoder import Decoder, LinearSpec
-from crepe_deploy.progress import Step, silent
+from crepe_deploy.progress import Progress, silent
 from crepe_deploy.store.files import disk_errors, require_disk
 
 from .sample import Band, LayerSample, band_starts, cut_band
@@ -75,7 +75,7 @@ def collect(
     tokens: Tensor,
     rule: SampleRule,
     folder: Path,
-    step: Step = silent,
+    step: Progress = silent,
 ) -> list[LayerSample]:
     """Run the dense model over `tokens` (samples, length), keep a sample of every target, and return it.
 

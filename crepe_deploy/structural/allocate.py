@@ -9,14 +9,14 @@ from torch import Tensor
 
 from crepe_deploy.model.calibrate import Collector, embed
 from crepe_deploy.model.decoder import Decoder
-from crepe_deploy.progress import Step, silent
+from crepe_deploy.progress import Progress, silent
 
 from .levels import flap
 from .narrow import output_specs
 from .units import Allocation, Budget, Units
 
 
-def flap_scores(decoder: Decoder, tokens: Tensor, step: Step = silent) -> list[tuple[Tensor, Tensor]]:
+def flap_scores(decoder: Decoder, tokens: Tensor, step: Progress = silent) -> list[tuple[Tensor, Tensor]]:
     """FLAP's score of every channel of `o_proj` and `down_proj`, (in,) fp64, layer by layer, on the dense model."""
     (stream,) = embed(decoder, [tokens])
     found = []

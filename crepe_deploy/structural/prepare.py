@@ -13,7 +13,7 @@ from torch import Tensor
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.phases import Phases
-from crepe_deploy.progress import Step
+from crepe_deploy.progress import Progress
 from crepe_deploy.store.checkpoint import read_json
 from crepe_deploy.store.files import check_output, disk_errors, require_disk
 from crepe_deploy.store.journal import Journal, open_journal
@@ -28,7 +28,7 @@ from .plan import Geometry
 from .supernet import LayerLevels, Store, planned_bytes
 from .units import Budget, Units, Width, even, plan_budget, split_budgets, splits
 
-Show = Callable[[str], AbstractContextManager[Step]]
+Show = Callable[[str], AbstractContextManager[Progress]]
 Say = Callable[[str], None]
 
 JOURNAL = "journal.jsonl"

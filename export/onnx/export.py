@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ...errors import ConfigError
 from ...model.decoder import load_config
-from ...progress import Step, silent, ticker
+from ...progress import Progress, silent, ticker
 from ...store.checkpoint import CheckpointReader
 from ...store.companions import copy_companions
 from ...store.files import disk_errors, require_disk
@@ -36,7 +36,7 @@ PADDING: Final = {
 
 
 def export_onnx(
-    source: Path, folder: Path, *, link: bool = False, step: Step = silent, options: OnnxOptions = DEFAULT
+    source: Path, folder: Path, *, link: bool = False, step: Progress = silent, options: OnnxOptions = DEFAULT
 ) -> Manifest:
     """Write the graph of a pruned checkpoint into the existing, empty `folder`, prove it, and record the proof.
 

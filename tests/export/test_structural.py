@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from crepe_deploy.export import structural
 from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
 from crepe_deploy.export.structural import assemble
-from crepe_deploy.quality.perplexity.perplexity import evaluate
 from safetensors.torch import load_file
 from transformers import AutoModel, Gemma2Config
 
@@ -22,6 +21,7 @@ from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.packed.linear import PackedLinear
 from crepe_deploy.pattern import parse_pattern
 from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.quality.perplexity import evaluate
 from crepe_deploy.store.checkpoint import read_json
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.store.sources import resolve_model

@@ -12,8 +12,14 @@ import numpy as np
 import pytest
 import torch
 from crepe_deploy.bench.assets import Assets
-from crepe_deploy.quality.perplexity.perplexity import evaluate, load_model, plan_windows, resolve_bos
-from crepe_deploy.quality.perplexity.scoring import (
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
+from crepe_deploy.quality import perplexity as quality
+from crepe_deploy.quality.perplexity import evaluate, load_model, plan_windows, resolve_bos
+from crepe_deploy.quality.scoring import (
     Span,
     bootstrap_interval,
     estimate,
@@ -24,12 +30,6 @@ from crepe_deploy.quality.perplexity.scoring import (
     token_nll,
     window_spans,
 )
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
-from crepe_deploy.quality.perplexity import perplexity as quality
 from tests.pico import make_pico_llama, pico_tokenizer, sample_text
 
 WINDOW = 32

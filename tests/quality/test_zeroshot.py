@@ -13,10 +13,10 @@ from typing import Any
 import lm_eval.tasks
 import pytest
 import torch
-from crepe_deploy.quality.perplexity.zeroshot import Document, find_task_file, read_task_file, zero_shot
 from transformers import AutoModelForCausalLM
 
 from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, MissingExtra
+from crepe_deploy.quality.zeroshot import Document, find_task_file, read_task_file, zero_shot
 from tests.pico import make_pico_llama, pico_tokenizer
 
 QUESTIONS = [

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.quality.perplexity.perplexity import evaluate
 
 from crepe_deploy.cli import main
 from crepe_deploy.errors import ConfigError, CrepeError, OutputError
@@ -20,6 +19,7 @@ from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pattern import NM
 from crepe_deploy.pruning.methods.presets import load_preset
 from crepe_deploy.pruning.prune import PruneConfig, choose_targets, prune
+from crepe_deploy.quality.perplexity import evaluate
 from crepe_deploy.search import evaluate as evaluation
 from crepe_deploy.search.judge import Judge
 from crepe_deploy.search.run import SearchConfig, journal_path, search

@@ -1,4 +1,4 @@
-"""Presets: named hyperparameters as data, with where they come from. Shipped ones live in `crepe_deploy/pruning/presets/`."""
+"""Presets: named hyperparameters as data, with where they come from. Shipped ones live in `pruning/presets/`."""
 
 from __future__ import annotations
 

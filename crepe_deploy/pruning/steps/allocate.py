@@ -11,7 +11,7 @@ from torch import Tensor
 from crepe_deploy.model.calibrate import Collector, Stream, embed, shared_inputs
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import NM, Pattern, Unstructured, zero_count
-from crepe_deploy.progress import Step, silent
+from crepe_deploy.progress import Progress, silent
 
 from .allocators import Allocator, Unit, fit_levels
 
@@ -29,7 +29,7 @@ def allocate(
     tokens: Tensor,
     allocator: Allocator,
     pattern: Pattern,
-    step: Step = silent,
+    step: Progress = silent,
 ) -> dict[str, Pattern]:
     """A pattern like `pattern` for every target by name; together they keep as many weights as `pattern` would.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from crepe_deploy.bench.gate.gate.budgets import load_budgets
+from crepe_deploy.bench.gate.budgets import load_budgets
 
 from crepe_deploy.errors import ConfigError
 

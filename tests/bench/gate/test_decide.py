@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crepe_deploy.bench.gate.gate import gate
-from crepe_deploy.bench.gate.gate.budgets import Budgets
-from crepe_deploy.bench.gate.gate.outcome import Verdict
+from crepe_deploy.bench.gate import gate
+from crepe_deploy.bench.gate.budgets import Budgets
+from crepe_deploy.bench.gate.outcome import Verdict
 from crepe_deploy.bench.run.result import Run
 
 from crepe_deploy.errors import ConfigError

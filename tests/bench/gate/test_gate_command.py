@@ -249,6 +249,6 @@ def test_what_pytest_benchmark_really_writes_is_read(
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'pydantic', 'rich.table'}"
-    probe = f"import sys; from crepe_deploy.bench import gate_command; print(sorted({heavy} & set(sys.modules)))"
+    probe = f"import sys; from crepe_deploy.bench.commands import gate; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

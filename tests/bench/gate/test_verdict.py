@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crepe_deploy.bench.gate.gate import gate
-from crepe_deploy.bench.gate.gate.arms import COMMITS, PRUNED
-from crepe_deploy.bench.gate.gate.budgets import Budgets
-from crepe_deploy.bench.gate.gate.outcome import Row, Verdict
-from crepe_deploy.bench.gate.gate.verdict import verdict
+from crepe_deploy.bench.gate import gate
+from crepe_deploy.bench.gate.arms import COMMITS, PRUNED
+from crepe_deploy.bench.gate.budgets import Budgets
+from crepe_deploy.bench.gate.outcome import Row, Verdict
+from crepe_deploy.bench.gate.verdict import verdict
 from crepe_deploy.bench.run.result import Memory, Point, Run, Series, Workload
 
 from crepe_deploy.errors import ConfigError

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from crepe_deploy.bench import benchmark
 from crepe_deploy.bench.benchmark import Gating, bench
-from crepe_deploy.bench.gate.gate.budgets import slowdown_budgets
+from crepe_deploy.bench.gate.budgets import slowdown_budgets
 from crepe_deploy.bench.run.candidate import kv_token_bytes, step_bytes
 from crepe_deploy.bench.run.measure import check, child_variables, settings
 from crepe_deploy.bench.run.metrics import METRICS, rounds_of

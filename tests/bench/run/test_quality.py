@@ -10,11 +10,11 @@ import pytest
 import torch
 from crepe_deploy.bench.run.quality import measure_quality, quality_of
 from crepe_deploy.export.pipeline import prune_and_export
-from crepe_deploy.quality.perplexity.perplexity import evaluate
 
 from crepe_deploy.errors import CrepeError
 from crepe_deploy.pattern import parse_pattern
 from crepe_deploy.pruning.prune import PruneConfig
+from crepe_deploy.quality.perplexity import evaluate
 from crepe_deploy.store.sources import resolve_model
 from tests.pico import make_pico_llama, sample_text
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from crepe_deploy.bench.gate.gate.interleave import Interleaved, lingering, repeated
+from crepe_deploy.bench.gate.interleave import Interleaved, lingering, repeated
 from crepe_deploy.bench.studies import ci_gate, detect
 
 from crepe_deploy.errors import CrepeError

@@ -8,9 +8,9 @@ import pytest
 import torch
 from crepe_deploy.bench.studies import held_out
 from crepe_deploy.bench.studies.held_out import ROWS, gram_matrices, held_out_error
-from crepe_deploy.quality.perplexity.perplexity import load_model
 
 from crepe_deploy.pruning.steps import build_step
+from crepe_deploy.quality.perplexity import load_model
 from tests.pico import make_pico_llama
 
 

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 from crepe_deploy.bench.studies.quality_grid import ROWS, main, row_config
 from crepe_deploy.bench.studies.quality_table import base_of, closed, interval, markdown
-from crepe_deploy.quality.perplexity.perplexity import evaluate
 
 from crepe_deploy.errors import ConfigError, CrepeError
+from crepe_deploy.quality.perplexity import evaluate
 from tests.pico import make_pico_llama, sample_text
 
 
