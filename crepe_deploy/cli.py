@@ -22,9 +22,9 @@ EXIT_INTERRUPTED = 130
 
 
 _onnx_options = options(
-    click.option("--onnx-flavor", "flavor", default="portable", show_default=True,
-                 help="portable: one graph for any runtime; genai: onnxruntime-genai's, faster, no padding."),
-    click.option("--precision", default="fp32", show_default=True, help="Of an ONNX graph: fp32, fp16 or int4."),
+    click.option("--onnx-flavor", "flavor", default=None,
+                 help="portable (default): one graph for any runtime; genai: onnxruntime-genai's, faster, no padding."),
+    click.option("--precision", default=None, help="Of an ONNX graph: fp32 (default), fp16 or int4."),
 )  # fmt: skip
 
 
@@ -43,12 +43,18 @@ def cli() -> None:
 @click.option("--format", "formats", default="dense", show_default=True, help="Any of dense,packed,int8,onnx.")
 @_onnx_options
 def prune_and_export_command(
-    formats: str, out: Path, overwrite: bool, as_json: bool, flavor: str, precision: str, **given: Any
+    formats: str,
+    out: Path,
+    overwrite: bool,
+    as_json: bool,
+    flavor: str | None,
+    precision: str | None,
+    **given: Any,
 ) -> None:
     """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
     _prepare_libraries()
-    from .export.onnx.support import OnnxOptions
-    from .export.pipeline import check_formats, prune_and_export
+    from .export.pipeline import prune_and_export
+    from .export.registry import check_formats
     from .progress import progress
 
     names = check_formats([name.strip() for name in formats.split(",")])
@@ -56,7 +62,7 @@ def prune_and_export_command(
     with progress(f"pruning to {config.pattern} with {config.method}") as step:
         report = prune_and_export(
             model, out, config, calibration, formats=names, overwrite=overwrite, step=step,
-            onnx=OnnxOptions(flavor, precision),
+            options=_given(flavor=flavor, precision=precision),
         )  # fmt: skip
     _print(report, as_json, report_lines(report))
 
@@ -100,18 +106,23 @@ def tyr_command(layout: str, remote_code: bool, as_json: bool, **given: Any) -> 
 @overwrite_option
 @json_option
 def export_command(
-    source: Path, out: Path | None, format_name: str, flavor: str, precision: str, overwrite: bool, as_json: bool
+    source: Path,
+    out: Path | None,
+    format_name: str,
+    flavor: str | None,
+    precision: str | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Export the pruned checkpoint SOURCE into another format."""
     _prepare_libraries()
-    from .export.onnx.support import OnnxOptions
     from .export.pipeline import export_checkpoint
     from .progress import progress
 
     target = out if out is not None else source.resolve().parent / format_name
     with progress(f"exporting as {format_name}") as step:
-        onnx = OnnxOptions(flavor, precision)
-        manifest = export_checkpoint(source, target, format_name, overwrite=overwrite, step=step, onnx=onnx)
+        options = _given(flavor=flavor, precision=precision)
+        manifest = export_checkpoint(source, target, format_name, overwrite=overwrite, step=step, options=options)
     summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}
     _print(summary, as_json, [f"{target}: {manifest.format}, verified"])
 
@@ -201,6 +212,11 @@ def verify_command(folder: Path, as_json: bool) -> None:
         check_shapes(folder)
     summary = {"folder": str(folder), "files": len(manifest.files), "verified": True}
     _print(summary, as_json, [f"{folder}: {len(manifest.files)} files match the manifest"])
+
+
+def _given(**options: str | None) -> dict[str, str]:
+    """The options that were given, for the formats that take them."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _evaluate(

@@ -3,73 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, ParityError
-from ..model.decoder import Decoder, load_config
-from ..packed.config import packed_config
+from ..errors import ParityError
 from ..progress import Progress, silent
 from ..pruning.prune import PruneConfig, prune
 from ..store.files import atomic_folder, check_output, write_json
 from ..store.manifest import Manifest, save_manifest
 from ..store.sources import Model
 from ..texts import CalibrationSet
-from .bitmask24 import pruned_folder
-from .dense import export_dense
-from .greedy import with_greedy
-from .int8 import export_int8, int8_tensors
-from .onnx.export import export_onnx
-from .onnx.support import DEFAULT, OnnxOptions, check_model, check_options
-from .packed import export_packed
-from .structural import export_deci
-
-Exporter = Callable[..., Manifest]
-EXPORTERS: dict[str, Exporter] = {
-    "dense": export_dense,
-    "packed": export_packed,
-    "int8": export_int8,
-    "onnx": export_onnx,
-    "deci": export_deci,
-}
-
-
-def check_formats(formats: Sequence[str]) -> list[str]:
-    """Refuse unknown, missing or repeated formats. Raises ConfigError listing the known."""
-    for name in formats:
-        if name not in EXPORTERS:
-            raise ConfigError(f"format '{name}' is unknown; known: {', '.join(EXPORTERS)}")
-    if not formats or len(set(formats)) != len(formats):
-        raise ConfigError(f"--format needs one or more different formats of: {', '.join(EXPORTERS)}")
-    return list(formats)
+from .frame.exporter import Exporter
+from .frame.greedy import with_greedy
+from .frame.importer import as_ours
+from .frame.run import run
+from .registry import build, importers
 
 
 def export_checkpoint(
     source: Path, out: Path, format: str, *, overwrite: bool = False, step: Progress = silent,
-    onnx: OnnxOptions = DEFAULT,
+    options: Mapping[str, str] | None = None,
 ) -> Manifest:  # fmt: skip
-    """Export the checkpoint `source` into the folder `out`. Raises ConfigError, OutputError, VerifyError.
+    """Export the checkpoint `source` into the folder `out`; returns the manifest that was written.
 
-    A `sparse-24-bitmask` checkpoint of compressed-tensors is unpacked first, see `bitmask24`. onnx: for that format.
+    A foreign checkpoint that one of `registry.IMPORTERS` reads is made ours first.
+    options: of the format by name, as strings: the fields of its class in `formats/`, of onnx `flavor` ("portable",
+    "genai") and `precision` ("fp32", "fp16", "int4"). Raises ConfigError, which names an option that the format does
+    not take, MissingExtra, OutputError, VerifyError, ParityError.
     """
-    check_formats([format])
-    if format == "onnx":
-        check_options(onnx)
+    (exporter,) = build([format], options)
     check_output(out, overwrite=overwrite, inputs=(source,))
     with (
         atomic_folder(out, overwrite=overwrite) as folder,
-        pruned_folder(source, out) as pruned,
+        as_ours(importers(), source, out) as pruned,
         kept_if_wrong(folder, out),
     ):
-        return exporter(format, onnx)(pruned, folder, link=pruned != source, step=step)
-
-
-def exporter(format: str, onnx: OnnxOptions) -> Exporter:
-    """The exporter of this format, told its own options."""
-    return functools.partial(export_onnx, options=onnx) if format == "onnx" else EXPORTERS[format]
+        return run(exporter, pruned, folder, fresh=pruned != source, step=step)
 
 
 @contextlib.contextmanager
@@ -93,40 +64,36 @@ def prune_and_export(
     formats: Sequence[str] = ("dense",),
     overwrite: bool = False,
     step: Progress = silent,
-    onnx: OnnxOptions = DEFAULT,
+    options: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Prune `model` and write `out/FORMAT/` for each format and `out/report.json`; returns the report."""
-    check_formats(formats)
-    if "packed" in formats:
-        packed_config(config.pattern)  # refused before pruning rather than after
-    if "deci" in formats:
-        raise ConfigError("--format deci is for folders with widths per layer: crepe-deploy export DIR --format deci")
-    if "int8" in formats:
-        int8_tensors(Decoder(model.folder))
-    if "onnx" in formats:
-        check_options(onnx)
-        check_model(load_config(model.folder), onnx.flavor)
+    """Prune `model` and write `out/FORMAT/` for each format and `out/report.json`; returns the report.
+
+    options: as of `export_checkpoint`; each format is given those that it takes, and one that none of them takes is
+    refused. Raises what `prune` and `export_checkpoint` raise; what an export would refuse is refused before pruning.
+    """
+    exporters = build(formats, options)
+    for exporter in exporters:
+        exporter.check_pruning(model.folder, config.pattern)
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
     with atomic_folder(out, overwrite=overwrite) as folder:
         pruned = folder / "pruned"
         manifest = prune(model, pruned, config, calibration, step=step)
         save_manifest(pruned, with_greedy(pruned, manifest))  # once, for every format
         exports = {}
-        for name in formats:
-            target = folder / name
+        for exporter in exporters:
+            target = folder / exporter.name
             target.mkdir()
             with kept_if_wrong(target, out):
-                written = exporter(name, onnx)(pruned, target, link=name == "dense")
-            exports[name] = _summary(written, out / name, target)
+                written = run(exporter, pruned, target, fresh=True)
+            exports[exporter.name] = _summary(exporter, written, out / exporter.name, target)
         shutil.rmtree(pruned)
         report = _report(manifest, exports)
         write_json(folder / "report.json", report)
     return report
 
 
-def _summary(manifest: Manifest, final: Path, folder: Path) -> dict[str, Any]:
-    kinds = {".safetensors", ".onnx", ".data"}
-    weights = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
+def _summary(exporter: Exporter[Any], manifest: Manifest, final: Path, folder: Path) -> dict[str, Any]:
+    weights = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in exporter.suffixes)
     return {"path": str(final), "weight_file_bytes": weights, "size": manifest.metrics["size"]}
 
 

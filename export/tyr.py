@@ -13,7 +13,7 @@ from ..store.sources import Model
 from ..structural.layout import Widths, check_family
 from ..structural.plan import Geometry
 from ..structural.tyr import Outcome
-from .structural import assemble, choose_layout
+from .structural.assemble import assemble, choose_layout
 
 # Of the report: what the manifest holds under another name or not at all.
 _ELSEWHERE = ("config", "calibration", "versions", "parameters")

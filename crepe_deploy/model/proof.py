@@ -33,8 +33,20 @@ def check_parity(folder: Path, dtype: str, probe_tokens: Tensor, expected: Tenso
 
 def walk_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
     """Logits (batch, length, vocab) fp32 of a checkpoint, one block in memory at a time; tokens in one micro-batch."""
-    (stream,) = embed(decoder, [tokens])
+    return walk_all(decoder, [tokens])[0]
+
+
+def walk_all(decoder: Decoder, token_sets: list[Tensor]) -> list[Tensor]:
+    """`walk_logits` of several token sets, each of its own length, that share one walk: every weight is read once.
+
+    The embeddings are read once more where the head needs them.
+    """
+    streams = embed(decoder, token_sets)
     for index in range(len(decoder.blocks)):
         with decoder.block(index) as (block, _):
-            stream.run(block, index, advance=True)
-    return decoder.logits(tokens, torch.cat(stream.hidden))
+            for stream in streams:
+                stream.run(block, index, advance=True)
+    with decoder.head() as head:
+        return [
+            head(tokens, torch.cat(stream.hidden)).float() for tokens, stream in zip(token_sets, streams, strict=True)
+        ]

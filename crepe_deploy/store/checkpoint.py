@@ -6,10 +6,11 @@ nothing else. Nothing here writes; see `writing.py`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -200,7 +201,7 @@ class CheckpointReader:
             try:
                 with info.file.open("rb", buffering=0) as file:
                     file.seek(info.offset)
-                    _read_exactly(file, view, info)
+                    read_exactly(file, view, info)
             except OSError as error:
                 raise CheckpointError(f"{info.file}: tensor '{name}' cannot be read: {error}") from error
         return tensor
@@ -215,12 +216,47 @@ class CheckpointReader:
         return tensor
 
 
+class KeepingReader(CheckpointReader):
+    """A reader for walks that come again: tensors for which `keep` says so are read once and stay in memory.
+
+    What it gives is shared and must not be written to.
+    """
+
+    def __init__(self, root: Path, keep: Callable[[TensorInfo], bool]) -> None:
+        super().__init__(root)
+        self._keep = keep
+        self._kept: dict[str, Tensor] = {}
+
+    def load(self, name: str) -> Tensor:
+        """As the base's, from memory where it was kept."""
+        if name in self._kept:
+            return self._kept[name]
+        tensor = super().load(name)
+        if self._keep(self.info(name)):
+            self._kept[name] = tensor
+        return tensor
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous, non-empty tensor as bytes; writing to it writes to the tensor."""
     return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
-def _read_exactly(file: Any, view: memoryview, info: TensorInfo) -> None:
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Equal in dtype, shape and every bit, signs of zeros included."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
+    return torch.equal(*bits)
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """Hex sha256 of the bytes of a contiguous tensor."""
+    return hashlib.sha256(bytes_of(tensor) if tensor.numel() else b"").hexdigest()
+
+
+def read_exactly(file: Any, view: memoryview, info: TensorInfo) -> None:
+    """Fill `view` from an open file. Raises CheckpointError where the file ends before."""
     done = 0
     while done < len(view):
         count = file.readinto(view[done:])

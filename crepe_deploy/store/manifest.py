@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Callable
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from crepe_deploy.errors import VerifyError
 
 from .checkpoint import read_json
-from .files import write_json
+from .files import disk_errors, write_json
 
 MANIFEST_NAME = "manifest.json"
+LINEAGE = "lineage"
 SCHEMA_VERSION = 1
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 
@@ -60,7 +62,11 @@ class TensorRecord(_Record):
 
 
 class Manifest(_Record):
-    """The whole record. `metrics` hold numbers with their conventions; `files` sha256 by relative path."""
+    """The whole record.
+
+    metrics: numbers with their conventions. files: sha256 by relative path. parent: sha256 of the manifest that this
+    one came from, which lies in the folder as `lineage/SHA256.json`.
+    """
 
     schema_version: int = SCHEMA_VERSION
     stage: str
@@ -78,8 +84,8 @@ class Manifest(_Record):
 
 def versions() -> dict[str, str]:
     """Versions of this tool, Python and the libraries that decide the result."""
-    found = {"crepe-deploy": importlib.metadata.version("crepe-deploy"), "python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    known = {"crepe-deploy": importlib.metadata.version("crepe-deploy"), "python": platform.python_version()}
+    return known | {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
 def sha256_file(path: Path) -> str:
@@ -88,15 +94,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_folder(root: Path, progress: Callable[[str], None] | None = None) -> dict[str, str]:
-    """sha256 by relative path of every file below `root`, the manifest left out."""
-    hashes = {}
-    for path in sorted(path for path in root.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
-        name = path.relative_to(root).as_posix()
-        if progress is not None:
-            progress(name)
-        hashes[name] = sha256_file(path)
-    return hashes
+def hash_folder(root: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """sha256 by relative path of every file below `root`, the manifest left out.
+
+    known: of files that were read already, so that they are not read again.
+    """
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    known = known or {}
+    return {name: known.get(name) or sha256_file(root / name) for name in names if name != MANIFEST_NAME}
 
 
 def save_manifest(root: Path, manifest: Manifest) -> None:
@@ -106,29 +111,73 @@ def save_manifest(root: Path, manifest: Manifest) -> None:
 
 def load_manifest(root: Path) -> Manifest:
     """Read and check `root/manifest.json`. Raises CheckpointError (missing, no JSON) or VerifyError (wrong content)."""
-    content = read_json(root / MANIFEST_NAME)
+    return read_manifest(root / MANIFEST_NAME)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """`load_manifest` of one file, an ancestor's under `lineage/` among them."""
+    content = read_json(path)
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise VerifyError(
-            f"{root / MANIFEST_NAME} has schema version {version}; this crepe-deploy reads version {SCHEMA_VERSION}"
-        )
+        raise VerifyError(f"{path} has schema version {version}; this crepe-deploy reads version {SCHEMA_VERSION}")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        raise VerifyError(f"{root / MANIFEST_NAME} is not a valid manifest: {error}") from error
+        raise VerifyError(f"{path} is not a valid manifest: {error}") from error
 
 
-def verify(root: Path, progress: Callable[[str], None] | None = None) -> Manifest:
-    """Compare every file below `root` with the manifest. Raises VerifyError naming the first file that differs."""
+def verify(root: Path) -> Manifest:
+    """Compare every file below `root` with the manifest, and follow its parents through `lineage/`.
+
+    Raises VerifyError naming the first file that differs, or the ancestor that is not there.
+    """
     manifest = load_manifest(root)
-    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - {MANIFEST_NAME}
-    for name in sorted(manifest.files.keys() - found):
+    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - {MANIFEST_NAME}
+    for name in sorted(manifest.files.keys() - present):
         raise VerifyError(f"{root / name} is in the manifest and missing on disk")
-    for name in sorted(found - manifest.files.keys()):
+    for name in sorted(present - manifest.files.keys()):
         raise VerifyError(f"{root / name} is on disk and not in the manifest")
     for name, expected in manifest.files.items():
-        if progress is not None:
-            progress(name)
         if sha256_file(root / name) != expected:
             raise VerifyError(f"{root / name} differs from its sha256 in the manifest")
+    ancestors(root, manifest)
     return manifest
+
+
+def ancestors(root: Path, manifest: Manifest) -> list[Manifest]:
+    """The manifests that the one of `root` came from, parent first, out of `root/lineage/`.
+
+    A manifest written before there was a lineage names a parent and carries none: there the chain ends. Raises
+    VerifyError where a parent is missing, or is another manifest than its hash says.
+    """
+    chain: list[Manifest] = []
+    while manifest.parent is not None and any(name.startswith(f"{LINEAGE}/") for name in manifest.files):
+        path = root / lineage_name(manifest.parent)
+        if not path.is_file():
+            raise VerifyError(f"{path} is missing: it is the parent of what was written by '{manifest.stage}'")
+        if sha256_file(path) != manifest.parent:
+            raise VerifyError(f"{path} is another manifest than its name says")
+        manifest = read_manifest(path)
+        chain.append(manifest)
+    return chain
+
+
+def lineage_name(digest: str) -> str:
+    """Where an exported folder carries the ancestor whose manifest has this sha256."""
+    return f"{LINEAGE}/{digest}.json"
+
+
+def inherit(source: Path, folder: Path) -> str | None:
+    """Give `folder` the manifest of `source` and all that came before it, as `lineage/`; returns the manifest's sha256.
+
+    None, and nothing written, where `source` has no manifest: a model that was made elsewhere. Raises DiskFullError.
+    """
+    if not (source / MANIFEST_NAME).is_file():
+        return None
+    digest = sha256_file(source / MANIFEST_NAME)
+    with disk_errors(folder):
+        (folder / LINEAGE).mkdir(exist_ok=True)
+        for path in sorted((source / LINEAGE).glob("*.json")):
+            shutil.copyfile(path, folder / LINEAGE / path.name)
+        shutil.copyfile(source / MANIFEST_NAME, folder / lineage_name(digest))
+    return digest

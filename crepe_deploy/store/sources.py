@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.machine import cache_dir
 
@@ -96,14 +98,18 @@ def describe_source(model: Model) -> Source:
 
 
 def read_license(folder: Path) -> str | None:
-    """The licence named in the front matter of a model card, or None."""
+    """The licence that the front matter of a model card names, several joined by ", "; None where it names none."""
     card = folder / "README.md"
     if not card.is_file():
         return None
-    text = card.read_text(encoding="utf-8", errors="replace")
-    front = re.match(r"^---\n(.*?)\n---", text, re.DOTALL)
-    found = re.search(r"^license:\s*(\S+)", front.group(1), re.MULTILINE) if front else None
-    return found.group(1) if found else None
+    front = re.match(r"^---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        content = yaml.safe_load(front.group(1)) if front else None
+    except yaml.YAMLError:
+        return None  # a card that no reader understands names nothing
+    stated = content.get("license") if isinstance(content, dict) else None
+    names = [name for name in (stated if isinstance(stated, list) else [stated]) if isinstance(name, str) and name]
+    return ", ".join(names) or None
 
 
 def require_pinned(revision: str | None, model: Model) -> None:

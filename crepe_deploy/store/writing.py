@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crepe_deploy.errors import CrepeError
 
-from .checkpoint import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, bytes_of
+from .checkpoint import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, bytes_of, fingerprint
 from .files import disk_errors, write_json
 
 
@@ -41,11 +41,14 @@ class CheckpointWriter:
 
     Every file is allocated at its full size on entry, so a full disk is met before the work. On leaving without an
     error, every planned tensor must have been written; files are fsynced and the index is written last.
+    fingerprints: sha256 by name of what was written, where `fingerprint` asks for it, for `readback.prove_written`.
     Raises DiskFullError, OutputError, CrepeError.
     """
 
-    def __init__(self, root: Path, plan: Mapping[str, Planned]) -> None:
+    def __init__(self, root: Path, plan: Mapping[str, Planned], *, fingerprint: bool = False) -> None:
         self.root = root
+        self.fingerprints: dict[str, str] = {}
+        self._fingerprint = fingerprint
         self.plan = dict(plan)
         self._offsets: dict[str, int] = {}
         self._files: dict[str, int] = {}
@@ -90,8 +93,11 @@ class CheckpointWriter:
         planned = self.plan[name]
         if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape or name not in self._pending:
             raise CrepeError(f"'{name}' was planned as {planned} and written as {tensor.dtype} {tuple(tensor.shape)}")
+        tensor = tensor.detach().contiguous()
+        if self._fingerprint:
+            self.fingerprints[name] = fingerprint(tensor)
         if tensor.numel():
-            view = bytes_of(tensor.detach().contiguous())
+            view = bytes_of(tensor)
             with disk_errors(self.root):
                 _write_exactly(self._files[planned.file], view, self._offsets[name])
         self._pending.discard(name)

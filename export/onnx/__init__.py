@@ -1,1 +1,4 @@
-"""Export `onnx`: graphs for ONNX Runtime, their proof, and what their initialisers hold. One noun a file."""
+"""What an ONNX graph is made of and proven by; the format itself is `formats/onnx.py`.
+
+Everything here needs the extra `onnx`; it imports `serve/ort.py`, the code that will run the graph, and no exporter.
+"""

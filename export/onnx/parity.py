@@ -1,6 +1,6 @@
 """Proof of an exported graph: it must say what its source says, by the code that will serve it.
 
-The graph continues fixed prompts greedily, with its cache. One walk of the source over each finished text then gives
+The graph continues fixed prompts greedily, with its cache. One walk of the source over all finished texts then gives
 the logits at every place: the greedy tokens are the source's own exactly where the source's best token is the next
 one, so 64 tokens cost one walk, and the model is never whole in memory beside the graph.
 """
@@ -18,7 +18,7 @@ import torch
 
 from ...errors import CheckpointError, ParityError
 from ...model.decoder import Decoder
-from ...model.proof import walk_logits
+from ...model.proof import walk_all
 from ...serve.ort import Generator, Graph, Logits, Prompts, greedy, load_runner
 from ...texts import load_tokenizer
 
@@ -46,6 +46,11 @@ class Run:
     logits: list[Logits]
     first: list[int]
 
+    @property
+    def texts(self) -> list[tuple[int, ...]]:
+        """Each prompt with the tokens after it that were read again, the last one left out."""
+        return [(*prompt, *tokens[:-1]) for prompt, tokens in zip(self.prompts, self.tokens, strict=True)]
+
 
 def prove(folder: Path, source: Path, precision: str, flavor: str) -> dict[str, Any]:
     """Compare the graph in `folder` with the dense checkpoint `source`; the figures for the manifest.
@@ -58,11 +63,11 @@ def prove(folder: Path, source: Path, precision: str, flavor: str) -> dict[str, 
     runs = _graph_runs(Graph(folder), prompts, count)
     if flavor == "genai":
         runs.append(_generator_run(folder, prompts, count))
-    references: dict[tuple[int, ...], Logits] = {}
-    figures = {run.name: _compare(run, decoder, references, precision) for run in runs}
+    references = _references(decoder, runs)
+    figures = {run.name: _compare(run, references, precision) for run in runs}
     return {
         "runs": figures,
-        "max_abs_logit_difference": max(each["max_abs_logit_difference"] for each in figures.values()),
+        "max_abs_logit_difference": max(figure["max_abs_logit_difference"] for figure in figures.values()),
         "greedy_tokens": count,
         "prompts": len(prompts),
         "source_dtype": "float32",
@@ -110,17 +115,23 @@ def _generator_run(folder: Path, prompts: Prompts, count: int) -> Run:
     return Run("onnxruntime-genai", prompts[:1], tokens, [np.stack(logits, axis=1)[0]], [len(prompts[0]) - 1])
 
 
-def _compare(run: Run, decoder: Decoder, references: dict[tuple[int, ...], Logits], precision: str) -> dict[str, Any]:
+def _references(decoder: Decoder, runs: Sequence[Run]) -> dict[tuple[int, ...], Logits]:
+    """The source's logits (places, vocab) of every text that a run finished, in one walk through the files."""
+    texts = sorted({text for run in runs for text in run.texts})
+    logits = walk_all(decoder, [torch.tensor([text]) for text in texts])
+    return {text: of_text[0].numpy() for text, of_text in zip(texts, logits, strict=True)}
+
+
+def _compare(run: Run, references: dict[tuple[int, ...], Logits], precision: str) -> dict[str, Any]:
     differences, agreed, ties = [], 0, []
-    for prompt, tokens, logits, first in zip(run.prompts, run.tokens, run.logits, run.first, strict=True):
-        text = (*prompt, *tokens[:-1])
-        if text not in references:
-            references[text] = walk_logits(decoder, torch.tensor([text]))[0].numpy()
+    for prompt, tokens, logits, first, text in zip(
+        run.prompts, run.tokens, run.logits, run.first, run.texts, strict=True
+    ):
         reference = references[text]
         differences.append(_difference(logits, reference[first:], precision, run.name))
-        found = _greedy_gaps(tokens, reference[len(prompt) - 1 :])
-        agreed += sum(gap == 0 for gap in found)
-        ties += [gap for gap in found if gap > 0]
+        gaps = _greedy_gaps(tokens, reference[len(prompt) - 1 :])
+        agreed += sum(gap == 0 for gap in gaps)
+        ties += [gap for gap in gaps if gap > 0]
     worst = max(ties, default=0.0)
     figures = {
         "max_abs_logit_difference": max(differences),
@@ -155,7 +166,7 @@ def own_greedy(folder: Path, recorded: dict[str, Any]) -> dict[str, Any]:
     """The recorded greedy prompt as the graph itself continues it, by what will serve it: for rounded weights."""
     prompt, count = recorded["prompt_token_ids"], len(recorded["token_ids"])
     tokens, logits = greedy(load_runner(folder, len(prompt) + count), [prompt], count)
-    best = [np.sort(found[0])[-2:] for found in logits]
+    best = [np.sort(step[0])[-2:] for step in logits]
     return {
         **recorded,
         "token_ids": tokens[0],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from typing import Any, Final
 
 from ...errors import ConfigError, MissingExtra, UnsupportedModel
@@ -24,34 +23,22 @@ _LIBRARIES: Final = {
 }
 
 
-@dataclass(frozen=True)
-class OnnxOptions:
-    """flavor: "portable", one graph for any runtime, or "genai", onnxruntime-genai's own. precision: of its weights."""
-
-    flavor: str = "portable"
-    precision: str = "fp32"
-
-
-DEFAULT: Final = OnnxOptions()
-
-
-def check_options(options: OnnxOptions) -> None:
+def check_options(flavor: str, precision: str) -> None:
     """Raise ConfigError for a flavour or precision that is not offered, MissingExtra without the libraries."""
-    if options.flavor not in FLAVORS:
-        raise ConfigError(f"--onnx-flavor '{options.flavor}' is unknown; known: {', '.join(FLAVORS)}")
-    known = FLAVORS[options.flavor]
-    if options.precision not in known:
+    if flavor not in FLAVORS:
+        raise ConfigError(f"--onnx-flavor '{flavor}' is unknown; known: {', '.join(FLAVORS)}")
+    known = FLAVORS[flavor]
+    if precision not in known:
         why = {
             ("portable", "int4"): "; int4 needs --onnx-flavor genai",
             ("genai", "fp16"): "; a genai fp16 graph is built for GPUs and cannot be run, and so not proven, on a CPU",
-        }.get((options.flavor, options.precision), "")
+        }.get((flavor, precision), "")
         raise ConfigError(
-            f"--precision '{options.precision}' is not offered by --onnx-flavor {options.flavor}; it has "
-            f"{', '.join(known)}{why}"
+            f"--precision '{precision}' is not offered by --onnx-flavor {flavor}; it has {', '.join(known)}{why}"
         )
-    for name in _LIBRARIES[options.flavor]:
+    for name in _LIBRARIES[flavor]:
         if importlib.util.find_spec(name) is None:
-            raise MissingExtra(name.replace("_", "-"), "onnx", f"--format onnx --onnx-flavor {options.flavor}")
+            raise MissingExtra(name.replace("_", "-"), "onnx", f"--format onnx --onnx-flavor {flavor}")
 
 
 def check_model(config: Any, flavor: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crepe_deploy.export.packed import export_packed
+from crepe_deploy.export.pipeline import export_checkpoint
 
 from crepe_deploy.cli import main
 from crepe_deploy.commands.doctor import gpu_lines
@@ -24,8 +24,7 @@ def test_the_predicted_bytes_are_the_written_bytes(tmp_path: Path, pattern: str)
     model = make_pico_llama(tmp_path / "model", torch.bfloat16)
     expected = plan(model, parse_pattern(pattern), 4, 32)
     prune(resolve_model(str(model)), tmp_path / "pruned", PruneConfig("magnitude", parse_pattern(pattern)), None)
-    (tmp_path / "packed").mkdir()
-    export_packed(tmp_path / "pruned", tmp_path / "packed")
+    export_checkpoint(tmp_path / "pruned", tmp_path / "packed", "packed")
     header = 8192  # names and offsets
     written = (tmp_path / "packed" / "model.safetensors").stat().st_size
     assert expected["packed_checkpoint_bytes"] < written < expected["packed_checkpoint_bytes"] + header

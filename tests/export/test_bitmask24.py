@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.export.packed import same_bits
 from crepe_deploy.export.pipeline import export_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import crepe_deploy  # noqa: F401  (registers the packed format with transformers)
 from crepe_deploy.errors import CheckpointError, CrepeError, OutputError, UnsupportedModel
-from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.checkpoint import CheckpointReader, same_bits
 from crepe_deploy.store.manifest import verify
 from tests.pico import make_pico_llama
 

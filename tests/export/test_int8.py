@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from crepe_deploy.export import int8
-from crepe_deploy.export.int8 import quantization_config, quantize
+from crepe_deploy.export.formats import int8
+from crepe_deploy.export.formats.int8 import quantization_config, quantize
 from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -128,7 +128,7 @@ def test_other_sources_and_targets_are_refused_with_the_way_out(tmp_path: Path) 
     out = pruned(tmp_path, ("packed", "int8"))
     with pytest.raises(ConfigError, match=r"is packed.*--format dense"):
         export_checkpoint(out / "packed", tmp_path / "x", "int8")
-    with pytest.raises(ConfigError, match="already int8"):
+    with pytest.raises(ConfigError, match="is an int8 checkpoint"):
         export_checkpoint(out / "int8", tmp_path / "x", "int8")
     for other in ("dense", "packed"):
         with pytest.raises(ConfigError, match="int8"):

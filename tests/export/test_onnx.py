@@ -12,12 +12,11 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
-from crepe_deploy.export.onnx import export as onnx_export
+from crepe_deploy.export.formats import onnx as onnx_export
 from crepe_deploy.export.onnx.checks import graph_metadata
 from crepe_deploy.export.onnx.inspect import inspect_onnx
 from crepe_deploy.export.onnx.portable import build_portable, write_graph
 from crepe_deploy.export.onnx.recount import recount
-from crepe_deploy.export.onnx.support import OnnxOptions
 from crepe_deploy.export.pipeline import export_checkpoint
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -31,7 +30,8 @@ from tests.pico import make_pico
 
 
 def as_portable(source: Path, out: Path, precision: str = "fp32") -> dict[str, Any]:
-    return export_checkpoint(source, out, "onnx", onnx=OnnxOptions("portable", precision)).metrics["onnx"]  # type: ignore[no-any-return]
+    manifest = export_checkpoint(source, out, "onnx", options={"precision": precision})
+    return manifest.metrics["onnx"]  # type: ignore[no-any-return]
 
 
 def logits_of(folder: Path, ids: list[list[int]], pad: list[int]) -> np.ndarray[Any, Any]:
@@ -75,7 +75,7 @@ def test_every_family_as_a_portable_graph(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral without a window", "qwen2", "qwen3"])
 def test_every_family_as_a_genai_graph(tmp_path: Path, family: str) -> None:
     source = pruned_model(tmp_path, family)
-    manifest = export_checkpoint(source, tmp_path / "onnx", "onnx", onnx=OnnxOptions("genai", "fp32"))
+    manifest = export_checkpoint(source, tmp_path / "onnx", "onnx", options={"flavor": "genai", "precision": "fp32"})
     check_record(manifest.metrics["onnx"], "genai")
     assert "must have one length" in manifest.metrics["onnx"]["padding"]
 
@@ -152,7 +152,7 @@ def test_half_precision_is_compared_within_its_rounding(tmp_path: Path) -> None:
 
 def test_zeros_outlive_four_bits(tmp_path: Path) -> None:
     source = pruned_model(tmp_path)
-    manifest = export_checkpoint(source, tmp_path / "onnx", "onnx", onnx=OnnxOptions("genai", "int4"))
+    manifest = export_checkpoint(source, tmp_path / "onnx", "onnx", options={"flavor": "genai", "precision": "int4"})
     record, greedy = manifest.metrics["onnx"], manifest.metrics["greedy"]
     assert record["sparsity"]["pattern_holds_in"] == record["sparsity"]["of"] > 0
     assert record["sparsity"]["zeros"] >= sum(tensor.zeros for tensor in manifest.tensors.values())

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crepe_deploy.export.onnx import export as onnx_export
-from crepe_deploy.export.onnx.support import FAMILIES, OnnxOptions, check_model, check_options
+from crepe_deploy.export.formats import onnx as onnx_export
+from crepe_deploy.export.onnx.support import FAMILIES, check_model, check_options
 from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
 from transformers import GPT2Config, LlamaConfig
 
@@ -43,18 +43,19 @@ def _no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_options(tmp_path: Path, flavor: str, precision: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        export_checkpoint(tmp_path / "none", tmp_path / "out", "onnx", onnx=OnnxOptions(flavor, precision))
+        options = {"flavor": flavor, "precision": precision}
+        export_checkpoint(tmp_path / "none", tmp_path / "out", "onnx", options=options)
 
 
 def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
     with pytest.raises(MissingExtra, match=r"onnxscript.*pip install 'crepe-deploy\[onnx\]'"):
-        check_options(OnnxOptions())
+        check_options("portable", "fp32")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "genai" in name else found(name))
-    check_options(OnnxOptions())
+    check_options("portable", "fp32")
     with pytest.raises(MissingExtra, match="onnxruntime-genai"):
-        check_options(OnnxOptions("genai"))
+        check_options("genai", "fp32")
 
 
 def test_families_and_rotary_embeddings_by_name(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_a_full_disk_is_met_before_the_work(tmp_path: Path, monkeypatch: pytest.
 def test_rounded_sources_are_refused(tmp_path: Path) -> None:
     source = pruned_model(tmp_path)
     save_manifest(source, load_manifest(source).model_copy(update={"format": "int8"}))
-    with pytest.raises(ConfigError, match="has the format int8"):
+    with pytest.raises(ConfigError, match="is an int8 checkpoint"):
         export_checkpoint(source, tmp_path / "out", "onnx")
     assert json.loads((source / "manifest.json").read_text())["format"] == "int8"
     assert not (tmp_path / "out").exists()

@@ -7,9 +7,8 @@ from typing import Any
 
 import onnx
 import pytest
-from crepe_deploy.export.onnx.support import OnnxOptions
 from crepe_deploy.export.pipeline import export_checkpoint
-from crepe_deploy.export.structural import assemble
+from crepe_deploy.export.structural.assemble import assemble
 from crepe_deploy.serve.ort import greedy, load_runner
 
 from crepe_deploy.errors import UnsupportedModel
@@ -53,7 +52,9 @@ def test_the_graph_says_what_the_smaller_model_says(
 
 def test_genai_takes_widths_that_all_layers_share(tmp_path: Path) -> None:
     source = sliced(tmp_path, "llama", EVEN, "uniform", head_dim=16)
-    found = export_checkpoint(source, tmp_path / "onnx", "onnx", onnx=OnnxOptions("genai", "fp32")).metrics["onnx"]
+    found = export_checkpoint(
+        source, tmp_path / "onnx", "onnx", options={"flavor": "genai", "precision": "fp32"}
+    ).metrics["onnx"]
     assert found["parity"]["max_abs_logit_difference"] < 1e-4
     assert all(run["greedy_agreed"] == run["greedy_total"] >= 64 for run in found["parity"]["runs"].values())
 
@@ -61,12 +62,12 @@ def test_genai_takes_widths_that_all_layers_share(tmp_path: Path) -> None:
 def test_genai_needs_heads_of_sixteen(tmp_path: Path) -> None:
     source = sliced(tmp_path, "llama", EVEN, "uniform", head_dim=8)
     with pytest.raises(UnsupportedModel, match=r"multiple of 16, and these have 8; use portable"):
-        export_checkpoint(source, tmp_path / "onnx", "onnx", onnx=OnnxOptions("genai", "fp32"))
+        export_checkpoint(source, tmp_path / "onnx", "onnx", options={"flavor": "genai", "precision": "fp32"})
     assert not (tmp_path / "onnx").exists()
 
 
 def test_genai_has_one_width_for_all_layers(tmp_path: Path) -> None:
     source = sliced(tmp_path, "llama", UNEVEN, "per-layer")
     with pytest.raises(UnsupportedModel, match=r"crepe_llama.*one width; use portable"):
-        export_checkpoint(source, tmp_path / "onnx", "onnx", onnx=OnnxOptions("genai", "fp32"))
+        export_checkpoint(source, tmp_path / "onnx", "onnx", options={"flavor": "genai", "precision": "fp32"})
     assert not (tmp_path / "onnx").exists()

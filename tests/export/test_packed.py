@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.export.packed import export_packed, load_packed, same_bits
+from crepe_deploy.export.formats.packed import load_packed
 from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +19,7 @@ from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, Verify
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import Pattern, Unstructured, parse_pattern
 from crepe_deploy.pruning.prune import PruneConfig, prune
-from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.checkpoint import CheckpointReader, same_bits
 from crepe_deploy.store.manifest import hash_folder, load_manifest, save_manifest, sha256_file, verify
 from crepe_deploy.store.sources import resolve_model
 from tests.pico import make_pico_llama
@@ -142,7 +142,7 @@ def test_a_source_that_differs_from_its_manifest_is_refused(tmp_path: Path) -> N
         file.seek(-1, 2)
         file.write(b"\x7f")
     with pytest.raises(VerifyError, match=r"model\.safetensors differs"):
-        export_packed(source, tmp_path)
+        export_checkpoint(source, tmp_path / "packed", "packed")
 
 
 NAME = "model.layers.1.self_attn.o_proj.weight"

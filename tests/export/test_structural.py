@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from crepe_deploy.export import structural
 from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
-from crepe_deploy.export.structural import assemble
+from crepe_deploy.export.structural import assemble as assembling
+from crepe_deploy.export.structural.assemble import assemble
 from safetensors.torch import load_file
 from transformers import AutoModel, Gemma2Config
 
@@ -235,13 +235,13 @@ def test_a_refit_that_overflows_the_files_dtype_is_refused(tmp_path: Path) -> No
 
 
 def test_a_wrongly_sliced_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = structural.sliced
+    right = assembling.sliced
 
     def wrong(path: str, *rest: Any) -> torch.Tensor:
         tensor = right(path, *rest)
         return tensor.flip(0) if path == "mlp.up_proj.weight" else tensor
 
-    monkeypatch.setattr(structural, "sliced", wrong)
+    monkeypatch.setattr(assembling, "sliced", wrong)
     with pytest.raises(ParityError):
         assembled(tmp_path, "llama", UNEVEN, "per-layer")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crepe_deploy.export.onnx.support import OnnxOptions
 from crepe_deploy.export.pipeline import export_checkpoint
 from crepe_deploy.serve.engines import get_engine
 from crepe_deploy.serve.engines.base import Settings
@@ -31,7 +30,7 @@ SERVE = "from crepe_deploy.serve.command import serve_command; serve_command()"
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported graph of either flavour."""
     root = tmp_path_factory.mktemp("served")
-    export_checkpoint(pruned_model(root), root / "onnx", "onnx", onnx=OnnxOptions(request.param, "fp32"))
+    export_checkpoint(pruned_model(root), root / "onnx", "onnx", options={"flavor": request.param, "precision": "fp32"})
     return root / "onnx"
 
 

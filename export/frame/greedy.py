@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
-from ..model.decoder import Decoder
-from ..model.proof import walk_logits
-from ..store.manifest import Manifest
-from ..texts import load_tokenizer
+from ...errors import CheckpointError
+from ...model.decoder import Decoder
+from ...model.proof import walk_logits
+from ...store.checkpoint import KeepingReader, TensorInfo
+from ...store.manifest import Manifest
+from ...texts import load_tokenizer
 
 PROMPT = "The capital of France is"
-GREEDY_TOKENS = 8  # each costs a walk through the files
+GREEDY_TOKENS = 8  # each is a walk through the model
+KEPT_BYTES = 256 << 20
 
 
 def greedy_of(source: Path, manifest: Manifest, tick: Callable[[], None]) -> dict[str, Any]:
@@ -34,9 +36,14 @@ def record_greedy(source: Path, count: int = GREEDY_TOKENS, tick: Callable[[], N
 
     Computed in float32, so that `margins`, the gaps between the two best logits, say where a coarser dtype may round
     to the other token. Without a tokenizer `prompt` is None and the prompt's token ids are 2, 3, 4, 5, 6.
+
+    A token is known only when the one before it is, so each is a walk through all blocks. What is outside the blocks
+    is in memory together at the end of each walk anyway and stays there in the files' dtype; of the blocks, as many
+    tensors as `KEPT_BYTES` hold. Those are read once, the rest once for each token.
     """
     stored = Decoder(source).dtype
     decoder = Decoder(source, "float32")
+    decoder.reader = KeepingReader(source, _keeps(decoder))
     prompt, ids = _prompt_ids(source, decoder.vocab_size)
     tokens = torch.tensor([ids])
     margins = []
@@ -54,6 +61,23 @@ def record_greedy(source: Path, count: int = GREEDY_TOKENS, tick: Callable[[], N
         "checkpoint_dtype": str(stored).removeprefix("torch."),
         "what": "greedy continuation by the dense checkpoint with zeros, end-of-text tokens included",
     }
+
+
+def _keeps(decoder: Decoder) -> Callable[[TensorInfo], bool]:
+    """Whether a tensor that was just read is to stay: all outside the blocks, and of the blocks what has room."""
+    blocks = {key for index in range(len(decoder.blocks)) for key in decoder.block_keys(index)}
+    room = KEPT_BYTES
+
+    def keep(info: TensorInfo) -> bool:
+        nonlocal room
+        if info.name not in blocks:
+            return True
+        if info.size_bytes > room:
+            return False
+        room -= info.size_bytes
+        return True
+
+    return keep
 
 
 def _prompt_ids(source: Path, vocab_size: int) -> tuple[str | None, list[int]]:

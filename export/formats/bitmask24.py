@@ -11,27 +11,26 @@ Such a folder has no manifest. It is unpacked, tensor by tensor, into a dense fo
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ParityError, UnsupportedModel
-from ..model.decoder import Decoder
-from ..packed.format import DTYPES, unpack_mask
-from ..pattern import NM
-from ..store.audit import check_pattern
-from ..store.checkpoint import CheckpointReader, read_json
-from ..store.companions import copy_companions
-from ..store.files import check_output, disk_errors, require_disk, write_json
-from ..store.manifest import MANIFEST_NAME, Manifest, TensorRecord, hash_folder, save_manifest, versions
-from ..store.sources import Model, describe_source
-from ..store.writing import CheckpointWriter, Planned
-from .packed import same_bits
+from ...errors import CheckpointError, ParityError, UnsupportedModel
+from ...model.decoder import Decoder
+from ...packed.format import DTYPES, unpack_mask
+from ...pattern import NM
+from ...store.audit import check_pattern
+from ...store.checkpoint import CheckpointReader, read_json, same_bits
+from ...store.companions import copy_companions
+from ...store.files import require_disk, write_json
+from ...store.manifest import MANIFEST_NAME, Manifest, TensorRecord, hash_folder, save_manifest, versions
+from ...store.readback import ReadBack, check_fingerprint
+from ...store.sources import Model, describe_source
+from ...store.writing import CheckpointWriter, Planned
+from ..frame.importer import Importer
 
 QUANT_METHOD: Final = "compressed-tensors"
 FORMAT: Final = "sparse-24-bitmask"
@@ -43,30 +42,18 @@ _QUANTISED: Final = ("weight_scale", "weight_zero_point", "weight_packed", "weig
 _NOTE: Final = "unpacked from compressed-tensors sparse-24-bitmask; pruned elsewhere, by a method that is not recorded"
 
 
-@contextlib.contextmanager
-def pruned_folder(source: Path, out: Path) -> Iterator[Path]:
-    """Yield the folder to export: `source`, or for a bitmask checkpoint its dense copy beside `out`, removed after."""
-    if not is_foreign(source):
-        yield source
-        return
-    folder = out.with_name(out.name + ".unpacked.partial")
-    check_output(folder, overwrite=True, inputs=(source,))
-    try:
-        with disk_errors(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
-            folder.mkdir(parents=True)
-        import_bitmask24(source, folder)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+class Bitmask24(Importer):
+    """`sparse-24-bitmask` of compressed-tensors."""
 
+    def recognises(self, source: Path) -> bool:
+        """Whether the folder is none of ours (no manifest) and claims to be written by compressed-tensors."""
+        if (source / MANIFEST_NAME).exists() or not (source / "config.json").is_file():
+            return False
+        quant, sparsity = _configs(read_json(source / "config.json"))
+        return quant.get("quant_method") == QUANT_METHOD or sparsity.get("format") == FORMAT
 
-def is_foreign(source: Path) -> bool:
-    """Whether the folder is none of ours (no manifest) and claims to be written by compressed-tensors."""
-    if (source / MANIFEST_NAME).exists() or not (source / "config.json").is_file():
-        return False
-    quant, sparsity = _configs(read_json(source / "config.json"))
-    return quant.get("quant_method") == QUANT_METHOD or sparsity.get("format") == FORMAT
+    def convert(self, source: Path, folder: Path) -> Manifest:
+        return import_bitmask24(source, folder)
 
 
 def import_bitmask24(source: Path, folder: Path) -> Manifest:
@@ -87,23 +74,22 @@ def import_bitmask24(source: Path, folder: Path) -> Manifest:
         elif f".{part}" == VALUES:
             plan[f"{module}.weight"] = Planned(info.file.name, info.dtype, shapes[module])
     require_disk(folder, sum(planned.size_bytes for planned in plan.values()))
-    with CheckpointWriter(folder, plan) as writer:
+    with CheckpointWriter(folder, plan, fingerprint=True) as writer:
         for name in plan:
             module = name.removesuffix(".weight")
             packed = module in shapes
-            writer.write(name, _decode(*_load(reader, module, shapes[module])) if packed else reader.load(name))
+            writer.write(name, _decoded(reader, module, shapes[module]) if packed else reader.load(name))
     copy_companions(source, folder)
     config = {key: value for key, value in read_json(folder / "config.json").items() if key not in _CONFIGS}
     write_json(folder / "config.json", config)
-    _compare(reader, folder, shapes)
-    manifest = _manifest(source, folder, shapes)
+    manifest = _manifest(source, folder, shapes, writer.fingerprints)
     save_manifest(folder, manifest)
     return manifest
 
 
 def _configs(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The quantization and sparsity configs of a config.json, empty where absent."""
-    quant = next((found for key in _CONFIGS if isinstance(found := content.get(key), dict)), {})
+    quant = next((config for key in _CONFIGS if isinstance(config := content.get(key), dict)), {})
     inner, outer = quant.get("sparsity_config"), content.get("sparsity_config")
     sparsity = inner if isinstance(inner, dict) and inner else outer
     return quant, sparsity if isinstance(sparsity, dict) else {}
@@ -123,10 +109,10 @@ def _check_config(source: Path, content: dict[str, Any]) -> None:
             f"{source}: its config.json asks for quantisation or transforms ({', '.join(quantised)}); only unquantised "
             f"{FORMAT} weights are converted"
         )
-    found, structure = sparsity.get("format"), str(sparsity.get("sparsity_structure") or PATTERN)
-    if found != FORMAT or structure != str(PATTERN):
+    format, structure = sparsity.get("format"), str(sparsity.get("sparsity_structure") or PATTERN)
+    if format != FORMAT or structure != str(PATTERN):
         raise UnsupportedModel(
-            f"{source}: sparsity format '{found}', structure '{structure}'; of {QUANT_METHOD} checkpoints only "
+            f"{source}: sparsity format '{format}', structure '{structure}'; of {QUANT_METHOD} checkpoints only "
             f"'{FORMAT}' with '{PATTERN}' is converted"
         )
 
@@ -189,40 +175,29 @@ def _load(reader: CheckpointReader, module: str, shape: tuple[int, int]) -> tupl
     return values, mask
 
 
-def _decode(values: Tensor, mask: Tensor) -> Tensor:
+def _decoded(reader: CheckpointReader, module: str, shape: tuple[int, int]) -> Tensor:
+    """The dense weight: the kept bits are the stored ones, all others +0.0. Raises CheckpointError, ParityError."""
+    values, mask = _load(reader, module, shape)
     weight = torch.zeros(mask.shape, dtype=values.dtype)
     weight[mask] = values.flatten()
+    rest = weight[~mask]
+    if not same_bits(weight[mask].view(values.shape), values) or not same_bits(rest, torch.zeros_like(rest)):
+        raise ParityError(f"'{module}.weight' unpacks to other bits than {reader.root} holds")
     return weight
 
 
-def _compare(reader: CheckpointReader, folder: Path, shapes: dict[str, tuple[int, int]]) -> None:
-    """Re-read every unpacked weight: the kept bits are the stored ones, all others +0.0. Raises ParityError."""
-    written = CheckpointReader(folder)
-    for module, shape in shapes.items():
-        values, mask = _load(reader, module, shape)
-        weight = written.load(f"{module}.weight")
-        rest = weight[~mask]
-        if not same_bits(weight[mask].view(values.shape), values) or not same_bits(rest, torch.zeros_like(rest)):
-            raise ParityError(f"{folder}: '{module}.weight' holds other bits than {reader.root}")
-
-
-def _manifest(source: Path, folder: Path, shapes: dict[str, tuple[int, int]]) -> Manifest:
+def _manifest(
+    source: Path, folder: Path, shapes: dict[str, tuple[int, int]], fingerprints: Mapping[str, str]
+) -> Manifest:
     """What is known: counts, hashes and origin. Method, calibration and layer errors are not, and stay empty."""
     decoder = Decoder(folder)
     blocks = {spec.key for specs in decoder.linears for spec in specs if not spec.transposed}
     records: dict[str, TensorRecord] = {}
-    for name in (f"{module}.weight" for module in shapes):
-        if name in blocks:
-            weight = decoder.reader.load(name)
-            zeros = check_pattern(name, weight, PATTERN)
-            records[name] = TensorRecord(
-                shape=(weight.shape[0], weight.shape[1]),
-                pattern=str(PATTERN),
-                zeros=zeros,
-                sparsity=zeros / weight.numel(),
-                layer_error=None,
-                layer_error_weighting="unknown",
-            )
+    files = ReadBack(folder)
+    for info, weight in files:
+        check_fingerprint(folder, info.name, weight, fingerprints)
+        if info.name in blocks and info.name.removesuffix(".weight") in shapes:
+            records[info.name] = _record(info.name, weight)
     if not records:
         raise UnsupportedModel(f"{source}: none of its {FORMAT} weights is a linear layer of a decoder block")
     others = sorted(f"{module}.weight" for module in shapes if f"{module}.weight" not in records)
@@ -241,5 +216,17 @@ def _manifest(source: Path, folder: Path, shapes: dict[str, tuple[int, int]]) ->
             "pruned_tensors": len(records),
             "mean_layer_error": None,
         },
-        files=hash_folder(folder),
+        files=hash_folder(folder, files.hashes),
+    )
+
+
+def _record(name: str, weight: Tensor) -> TensorRecord:
+    zeros = check_pattern(name, weight, PATTERN)
+    return TensorRecord(
+        shape=(weight.shape[0], weight.shape[1]),
+        pattern=str(PATTERN),
+        zeros=zeros,
+        sparsity=zeros / weight.numel(),
+        layer_error=None,
+        layer_error_weighting="unknown",
     )

@@ -16,24 +16,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..model.calibrate import embed
-from ..model.decoder import PROOF_DTYPE, Decoder
-from ..model.proof import check_parity, walk_logits
-from ..progress import Progress, silent, ticker
-from ..store.checkpoint import CheckpointReader, read_json
-from ..store.companions import copy_companions
-from ..store.files import atomic_folder, check_output, require_disk, write_json
-from ..store.manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify, versions
-from ..store.sources import Model, describe_source
-from ..store.writing import CheckpointWriter, Planned
-from ..structural import layout as layouts
-from ..structural.check import check_shapes
-from ..structural.layout import Content, Widths
-from ..structural.plan import Geometry, Plans
-from ..structural.slicing import in_layer, masked, padded, sized, sliced
-from .card import write_card
-from .greedy import GREEDY_TOKENS, record_greedy
+from ...errors import ConfigError
+from ...model.calibrate import embed
+from ...model.decoder import PROOF_DTYPE, Decoder
+from ...model.proof import check_parity
+from ...progress import Progress, silent, ticker
+from ...store.checkpoint import CheckpointReader, read_json
+from ...store.companions import copy_companions
+from ...store.files import atomic_folder, check_output, require_disk, write_json
+from ...store.manifest import Manifest, inherit, versions
+from ...store.sources import Model, describe_source
+from ...store.writing import CheckpointWriter, Planned
+from ...structural import layout as layouts
+from ...structural.check import check_shapes
+from ...structural.layout import Content, Widths
+from ...structural.plan import Geometry, Plans
+from ...structural.slicing import in_layer, masked, padded, sized, sliced
+from ..frame.exporter import Words
+from ..frame.greedy import GREEDY_TOKENS, record_greedy
+from ..frame.run import finish
+from .words import LAYOUT_WORDS
 
 Transform = Callable[[int, str, Tensor], Tensor]
 LAYOUTS = ("plugin", "deci")
@@ -64,6 +66,11 @@ class Layout:
         """What the manifest calls the folder: only our own classes and the families' read it as a dense one."""
         return "deci" if self.name == "deci" else "dense"
 
+    @property
+    def words(self) -> Words:
+        """What the card says."""
+        return LAYOUT_WORDS[self.name]
+
 
 def choose_layout(
     content: Content, geometry: Geometry, kept: Sequence[Widths], widths: str, layout: str = "plugin",
@@ -84,13 +91,13 @@ def choose_layout(
         zeros = layouts.has_zero_o_bias(content, written)
         return Layout("uniform", written, written, stated, stated, zero_o_bias=zeros)
     if layout == "deci":
-        return _deci(content, geometry.head_dim, geometry.kv_heads, stated)
+        return deci_layout(content, geometry.head_dim, geometry.kv_heads, stated)
     written = layouts.per_layer_content(content, geometry.head_dim, stated, geometry.kv_heads, remote_code=remote_code)
     code = ("configuration_crepe.py", "modeling_crepe.py") if remote_code else ()
     return Layout("per-layer", written, written, stated, stated, code)
 
 
-def _deci(content: Content, head_dim: int, kv_heads: int, kept: list[Widths]) -> Layout:
+def deci_layout(content: Content, head_dim: int, kv_heads: int, kept: list[Widths]) -> Layout:
     target = layouts.deci_widths(kept)
     proof = layouts.per_layer_content(content, head_dim, target, kv_heads)
     written = layouts.deci_content(content, head_dim, target)
@@ -135,55 +142,28 @@ def assemble(
 
     tick = ticker(step, 2 * geometry.layers + GREEDY_TOKENS)
     with atomic_folder(out, overwrite=overwrite) as folder:
-        _write(decoder.reader, folder, chosen, geometry.head_dim, transform, tick)
+        plan = plan_sliced(decoder.reader, chosen, geometry.head_dim)
+        require_disk(folder, sum(planned.size_bytes for planned in plan.values()))
+        write_sliced(decoder.reader, folder, plan, transform, tick)
         copy_companions(source.folder, folder)
         write_json(folder / "config.json", chosen.proof)
         proven = _prove(folder, decoder, plans, geometry, tick)
-        found = {**(metrics or {}), **proven, "greedy": record_greedy(folder, tick=tick)}
-        found["parameters"] = _parameters(plans, geometry)
+        measured = {
+            **(metrics or {}), **proven, "greedy": record_greedy(folder, tick=tick),
+            "parameters": _parameters(plans, geometry), "size": relative_size(folder, decoder.reader, {}),
+        }  # fmt: skip
         config = {"method": "structural", **(record or {}), "pattern": "structural"}
-        config["structural"] = {**_layers(chosen), "dense": [geometry.heads, geometry.kv_heads, geometry.intermediate]}
+        config["structural"] = {
+            **layer_record(chosen),
+            "dense": [geometry.heads, geometry.kv_heads, geometry.intermediate],
+        }
         manifest = Manifest(
             stage="structural", format=chosen.format, versions=versions(), source=describe_source(source),
             config=config, calibration=calibration, dense_tensors=sorted(CheckpointReader(folder).tensors),
-            metrics=found,
+            metrics=measured, parent=inherit(source.folder, folder),
         )  # fmt: skip
-        return _finish(folder, manifest, chosen, _size(folder, decoder.reader, {}))
-
-
-def export_deci(source: Path, folder: Path, *, link: bool = False, step: Progress = silent) -> Manifest:
-    """The checkpoint `source` with widths per layer in the DeciLM layout, in the existing, empty `folder`.
-
-    link: nothing to do here. Raises VerifyError, ConfigError (another kind of source), UnsupportedModel, ParityError.
-    """
-    parent, content = verify(source), read_json(source / "config.json")
-    if content.get("model_type") not in layouts.PER_LAYER_CLASSES or parent.format != "dense":
-        raise ConfigError(f"{source} has no widths per layer; --format deci reads a dense folder that has")
-    if parent.tensors:
-        raise ConfigError(f"{source} holds zeros in a pattern, which the DeciLM layout's added heads would hide")
-    family = {**content, "model_type": content["model_type"].removeprefix(layouts.PREFIX)}
-    for name in ("per_layer_config", "auto_map"):
-        family.pop(name, None)
-    head_dim = int(content["head_dim"])
-    chosen = _deci(family, head_dim, content["num_key_value_heads"], layouts.layer_widths(content))
-    decoder = Decoder(source, PROOF_DTYPE)
-
-    def transform(index: int, path: str, tensor: Tensor) -> Tensor:
-        return padded(path, tensor, chosen.kept[index], chosen.written[index], head_dim)
-
-    tick = ticker(step, len(chosen.kept))
-    _write(decoder.reader, folder, chosen, head_dim, transform, tick)
-    copy_companions(source, folder)
-    write_json(folder / "config.json", chosen.proof)
-    tokens = _probe(decoder)
-    proven = {"parity": check_parity(folder, PROOF_DTYPE, tokens, walk_logits(decoder, tokens))}
-    config = {**parent.config, "structural": {**parent.config.get("structural", {}), **_layers(chosen)}}
-    update = {
-        "stage": "export", "format": chosen.format, "parent": sha256_file(source / MANIFEST_NAME), "config": config,
-        "metrics": {**parent.metrics, **proven},
-    }  # fmt: skip
-    size = _size(folder, decoder.reader, parent.metrics.get("size", {}))
-    return _finish(folder, parent.model_copy(update=update), chosen, size)
+        seal(folder, chosen)
+        return finish(folder, manifest, chosen.words, {})
 
 
 def _checked(plans: Plans, geometry: Geometry) -> list[Widths]:
@@ -200,11 +180,8 @@ def _checked(plans: Plans, geometry: Geometry) -> list[Widths]:
     return kept
 
 
-def _write(
-    reader: CheckpointReader, folder: Path, layout: Layout, head_dim: int, transform: Transform,
-    tick: Callable[[], None],
-) -> None:  # fmt: skip
-    """Stream every tensor through `transform` into the source's own shards; a tick for each layer's q projection."""
+def plan_sliced(reader: CheckpointReader, layout: Layout, head_dim: int) -> dict[str, Planned]:
+    """What is written, from headers alone: the source's own shards, sliced to the layout's widths."""
     plan: dict[str, Planned] = {}
     for info in reader:
         place = in_layer(info.name)
@@ -212,7 +189,13 @@ def _write(
         plan[info.name] = Planned(info.file.name, info.dtype, shape)
         if layout.zero_o_bias and place is not None and place[1] == _O_WEIGHT:
             plan[info.name.removesuffix(_O_WEIGHT) + _O_BIAS] = Planned(info.file.name, info.dtype, shape[:1])
-    require_disk(folder, sum(planned.size_bytes for planned in plan.values()))
+    return plan
+
+
+def write_sliced(
+    reader: CheckpointReader, folder: Path, plan: dict[str, Planned], transform: Transform, tick: Callable[[], None]
+) -> None:
+    """Stream every tensor through `transform` as planned; a tick for each layer's output projection."""
     with CheckpointWriter(folder, plan) as writer:
         for info in reader:
             place = in_layer(info.name)
@@ -228,7 +211,7 @@ def _prove(
     folder: Path, decoder: Decoder, plans: Plans, geometry: Geometry, tick: Callable[[], None]
 ) -> dict[str, Any]:
     """Compare the written folder's logits with the masked dense model's, in float64. Raises ParityError."""
-    tokens = _probe(decoder)
+    tokens = probe_tokens(decoder)
     parity = check_parity(folder, PROOF_DTYPE, tokens, masked_logits(decoder, plans, geometry, tokens, tick))
     return {"parity": {**parity, "what": "logits of the smaller files against the dense model, masked, in float64"}}
 
@@ -254,14 +237,14 @@ def masked_logits(
     return decoder.logits(tokens, torch.cat(stream.hidden))
 
 
-def _probe(decoder: Decoder) -> Tensor:
+def probe_tokens(decoder: Decoder) -> Tensor:
     length = min(PROBE_TOKENS, decoder.context_length)
     return torch.randint(decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def _layers(layout: Layout) -> dict[str, Any]:
-    padding = {"padded_to": [list(found) for found in layout.written]} if layout.written != layout.kept else {}
-    layers = [list(found) for found in layout.kept]
+def layer_record(layout: Layout) -> dict[str, Any]:
+    padding = {"padded_to": [list(widths) for widths in layout.written]} if layout.written != layout.kept else {}
+    layers = [list(widths) for widths in layout.kept]
     return {"layout": layout.name, "order": list(Widths._fields), "layers": layers, **padding}
 
 
@@ -275,20 +258,15 @@ def _parameters(plans: Plans, geometry: Geometry) -> dict[str, Any]:
     }
 
 
-def _finish(folder: Path, manifest: Manifest, layout: Layout, size: dict[str, Any]) -> Manifest:
-    """The final configuration, code, card, hashes and manifest; the shapes are checked once more."""
+def seal(folder: Path, layout: Layout) -> None:
+    """The final configuration and code, and the shapes checked once more. Raises CheckpointError."""
     write_json(folder / "config.json", layout.content)
     for name in layout.code:
         shutil.copyfile(_CODE / name, folder / name)
     check_shapes(folder)
-    manifest = manifest.model_copy(update={"metrics": {**manifest.metrics, "size": size}})
-    write_card(folder, manifest)
-    manifest = manifest.model_copy(update={"files": hash_folder(folder)})
-    save_manifest(folder, manifest)
-    return manifest
 
 
-def _size(folder: Path, source: CheckpointReader, before: dict[str, Any]) -> dict[str, Any]:
+def relative_size(folder: Path, source: CheckpointReader, before: dict[str, Any]) -> dict[str, Any]:
     """Over the dense model; `before`: the same of `source`, where that is no dense one."""
     written = CheckpointReader(folder)
     layers = [sum(info.size_bytes for info in reader if in_layer(info.name)) for reader in (source, written)]

@@ -5,86 +5,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..store.files import disk_errors
-from ..store.manifest import Manifest
+import yaml
+
+from ...store.files import disk_errors
+from ...store.manifest import Manifest
+from .exporter import Words
 
 CARD_NAME = "README.md"
 
-_TRUTH = {
-    "dense": (
-        "The zeros are stored explicitly: every Hugging Face reader loads this folder unchanged, and none of them is "
-        "smaller or faster for it. Export with `--format packed` for a smaller file."
-    ),
-    "packed": (
-        "The pruned weights are stored without their zeros, in the format `crepe-nm`: smaller on disk and in memory. "
-        "transformers (after `import crepe_deploy`) and vLLM (by itself, once crepe-deploy is installed) run it from "
-        "the packed weights on CPUs and NVIDIA GPUs; no GPU speed has been measured, so none is claimed. Readers "
-        "without crepe-deploy refuse it. `crepe-deploy export --format dense` gives the "
-        "plain folder back, bit by bit."
-    ),
-    "onnx": (
-        "An ONNX graph that was compared with its checkpoint, prefill and decoding. ONNX Runtime multiplies by stored "
-        "zeros like by any other value, on CPU and CUDA: pruning made this folder neither smaller nor faster there. "
-        "`manifest.json` says what the graph takes as padding, and for 2:4 which settings of TensorRT use the pattern."
-    ),
-    "int8": (
-        "Weights and activations of the linear layers are rounded to 8 bits (W8A8: to nearest, one scale for each "
-        "output channel, and for each token at run time; no calibration). Unmodified vLLM runs it with int8 kernels; "
-        "transformers, with the compressed-tensors package, expands the weights at load and imitates the rounding of "
-        "activations, so there it is no smaller and no faster. Zeros take a byte like every other value: pruning made "
-        "this folder neither smaller nor faster."
-    ),
-    "uniform": (
-        "Whole attention heads and feed-forward neurons were removed, the same number in every layer: an ordinary, "
-        "smaller model that every Hugging Face reader and server loads, with nothing to install."
-    ),
-    "per-layer": (
-        "Whole attention heads and feed-forward neurons were removed, each layer its own number. transformers (after "
-        "`import crepe_deploy`) and vLLM (by itself, once crepe-deploy is installed) run it on their own layers; others"
-        " refuse its model type. `crepe-deploy export --format deci` makes a folder for vLLM without crepe-deploy."
-    ),
-    "deci": (
-        "Whole attention heads and feed-forward neurons were removed, each layer its own number, written in the DeciLM "
-        "layout: `vllm serve DIR --trust-remote-code` (for the small configuration file beside the weights) serves it "
-        "without crepe-deploy. Layers with fewer heads are padded with heads of zeros; transformers has no such model."
-    ),
-}
 
-
-def write_card(folder: Path, manifest: Manifest) -> None:
+def write_card(folder: Path, manifest: Manifest, words: Words) -> None:
     """Write `README.md` from the manifest: base model, inherited licence, method, pattern and counted numbers."""
     with disk_errors(folder):
-        (folder / CARD_NAME).write_text(card_text(manifest), encoding="utf-8")
+        (folder / CARD_NAME).write_text(card_text(manifest, words), encoding="utf-8")
 
 
-def card_text(manifest: Manifest) -> str:
+def card_text(manifest: Manifest, words: Words) -> str:
     """The card as Markdown with Hugging Face front matter."""
     source = manifest.source
-    front = ["---", *_front_matter(manifest), "---", ""]
+    front = ["---", _front_matter(manifest, words) + "---", ""]
     rows = {
         "base model": source.id + (f" @ {source.revision}" if source.revision else ""),
         "licence": source.license or "not stated by the base model; its terms apply",
         **_pruning(manifest),
         "format": manifest.format,
-        **_size_rows(manifest),
+        **_size_rows(manifest, words),
         "made with": f"crepe-deploy {manifest.versions['crepe-deploy']}",
         **source.notes,
     }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    title = f"# {', '.join([Path(source.id).name, *_done(manifest)])}"
-    structural = manifest.config.get("structural", {})
-    layout = structural.get("layout", "dense") if manifest.format == "dense" else manifest.format
-    closing = ["", _TRUTH.get(layout, ""), "", "`manifest.json` holds every tensor's counts and hashes."]
+    title = f"# {', '.join([Path(source.id).name, *_done(manifest, words)])}"
+    closing = ["", words.truth, "", "`manifest.json` holds every tensor's counts and hashes."]
     return "\n".join([*front, title, "", *table, *closing]) + "\n"
 
 
-def _done(manifest: Manifest) -> list[str]:
+def _done(manifest: Manifest, words: Words) -> list[str]:
     """What was done to the base model, for the title."""
     pattern, method = manifest.config["pattern"], manifest.config["method"] or "an unknown method"
     pruned = [f"pruned to {pattern} with {method}"] if manifest.tensors else []
     if "structural" in manifest.config:
         pruned = ["structurally pruned"]
-    return [*pruned, *(["quantised to int8"] if manifest.format == "int8" else [])]
+    return [*pruned, *([words.done] if words.done else [])]
 
 
 def _pruning(manifest: Manifest) -> dict[str, str]:
@@ -132,24 +93,22 @@ def _mixed(metrics: dict[str, Any]) -> str:
     return " on average" if len(metrics.get("patterns", ())) > 1 else ""
 
 
-def _front_matter(manifest: Manifest) -> list[str]:
+def _front_matter(manifest: Manifest, words: Words) -> str:
     tags = ["pruned", "sparse"] if manifest.tensors else ["pruned"] if "structural" in manifest.config else []
-    tags = [*tags, *(["int8"] if manifest.format == "int8" else [])]
-    lines = ["library_name: transformers", f"tags: [{', '.join([*tags, 'crepe-deploy'])}]"]
+    content: dict[str, Any] = {"library_name": "transformers", "tags": [*tags, *words.tags, "crepe-deploy"]}
     if manifest.source.kind == "hub":
-        lines.append(f"base_model: {manifest.source.id}")
+        content["base_model"] = manifest.source.id
     if manifest.source.license:
-        lines.append(f"license: {manifest.source.license}")
-    return lines
+        names = manifest.source.license.split(", ")
+        content["license"] = names if len(names) > 1 else names[0]
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True)
 
 
-def _size_rows(manifest: Manifest) -> dict[str, str]:
+def _size_rows(manifest: Manifest, words: Words) -> dict[str, str]:
     size: dict[str, Any] = manifest.metrics.get("size", {})
     if "file_bytes_over_dense" not in size:
         return {}
-    layers = "quantised" if manifest.format == "int8" else "packed"
-    if "structural" in manifest.config:
-        layers = "decoder"
+    layers = "decoder" if "structural" in manifest.config else words.layers
     return {
         f"bytes of the {layers} layers, over dense": f"{size['weight_bytes_over_dense']:.4f}",
         "bytes of all weight files, over dense": f"{size['file_bytes_over_dense']:.4f}",

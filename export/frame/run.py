@@ -1,0 +1,85 @@
+"""The run of an export, for every format: verify, room, write, companions, compare, lineage, card, hash, save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...progress import Progress, silent, ticker
+from ...store.files import require_disk
+from ...store.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    hash_folder,
+    inherit,
+    load_manifest,
+    save_manifest,
+    sha256_file,
+    verify,
+    versions,
+)
+from ...store.sources import Model, describe_source
+from .card import write_card
+from .exporter import Exporter, Source, Words
+
+
+def run(
+    exporter: Exporter[Any], folder: Path, target: Path, *, fresh: bool = False, step: Progress = silent
+) -> Manifest:
+    """Export the checkpoint `folder` into the existing, empty `target`; returns the manifest that was written.
+
+    fresh: as in `Source`. step: told of every piece of work done. Raises VerifyError when the source differs from its
+    manifest, InputError for what the format does not take, DiskFullError, CheckpointError, ParityError.
+    """
+    source = read_source(exporter, folder, fresh=fresh)
+    with exporter.weights(source, target) as weights:
+        plan = exporter.plan(source, weights)
+        require_disk(target, exporter.room(plan))
+        tick = ticker(step, exporter.steps(plan))
+        written = exporter.write(plan, target, tick)
+        exporter.companions(plan, weights, target)
+        written = exporter.compare(plan, written, target, tick)
+        size = exporter.size(plan, target)
+    inherit(source.folder, target)
+    parent = source.manifest
+    kept = {name: value for name, value in parent.metrics.items() if name not in exporter.stale}
+    update = {
+        "stage": "export",
+        "format": exporter.name,
+        "parent": source.parent,
+        "config": {**parent.config, **written.config},
+        "tensors": dict(parent.tensors if written.tensors is None else written.tensors),
+        "metrics": {**kept, **written.metrics, "size": dict(size)},
+    }
+    manifest = parent.model_copy(update=update)
+    return finish(target, manifest, exporter.words_of(manifest), written.hashes)
+
+
+def read_source(exporter: Exporter[Any], folder: Path, *, fresh: bool) -> Source:
+    """The source, every file compared with its manifest. Raises VerifyError, CheckpointError, ConfigError."""
+    if not exporter.needs_manifest and not (folder / MANIFEST_NAME).exists():
+        return Source(folder, _plain(folder), None, fresh)
+    manifest = load_manifest(folder) if fresh else verify(folder)
+    source = Source(folder, manifest, sha256_file(folder / MANIFEST_NAME), fresh)
+    exporter.check_source(source)
+    return source
+
+
+def finish(folder: Path, manifest: Manifest, words: Words, hashes: Mapping[str, str]) -> Manifest:
+    """Write the card, hash what `hashes` does not know, and save the manifest, which is returned."""
+    write_card(folder, manifest, words)
+    manifest = manifest.model_copy(update={"files": hash_folder(folder, hashes)})
+    save_manifest(folder, manifest)
+    return manifest
+
+
+def _plain(folder: Path) -> Manifest:
+    """What is known of a model folder that nothing was done to."""
+    return Manifest(
+        stage="source",
+        format="dense",
+        versions=versions(),
+        source=describe_source(Model(folder, "folder", str(folder), None, {})),
+        config={"method": None, "resolved_method": {}, "pattern": None},
+    )
