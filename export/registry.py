@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from .frame.importer import Importer
 
 EXPORTERS: Final = {
-    "dense": "crepe_deploy.export.formats.dense:Dense",
-    "packed": "crepe_deploy.export.formats.packed:Packed",
-    "int8": "crepe_deploy.export.formats.int8:Int8",
-    "onnx": "crepe_deploy.export.formats.onnx:Onnx",
-    "deci": "crepe_deploy.export.formats.deci:Deci",
+    "dense": "crepe_deploy.exporting.formats.dense:Dense",
+    "packed": "crepe_deploy.exporting.formats.packed:Packed",
+    "int8": "crepe_deploy.exporting.formats.int8:Int8",
+    "onnx": "crepe_deploy.exporting.formats.onnx:Onnx",
+    "deci": "crepe_deploy.exporting.formats.deci:Deci",
 }
 IMPORTERS: Final = {
-    "sparse-24-bitmask": "crepe_deploy.export.formats.bitmask24:Bitmask24",
+    "sparse-24-bitmask": "crepe_deploy.exporting.formats.bitmask24:Bitmask24",
 }
 
 

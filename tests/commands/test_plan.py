@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crepe_deploy.export.pipeline import export_checkpoint
+from crepe_deploy.exporting.pipeline import export_checkpoint
 
 from crepe_deploy.cli import main
 from crepe_deploy.commands.doctor import gpu_lines

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.export.formats.packed import load_packed
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.formats.packed import load_packed
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file, save_file
 
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, VerifyError
