@@ -30,7 +30,7 @@ from .packed import dense_modules
 SCALE_SUFFIX: Final = "_scale"
 LARGEST: Final = 127
 ROWS: Final = 1024
-_HALF_STEP: Final = 0.5 * (1 + 1e-5)  # float32 rounding of the quotient included
+_HALF_STEP: Final = 0.5 + 2 * LARGEST * 2**-23  # float32 rounding of a quotient of up to 127, and of the product
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from crepe_deploy.exporting.formats import int8
-from crepe_deploy.exporting.formats.int8 import quantization_config, quantize
+from crepe_deploy.exporting.formats.int8 import quantization_config, quantize, rounding_error
 from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -79,6 +79,17 @@ def test_large_matrices_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantize(weight)
     monkeypatch.setattr(int8, "ROWS", 3)
     assert all(torch.equal(first, second) for first, second in zip(whole, quantize(weight), strict=True))
+
+
+def test_a_quotient_near_a_half_is_rounded_to_nearest_in_float32() -> None:
+    scale = 0.3 / 127
+    weight = torch.linspace(126.4999, 126.5001, 4001).mul(scale).repeat(2, 1)
+    weight[:, 0] = 0.3
+    values, scales = quantize(weight)
+    assert {126, 127} == set(values[0].tolist())
+    assert rounding_error("weight", weight, values, scales) < 0.01
+    with pytest.raises(ParityError, match="weight is not the source's"):
+        rounding_error("weight", weight, values - 1, scales)
 
 
 def test_an_unpruned_folder_and_what_is_written_about_it(tmp_path: Path) -> None:
