@@ -98,6 +98,7 @@ def choose_layout(
 
 
 def deci_layout(content: Content, head_dim: int, kv_heads: int, kept: list[Widths]) -> Layout:
+    """The DeciLM layout for these widths, padded to what it can say. Raises UnsupportedModel."""
     target = layouts.deci_widths(kept)
     proof = layouts.per_layer_content(content, head_dim, target, kv_heads)
     written = layouts.deci_content(content, head_dim, target)
@@ -238,11 +239,13 @@ def masked_logits(
 
 
 def probe_tokens(decoder: Decoder) -> Tensor:
+    """Random tokens (1, <=64), the same for the same vocabulary, on which two models are compared."""
     length = min(PROBE_TOKENS, decoder.context_length)
     return torch.randint(decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def layer_record(layout: Layout) -> dict[str, Any]:
+    """What the manifest says of the widths under `config.structural`."""
     padding = {"padded_to": [list(widths) for widths in layout.written]} if layout.written != layout.kept else {}
     layers = [list(widths) for widths in layout.kept]
     return {"layout": layout.name, "order": list(Widths._fields), "layers": layers, **padding}
