@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import ConfigError, OutputError
-from ...store.files import atomic_folder, check_output, disk_errors
+from ...store.files import disk_errors
+from ...store.folders import atomic_folder, check_output
 from .advice import MAX_PERPLEXITY_RATIO
 from .chapters import CONTEXT_TOKENS, build_report
 from .content import Report
