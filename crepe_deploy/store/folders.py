@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import fnmatch
 import json
 import os
 import shutil
@@ -30,11 +31,11 @@ _JSON_BYTES: Final = 1 << 28
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
+def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = (), own: tuple[str, ...] = ()) -> None:
     """Refuse an output that cannot be written without harm. Raises OutputError.
 
     That is one that exists (unless `overwrite`, and then where this tool did not write all of it), equals an input,
-    lies around or inside one, or whose working folders would.
+    lies around or inside one, or whose working folders would. own: as of `foreign`.
     """
     place = out.resolve()
     if not place.name:
@@ -48,19 +49,19 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
     if out.is_symlink():
         raise OutputError(f"{out} is a link, and links are not replaced: give another --out, or what it points to")
     if out.exists():
-        _check_existing(out, overwrite)
+        _check_existing(out, overwrite, own)
     if not os.access(next(parent for parent in place.parents if parent.exists()), os.W_OK):
         raise OutputError(f"{out} cannot be created: its parent folder is not writable")
 
 
-def _check_existing(out: Path, overwrite: bool) -> None:
+def _check_existing(out: Path, overwrite: bool, own: tuple[str, ...]) -> None:
     if not out.is_dir():
         raise OutputError(f"{out} exists and is not a folder")
     if not overwrite:
         raise OutputError(f"{out} exists: give another --out, or --overwrite to replace it")
     if Path.cwd().resolve().is_relative_to(out.resolve()):
         raise OutputError(f"{out} is the folder that this command runs in, which cannot be replaced from inside")
-    strange = foreign(out)
+    strange = foreign(out, own)
     if strange:
         names = ", ".join(strange[:3]) + (f" and {len(strange) - 3} more" if len(strange) > 3 else "")
         raise OutputError(
@@ -69,13 +70,18 @@ def _check_existing(out: Path, overwrite: bool) -> None:
         )
 
 
-def foreign(folder: Path) -> list[str]:
-    """The names in `folder`, relative to it, that no manifest, report or journal of ours accounts for; sorted."""
+def foreign(folder: Path, own: tuple[str, ...] = ()) -> list[str]:
+    """The names in `folder`, relative to it, that no manifest or report of ours accounts for; sorted.
+
+    own: patterns of further names that are ours, for a folder of a kind that has neither.
+    """
     known = _known(folder)
     return sorted(
         name
         for path in folder.rglob("*")
-        if (name := path.relative_to(folder).as_posix()) not in known and (path.is_symlink() or not path.is_dir())
+        if (path.is_symlink() or not path.is_dir())
+        and (name := path.relative_to(folder).as_posix()) not in known
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in own)
     )
 
 
@@ -106,15 +112,16 @@ def _ours(path: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield `OUT.partial/`, renamed to `out` on success and removed on any failure, Ctrl-C included.
 
-    What a killed run left of its own is put back or removed first. Raises OutputError, DiskFullError.
+    What a killed run left of its own is put back or removed first. own: as of `foreign`.
+    Raises OutputError, DiskFullError.
     """
     partial = out.with_name(out.name + ".partial")
     with _Uninterrupted() as signals, _parents(out), Claim(out) as claim:
         claim.recover()
-        check_output(out, overwrite=overwrite)
+        check_output(out, overwrite=overwrite, own=own)
         claim.make(partial)
         try:
             with signals.delivered():
