@@ -19,7 +19,7 @@ from ...progress import progress
 
 def build(root: Path, patterns: Sequence[str]) -> list[Path]:
     """The dense folder with the first pattern's zeros, then the packed ones; what is there already is kept."""
-    from ...export.pipeline import export_checkpoint
+    from ...exporting.pipeline import export_checkpoint
     from ...pruning.config import prune_config
     from ...pruning.prune import prune
     from ...store.sources import resolve_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crepe_deploy.export.pipeline import prune_and_export
+from crepe_deploy.exporting.pipeline import prune_and_export
 
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.store.sources import resolve_model
