@@ -10,8 +10,10 @@ from typing import Any
 
 from ..errors import ParityError
 from ..progress import Progress, silent
-from ..pruning.prune import PruneConfig, prune
-from ..store.files import atomic_folder, check_output, write_json
+from ..pruning.config import PruneConfig
+from ..pruning.prune import prune
+from ..store.files import write_json
+from ..store.folders import atomic_folder, check_output
 from ..store.manifest import Manifest, save_manifest
 from ..store.sources import Model
 from ..texts import CalibrationSet

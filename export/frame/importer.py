@@ -8,7 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...store.files import check_output, disk_errors
+from ...store.files import disk_errors
+from ...store.folders import check_output
 from ...store.manifest import Manifest
 
 

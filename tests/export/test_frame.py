@@ -17,8 +17,8 @@ from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from crepe_deploy.exporting.registry import EXPORTERS, build, exporter_class
 
 from crepe_deploy.errors import ConfigError, ParityError
-from crepe_deploy.pattern import Pattern, parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig
+from crepe_deploy.pattern import Pattern
+from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.store.readback import prove_written
@@ -73,7 +73,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXPORTERS, "negative", f"{__name__}:Negative")
 
 
-CONFIG = PruneConfig("magnitude", parse_pattern("2:4"))
+CONFIG = prune_config("magnitude", "2:4")
 
 
 def test_a_toy_format_exports_cards_and_verifies(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_toy_format_exports_cards_and_verifies(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a negative checkpoint; --format packed reads dense"):
         export_checkpoint(tmp_path / "again", tmp_path / "x", "packed")
     with pytest.raises(ConfigError, match="not for 1:4"):
-        other = PruneConfig("magnitude", parse_pattern("1:4"))
+        other = prune_config("magnitude", "1:4")
         prune_and_export(model, tmp_path / "x", other, None, formats=["negative"])
     assert not (tmp_path / "x").exists()
 

@@ -10,8 +10,8 @@ import pytest
 from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 
 from crepe_deploy.errors import VerifyError
-from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.manifest import ancestors, hash_folder, load_manifest, save_manifest, sha256_file, verify
 from crepe_deploy.store.sources import resolve_model
 from tests.export.sliced import assembled
@@ -19,7 +19,7 @@ from tests.export.test_bitmask24 import orphan
 from tests.pico import make_pico_llama
 from tests.structural.random_plans import UNEVEN
 
-CONFIG = PruneConfig("magnitude", parse_pattern("2:4"))
+CONFIG = prune_config("magnitude", "2:4")
 
 
 def chain(folder: Path) -> list[tuple[str, str]]:

@@ -14,8 +14,8 @@ from crepe_deploy.exporting.pipeline import export_checkpoint
 from crepe_deploy.exporting.registry import build
 
 from crepe_deploy.model.decoder import Decoder
-from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import load_manifest, save_manifest
 from crepe_deploy.store.sources import resolve_model
@@ -45,7 +45,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 MB of weights, beside which configuration and tokenizer are small; its greedy prompt is recorded."""
     folder = tmp_path_factory.mktemp("passes")
     model = make_pico_llama(folder / "model", hidden_size=256, intermediate_size=1024, vocab_size=1024)
-    prune(resolve_model(str(model)), folder / "pruned", PruneConfig("magnitude", parse_pattern("2:4")), None)
+    prune(resolve_model(str(model)), folder / "pruned", prune_config("magnitude", "2:4"), None)
     manifest = load_manifest(folder / "pruned")
     save_manifest(folder / "pruned", greedy.with_greedy(folder / "pruned", manifest))
     export_checkpoint(folder / "pruned", folder / "warm", "int8")  # modules are imported once, and not counted
