@@ -20,7 +20,6 @@ from .decoder import LinearSpec, is_linear
 from .families import Residual, family_of
 from .stats import Stats
 
-
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 Outputs = dict[str, Any]  # what the parts of a block returned for one micro-batch, by their names
 

@@ -23,6 +23,7 @@ from ..methods.base import check_range
 FACTORS = tuple(step / 20 for step in range(14, 24))  # 0.7 to 1.15
 ROWS = 64  # tokens whose logits are worked on at a time
 
+
 @dataclass(frozen=True)
 class Rescaled:
     """The factor, and the mean KL(dense || pruned) in nats over the held-out windows without and with it.
