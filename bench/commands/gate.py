@@ -57,38 +57,13 @@ def gate_command(
     if calibrate is not None:
         _calibrate(baseline, candidate, calibrate, as_json, options)
         return
+    from ..gate import render
     from ..gate.gate import raise_for
 
-    found = _judge(baseline, candidate, **options)
-    write_outputs(found, junit, markdown)
-    show(found, as_json)
-    raise_for(found)
-
-
-def show(found: Verdict, as_json: bool) -> None:
-    """Print a verdict on stdout, as a table or as one JSON document."""
-    from ..gate import render
-
-    if as_json:
-        click.echo(render.as_json(found))
-        return
-    from rich.console import Console
-
-    console = Console()
-    wide = console if console.is_terminal else Console(width=200)
-    for part in render.terminal(found):
-        wide.print(part)
-
-
-def write_outputs(found: Verdict, junit: Path | None, markdown: Path | None) -> None:
-    """Write the asked files, each whole or not at all. Raises OutputError, DiskFullError."""
-    from ..gate import render
-    from ..run.files import write_text
-
-    if junit is not None:
-        write_text(junit, render.junit(found))
-    if markdown is not None:
-        write_text(markdown, render.markdown(found))
+    verdict = _judge(baseline, candidate, **options)
+    render.write(verdict, junit, markdown)
+    render.show(verdict, as_json)
+    raise_for(verdict)
 
 
 def _judge(

@@ -21,6 +21,7 @@ import torch
 
 from ...errors import CrepeError
 from ...progress import progress
+from ...store.files import write_text
 from ..gate.arms import COMMITS
 from ..gate.budgets import TIME, slowdown_budgets
 from ..gate.checks import Pair
@@ -28,7 +29,6 @@ from ..gate.gate import decide
 from ..gate.interleave import Interleaved, Work, lingering, repeated
 from ..gate.outcome import Verdict
 from ..gate.verdict import verdict
-from ..run.files import write_text
 from .kernels import environment
 from .workloads import decode_step, packed_linear
 

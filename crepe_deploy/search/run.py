@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import tempfile
 import time
@@ -17,9 +15,9 @@ from crepe_deploy.errors import ConfigError, OutputError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Progress, silent
-from crepe_deploy.pruning.methods.presets import load_preset
+from crepe_deploy.pruning.methods.presets import Preset
 from crepe_deploy.pruning.prune import choose_targets
-from crepe_deploy.store.files import disk_errors
+from crepe_deploy.store.files import check_output_file, write_json
 from crepe_deploy.store.journal import open_journal
 from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model, describe_source
@@ -121,7 +119,8 @@ def search(
         run = _Search(config, space, evaluator, started, say)
         outcome = _pho(run) if config.optimizer == "pho" else _climb(run)
         document = _document(out, run, identity, outcome)
-    _write(out, document)
+    Preset(**document).build()  # what cannot be used is not written
+    write_json(out, document)
     return document
 
 
@@ -131,8 +130,7 @@ def _prepare(
     """Everything that can be refused is refused here."""
     if out.suffix != ".json":
         raise OutputError(f"--out {out}: a preset is a .json file")
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise OutputError(f"{out} exists: give another --out, or --overwrite to replace a file")
+    check_output_file(out, overwrite=overwrite)
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out} cannot be written: its folder does not exist")
     if config.optimizer not in EVALUATIONS:
@@ -236,15 +234,3 @@ def _figures(verdict: Verdict) -> dict[str, float]:
 
 def _describe(setting: Setting) -> str:
     return ", ".join(f"{name} {value}" for name, value in setting.params.items() if name != "alpha") or setting.method
-
-
-def _write(out: Path, document: dict[str, Any]) -> None:
-    partial = out.with_name(out.name + ".partial")
-    try:
-        with disk_errors(out):
-            partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-            load_preset(str(partial))
-            partial.replace(out)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()

@@ -34,8 +34,9 @@ def verdict() -> Verdict:
     )  # fmt: skip
 
 
-def test_json_gives_the_verdict_back(verdict: Verdict) -> None:
-    document = json.loads(render.as_json(verdict))
+def test_json_gives_the_verdict_back(verdict: Verdict, capsys: pytest.CaptureFixture[str]) -> None:
+    render.show(verdict, as_json=True)
+    document = json.loads(capsys.readouterr().out)
     assert Verdict.model_validate(document) == verdict
     assert document["gate"] == "pruned against dense" and document["kind"] == "crepe-deploy-verdict"
 
