@@ -11,7 +11,7 @@ from crepe_deploy.bench.commands.bench import DEFAULT_POINTS, build_scenario, sh
 from crepe_deploy.bench.run.result import Point, workload_sha256
 from crepe_deploy.bench.run.scenario import Scenario, load_scenario, parse, parse_points
 
-from crepe_deploy.errors import ConfigError, OutputError
+from crepe_deploy.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {
     "name": "s",
