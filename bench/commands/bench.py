@@ -78,7 +78,7 @@ def run_command(
     from ...store.files import check_output_file
     from ..benchmark import bench
     from ..gate import render
-    from ..gate.gate import raise_for
+    from ..gate.gates import raise_for
     from ..run.result import save_run
     from ..run.summary import failures, summary_lines
 

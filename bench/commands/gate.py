@@ -12,7 +12,7 @@ from ...errors import ConfigError
 
 if TYPE_CHECKING:
     from ..gate.budgets import Budgets
-    from ..gate.outcome import Verdict
+    from ..gate.verdict import Verdict
 
 _PATH = click.Path(path_type=Path)
 
@@ -58,7 +58,7 @@ def gate_command(
         _calibrate(baseline, candidate, calibrate, as_json, options)
         return
     from ..gate import render
-    from ..gate.gate import raise_for
+    from ..gate.gates import raise_for
 
     verdict = _judge(baseline, candidate, **options)
     render.write(verdict, junit, markdown)
@@ -70,7 +70,7 @@ def _judge(
     baseline: Path, candidate: Path | None, *, budgets: Path | None, max_slowdown: float | None,
     pruned: tuple[str, ...], names: tuple[str, ...], host_mismatch: Any,
 ) -> Verdict:  # fmt: skip
-    from ..gate.gate import Options, gate_files, gate_pruned
+    from ..gate.gates import Options, gate_files, gate_pruned
     from ..run.result import load_run
 
     limits = _limits(budgets, max_slowdown)
@@ -96,7 +96,7 @@ def _limits(budgets: Path | None, max_slowdown: float | None) -> Budgets | float
 
 
 def _calibrate(run: Path, candidate: Path | None, name: str, as_json: bool, options: dict[str, Any]) -> None:
-    from ..gate.gate import calibrate
+    from ..gate.gates import calibrate
     from ..run.statistics import detectable
 
     if candidate is not None or options["budgets"] or options["pruned"] or options["max_slowdown"] is not None:

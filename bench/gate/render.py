@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ...store.files import write_text
-from .outcome import Row, Status, Verdict
+from .verdict import Row, Status, Verdict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

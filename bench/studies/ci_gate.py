@@ -20,7 +20,7 @@ from ...errors import CrepeError, GateInconclusive
 from ...store.files import write_text
 from ..gate import render
 from ..gate.budgets import slowdown_budgets
-from ..gate.gate import Options, gate_files, raise_for
+from ..gate.gates import Options, gate_files, raise_for
 from ..gate.pytest_json import CONTROL
 
 TESTS: Final = Path("bench/studies/test_latency.py")

@@ -25,8 +25,8 @@ from crepe_deploy.texts import CalibrationSet
 
 from .evaluate import Evaluator, Show
 from .hill_climb import hill_climb
-from .hybrid import Outcome, correlations, pho
-from .judge import Verdict
+from .hybrid import SAMPLER, SearchResult, correlations, pho
+from .losses import Losses
 from .optimise import Expired, require_cmaes
 from .proxies import check_proxy
 from .space import KERNEL_SIZES, Setting, Space, anchors
@@ -71,7 +71,7 @@ class _Search:
         limit = math.inf if self.config.minutes is None else 60 * self.config.minutes
 
         def check() -> bool:
-            reserve = still_to_judge * self.evaluator.seconds_a_verdict
+            reserve = still_to_judge * self.evaluator.seconds_a_setting
             return time.monotonic() - self.started + reserve > limit
 
         return check
@@ -117,8 +117,8 @@ def search(
             decoder, targets, config.pattern, calibration, text, rule, journal, Path(folder), config.workers, show
         )
         run = _Search(config, space, evaluator, started, say)
-        outcome = _pho(run) if config.optimizer == "pho" else _climb(run)
-        document = _document(out, run, identity, outcome)
+        result = _pho(run) if config.optimizer == "pho" else _climb(run)
+        document = _document(out, run, identity, result)
     Preset(**document).build()  # what cannot be used is not written
     write_json(out, document)
     return document
@@ -158,6 +158,7 @@ def _identity(model: Model, config: SearchConfig, calibration: CalibrationSet, t
         "search_text": text.record(),
         "pattern": str(config.pattern),
         "kernel_sizes": list(config.kernel_sizes),
+        "sampler": SAMPLER,  # a seed draws other settings with another
         **{name: value for name, value in asdict(config).items() if name not in free},
     }
 
@@ -173,7 +174,7 @@ def _report(say: Callable[[str], None], what: str, total: int) -> Callable[[int,
     return report
 
 
-def _pho(run: _Search) -> Outcome:
+def _pho(run: _Search) -> SearchResult:
     config = run.config
     return pho(
         run.space,
@@ -189,35 +190,35 @@ def _pho(run: _Search) -> Outcome:
     )
 
 
-def _climb(run: _Search) -> Outcome:
-    judged: dict[str, tuple[Setting, Verdict]] = {}
+def _climb(run: _Search) -> SearchResult:
+    judged: dict[str, tuple[Setting, Losses]] = {}
 
     def perplexity(settings: list[Setting]) -> list[float]:
-        verdicts = run.evaluator.verdicts(settings)
-        judged.update({each.key: (each, verdict) for each, verdict in zip(settings, verdicts, strict=True)})
-        return [math.exp(verdict.mean_nll) for verdict in verdicts]
+        losses = run.evaluator.losses(settings)
+        judged.update({setting.key: (setting, own) for setting, own in zip(settings, losses, strict=True)})
+        return [math.exp(own.mean_nll) for own in losses]
 
     known = list(anchors().values())
     perplexity(known)
     budget = _budget(run.config)
     report = _report(run.say, "perplexity", budget)
-    found = hill_climb(run.space, known[0], perplexity, evaluations=budget, expired=run.expired(0), report=report)
-    return Outcome(list(judged.values()), len(found.ranked), [])
+    ranking = hill_climb(run.space, known[0], perplexity, evaluations=budget, expired=run.expired(0), report=report)
+    return SearchResult(list(judged.values()), len(ranking.ranked), [])
 
 
-def _document(out: Path, run: _Search, identity: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+def _document(out: Path, run: _Search, identity: dict[str, Any], result: SearchResult) -> dict[str, Any]:
     """The preset: the judged setting with the least KL (PHO) or perplexity (hill climbing), and how it was found."""
     by_kl = run.config.optimizer == "pho"
-    setting, verdict = min(outcome.judged, key=lambda pair: pair[1].mean_kl if by_kl else pair[1].mean_nll)
-    found = {each.key: value for each, value in outcome.judged}
+    setting, losses = min(result.judged, key=lambda pair: pair[1].mean_kl if by_kl else pair[1].mean_nll)
+    known = {judged.key: own for judged, own in result.judged}
     provenance = {
         **identity,
-        "evaluations": outcome.evaluations,
-        "judged": len(outcome.judged),
-        "result": _figures(verdict),
-        "anchors": {name: _figures(found[anchor.key]) for name, anchor in anchors().items()},
-        "filters": [asdict(chosen) for chosen in outcome.filters],
-        "spearman_with_kl": correlations(run.evaluator, outcome.judged),
+        "evaluations": result.evaluations,
+        "judged": len(result.judged),
+        "result": _figures(losses),
+        "anchors": {name: _figures(known[anchor.key]) for name, anchor in anchors().items()},
+        "filters": [asdict(chosen) for chosen in result.filters],
+        "spearman_with_kl": correlations(run.evaluator, result.judged),
         "proxies": run.evaluator.proxies([setting])[0],
         "proxy_standard_errors": run.evaluator.errors(setting),
         "sample": asdict(run.evaluator.rule),
@@ -228,8 +229,8 @@ def _document(out: Path, run: _Search, identity: dict[str, Any], outcome: Outcom
     return {"name": out.stem, "method": setting.method, "params": params, "provenance": provenance}
 
 
-def _figures(verdict: Verdict) -> dict[str, float]:
-    return {"kl": verdict.mean_kl, "perplexity": math.exp(verdict.mean_nll)}
+def _figures(losses: Losses) -> dict[str, float]:
+    return {"kl": losses.mean_kl, "perplexity": math.exp(losses.mean_nll)}
 
 
 def _describe(setting: Setting) -> str:

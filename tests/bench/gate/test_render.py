@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from crepe_deploy.bench.gate import render
 from crepe_deploy.bench.gate.arms import PRUNED
-from crepe_deploy.bench.gate.outcome import SEVERITY, Row, Verdict
+from crepe_deploy.bench.gate.verdict import SEVERITY, Row, Verdict
 from crepe_deploy.bench.run.result import Interval
 from rich.console import Console
 
