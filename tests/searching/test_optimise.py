@@ -7,10 +7,10 @@ import math
 import pytest
 
 from crepe_deploy.errors import MissingExtra
-from crepe_deploy.search import optimise
-from crepe_deploy.search.hill_climb import hill_climb
-from crepe_deploy.search.optimise import cma_es, to_unit
-from crepe_deploy.search.space import Setting, Space, anchors
+from crepe_deploy.searching import optimise
+from crepe_deploy.searching.hill_climb import hill_climb
+from crepe_deploy.searching.optimise import cma_es, to_unit
+from crepe_deploy.searching.space import Setting, Space, anchors
 
 START = anchors()["RIA, a = 0.5"]
 PLANTED = [1.2, -1.0, 0.9, 5, 1]

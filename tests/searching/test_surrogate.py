@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from crepe_deploy.search.hybrid import spearman
-from crepe_deploy.search.surrogate import fit_surface, left_out
+from crepe_deploy.searching.hybrid import spearman
+from crepe_deploy.searching.surrogate import fit_surface, left_out
 
 
 def planted_surface(count: int, noise: float) -> tuple[list[dict[str, float]], list[float]]:

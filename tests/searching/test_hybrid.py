@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from crepe_deploy.search.hybrid import choose_filter, latin_hypercube, spearman, spread_out
-from crepe_deploy.search.optimise import rank
-from crepe_deploy.search.space import Space, anchors
+from crepe_deploy.searching.hybrid import choose_filter, latin_hypercube, spearman, spread_out
+from crepe_deploy.searching.optimise import rank
+from crepe_deploy.searching.space import Space, anchors
 
 
 def test_spearman_knows_ties_and_constants() -> None:
