@@ -15,8 +15,8 @@ from crepe_deploy.errors import ConfigError, OutputError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Progress, silent
-from crepe_deploy.pruning.methods.presets import Preset
-from crepe_deploy.pruning.prune import choose_targets
+from crepe_deploy.pruning.recipe import Preset
+from crepe_deploy.pruning.targets import choose_targets
 from crepe_deploy.store.files import check_output_file, write_json
 from crepe_deploy.store.journal import open_journal
 from crepe_deploy.store.manifest import versions
@@ -119,7 +119,7 @@ def search(
         run = _Search(config, space, evaluator, started, say)
         result = _pho(run) if config.optimizer == "pho" else _climb(run)
         document = _document(out, run, identity, result)
-    Preset(**document).build()  # what cannot be used is not written
+    Preset.model_validate(document)  # what cannot be used is not written
     write_json(out, document)
     return document
 
