@@ -13,7 +13,8 @@ from ..errors import ConfigError, ParityError
 from ..model.decoder import Decoder, load_config
 from ..packed.config import packed_config
 from ..progress import Progress, silent
-from ..pruning.prune import PruneConfig, prune
+from ..pruning.config import PruneConfig
+from ..pruning.prune import prune
 from ..store.files import atomic_folder, check_output, write_json
 from ..store.manifest import Manifest, save_manifest
 from ..store.sources import Model

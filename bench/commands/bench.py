@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -66,9 +64,10 @@ bench_command.add_command(init_ci_command)
 )
 @click.option("--max-rounds", type=click.IntRange(1), default=None, help="With --gate: add rounds while undecided.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run, or with --gate the verdict, as JSON.")
+@click.pass_obj
 def run_command(
-    targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None, max_rounds: int | None,
-    as_json: bool, **options: Any,
+    typed: str, targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None,
+    max_rounds: int | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Measure the scenario CONFIG, or the model folders DIR..., and write the run as JSON.
 
@@ -84,7 +83,7 @@ def run_command(
     scenario = build_scenario(targets, **options)
     path = check_output(out if out is not None else Path(f"{scenario.name}.json"), overwrite)
     gating = _gating(budgets, max_rounds, scenario.rounds)
-    run, verdict = bench(scenario, shlex.join(["crepe-deploy", *sys.argv[1:]]), gating=gating)
+    run, verdict = bench(scenario, typed, gating=gating)
     save_run(run, path)
     if not as_json:
         click.echo("\n".join([*summary_lines(run), f"written: {path}"]))

@@ -1,5 +1,5 @@
-"""The public functions, one module each, named as the commands are: they take what a person writes, and call the core.
+"""The public functions, a module each, named as the commands: they take what a person writes, and call the core.
 
-`import crepe_deploy` offers them lazily. May import everything but the commands, `exporting` inside functions only; only
-the commands and users import it.
+`import crepe_deploy` offers them lazily. May import everything but the commands, `exporting` inside functions only;
+only the commands and users import it.
 """

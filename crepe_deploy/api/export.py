@@ -25,6 +25,4 @@ def export(
 
     target = Path(out) if out is not None else Path(source).resolve().parent / format
     onnx = OnnxOptions(onnx_flavor or "portable", precision or "fp32")
-    return export_checkpoint(
-        Path(source), target, format, overwrite=overwrite, step=progress or silent, onnx=onnx
-    )
+    return export_checkpoint(Path(source), target, format, overwrite=overwrite, step=progress or silent, onnx=onnx)

@@ -45,9 +45,7 @@ def pattern_of(sparsity: Pattern | str | float, granularity: Granularity = "row"
     return parse_pattern(str(sparsity), granularity)
 
 
-def windows_of(
-    model: Model, calib: Calibration, field: str, samples: int, length: int, seed: int
-) -> CalibrationSet:
+def windows_of(model: Model, calib: Calibration, field: str, samples: int, length: int, seed: int) -> CalibrationSet:
     """Calibration windows of a source, of documents, or as given.
 
     calib: a file or `datasets` name; a `Mixture` of those; documents; token ids, integer (samples, length), which are

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern, Unstructured
+from crepe_deploy.progress import Say
 from crepe_deploy.store.checkpoint import CheckpointReader
+
+from .inputs import Granularity, find_model, pattern_of
 
 # Per target: does it load, is it smaller, is it faster. Ratios are not repeated here: they depend on the machine.
 TARGETS: dict[str, str] = {
@@ -23,11 +26,33 @@ ADVICE = (
 )
 
 
-def plan(folder: Path, pattern: Pattern, samples: int, length: int) -> dict[str, Any]:
-    """What pruning `folder` to `pattern` will take and give. Bytes unless named otherwise.
+class Plan(TypedDict):
+    """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors."""
 
-    Raises CheckpointError, UnsupportedModel.
+    model: str
+    pattern: str
+    prunable_tensors: int
+    does_not_divide: list[str]
+    not_packable: list[str]
+    checkpoint_bytes: int
+    packed_checkpoint_bytes: int
+    pruned_tensors_packed_over_dense: float
+    peak_memory_estimate_bytes: int
+    disk_needed_bytes: int
+    targets: dict[str, str]
+    advice: str
+
+
+def plan(
+    model: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
+    calib_samples: int = 128, calib_length: int = 2048, revision: str | None = None, say: Say | None = None,
+) -> Plan:  # fmt: skip
+    """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read.
+
+    Raises PatternError, CheckpointError, UnsupportedModel, ConfigError (exit code 2).
     """
+    pattern = pattern_of(sparsity, granularity)
+    folder = find_model(model, revision, say).folder
     decoder = Decoder(folder)
     reader = decoder.reader
     linears = [spec for block in decoder.linears for spec in block]
@@ -47,7 +72,7 @@ def plan(folder: Path, pattern: Pattern, samples: int, length: int) -> dict[str,
         "checkpoint_bytes": total,
         "packed_checkpoint_bytes": total - dense + packed + kept,
         "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
-        "peak_memory_estimate_bytes": peak_memory(decoder, samples * min(length, decoder.context_length)),
+        "peak_memory_estimate_bytes": peak_memory(decoder, calib_samples * min(calib_length, decoder.context_length)),
         "disk_needed_bytes": 2 * total,
         "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
         "advice": ADVICE,
@@ -62,14 +87,14 @@ def gpu_truth(shapes: set[tuple[int, int]]) -> str:
         return UNMEASURED
     from crepe_deploy.packed.cuda import dispatch
 
-    found = [entry for entry in dispatch.describe() if tuple(entry["shape"]) in shapes and entry["gain_over_dense"]]
-    return gpu_gains(found) if found else UNMEASURED
+    measured = [entry for entry in dispatch.describe() if tuple(entry["shape"]) in shapes and entry["gain_over_dense"]]
+    return gpu_gains(measured) if measured else UNMEASURED
 
 
-def gpu_gains(found: list[dict[str, Any]]) -> str:
+def gpu_gains(measured: list[dict[str, Any]]) -> str:
     """The measured gains over dense in one sentence: for each batch the range over kinds and shapes."""
     gains: dict[int, list[float]] = {}
-    for entry in found:
+    for entry in measured:
         gains.setdefault(int(entry["batch"]), []).append(float(entry["gain_over_dense"]))
     ranges = (f"batch {batch}: {min(all_):.2f}x to {max(all_):.2f}x" for batch, all_ in sorted(gains.items()))
     return f"smaller on the device too; layers measured here, over dense: {', '.join(ranges)}"
@@ -96,21 +121,3 @@ def peak_memory(decoder: Decoder, tokens: int) -> int:
     outside = sum(info.size_bytes for info in decoder.reader if info.name not in in_blocks)
     activations = tokens * int(decoder.config.hidden_size) * decoder.dtype.itemsize
     return outside + 4 * largest + 2 * activations
-
-
-def lines(result: dict[str, Any]) -> list[str]:
-    """The plan for a reader at a terminal."""
-    megabytes = {
-        "checkpoint": result["checkpoint_bytes"],
-        "packed checkpoint": result["packed_checkpoint_bytes"],
-        "disk needed while pruning": result["disk_needed_bytes"],
-        "peak memory above the libraries, at most about": result["peak_memory_estimate_bytes"],
-    }
-    text = [f"{result['model']} to {result['pattern']}: {result['prunable_tensors']} tensors"]
-    text += [f"  {label}: {size / 1e6:,.0f} MB" for label, size in megabytes.items()]
-    text.append(f"  pruned tensors, packed over dense: {result['pruned_tensors_packed_over_dense']:.4f}")
-    for label in ("does_not_divide", "not_packable"):
-        if names := result[label]:
-            text.append(f"  {label.replace('_', ' ')}: {len(names)} tensors, for example {names[0]}")
-    text += [f"  {target}: {truth}" for target, truth in result["targets"].items()]
-    return [*text, f"  {result['advice']}"]

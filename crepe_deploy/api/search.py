@@ -18,8 +18,9 @@ from .inputs import Calibration, Granularity, find_model, pattern_of, windows_of
 
 
 def search(
-    model: str | Path, out: str | Path, *, calib: Calibration, text: Calibration, sparsity: Pattern | str | float = "2:4",
-    granularity: Granularity = "row", calib_field: str = "text", calib_samples: int = 16, calib_length: int = 512,
+    model: str | Path, out: str | Path, *, calib: Calibration, text: Calibration,
+    sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row", calib_field: str = "text",
+    calib_samples: int = 16, calib_length: int = 512,
     text_field: str = "text", text_samples: int = 4, text_length: int = 512,
     optimizer: Literal["pho", "hill-climb"] = "pho", proxy: str = "auto", evaluations: int | None = None,
     minutes: float | None = None, fit: int = 16, finalists: int = 8, kernels: Sequence[int] = KERNEL_SIZES,

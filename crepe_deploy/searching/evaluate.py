@@ -24,7 +24,6 @@ from .statistics import SampleRule, collect
 JUDGE_BATCH = 8  # settings in one walk over the model: hidden states of each are held
 
 
-
 @dataclass
 class Evaluator:
     """A model's sampled layers and its judge, both made on first use, behind one journal.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from crepe_deploy.cli import main
+from crepe_deploy import cli
 from crepe_deploy.errors import ConfigError, CrepeError, OutputError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pattern import NM
-from crepe_deploy.pruning.methods.presets import load_preset
-from crepe_deploy.pruning.prune import PruneConfig, choose_targets, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
+from crepe_deploy.pruning.targets import choose_targets
 from crepe_deploy.quality.perplexity import evaluate
 from crepe_deploy.searching import evaluate as evaluation
 from crepe_deploy.searching.judge import Judge
@@ -93,7 +92,9 @@ def test_the_judge_measures_what_prune_and_eval_give(
     verdicts = Judge(decoder, targets, NM(2, 4), windows, norms)(settings)
     for number, setting in enumerate(settings):
         out = tmp_path / str(number)
-        prune(resolve_model(str(pico)), out, PruneConfig(setting.method, NM(2, 4), setting.params), tokens["calib"])
+        prune(
+            resolve_model(str(pico)), out, prune_config(setting.method, "2:4", params=setting.params), tokens["calib"]
+        )
         report = evaluate(out, texts["search"], window=32, max_tokens=96, against=pico)
         assert report.paired is not None
         assert verdicts[number].mean_kl == pytest.approx(report.paired.kl_mean.value, rel=1e-4)
@@ -120,9 +121,8 @@ def test_the_result_is_a_preset_that_no_anchor_beats(
     assert [chosen["fitted_on"] for chosen in facts["filters"]] == [8, 9]
     assert set(facts["spearman_with_kl"]) == {*facts["proxies"], "fitted"}
     assert facts["calibration"]["sha256"] != facts["search_text"]["sha256"]
-    preset = load_preset(str(out))
     pruned = prune(
-        resolve_model(str(pico)), tmp_path / "pruned", PruneConfig(preset.method, NM(2, 4), preset.params),
+        resolve_model(str(pico)), tmp_path / "pruned", prune_config(preset=out),
         tokens["calib"],
     )  # fmt: skip
     assert pruned.metrics["sparsity_of_pruned_tensors"] == 0.5
@@ -228,12 +228,9 @@ def test_outputs_are_not_taken_from_others(pico: Path, tokens: dict[str, Calibra
     assert (tmp_path / "found.json").read_text() == "mine"
 
 
-def crepe(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
-    monkeypatch.setattr(sys, "argv", ["crepe-deploy", *map(str, arguments)])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    return int(exit_info.value.code or 0)
+def crepe(*arguments: Any) -> int:
+    """The exit code of `crepe-deploy ARGUMENTS`."""
+    return cli.run([str(argument) for argument in arguments])
 
 
 SMALL = ["--calib-samples", 3, "--calib-length", 32, "--text-samples", 3, "--text-length", 32, "--evaluations", 12]
@@ -247,18 +244,18 @@ def test_the_command_searches_stops_and_resumes(
     arguments = ["search", pico, "--out", out, "--calib", texts["calib"], "--text", texts["search"], *SMALL]
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
-        assert crepe(patch, *arguments) == 75
+        assert crepe(*arguments) == 75
     assert "--resume goes on" in capsys.readouterr().err and not out.exists()
-    assert crepe(monkeypatch, *arguments) == 2
+    assert crepe(*arguments) == 2
     assert "holds an unfinished search" in capsys.readouterr().err
-    assert crepe(monkeypatch, *arguments, "--seed", 5, "--resume") == 2
+    assert crepe(*arguments, "--seed", 5, "--resume") == 2
     assert "is of another search" in capsys.readouterr().err
-    assert crepe(monkeypatch, *arguments, "--resume") == 0
+    assert crepe(*arguments, "--resume") == 0
     output = capsys.readouterr()
     assert "evaluations, best proxy so far" in output.err
     assert "RIA, a = 0.5: KL" in output.out
     pruned = ["prune", pico, "--out", tmp_path / "p", "--preset", out, "--calib", texts["calib"], *SMALL[:4]]
-    assert crepe(monkeypatch, *pruned) == 0
+    assert crepe(*pruned) == 0
 
 
 @pytest.mark.parametrize(
@@ -278,7 +275,7 @@ def test_the_command_refuses_what_cannot_work(
     (tmp_path / "wiki.test.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
     arguments = ["search", pico, "--out", "found.json", "--calib", texts["calib"], "--text", texts["search"], *SMALL]
-    assert crepe(monkeypatch, *arguments, *change) == 2
+    assert crepe(*arguments, *change) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "found.json").exists() and not (tmp_path / "found.json.journal").exists()
 

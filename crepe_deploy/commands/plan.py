@@ -1,0 +1,52 @@
+"""The command `plan`, and the lines that it prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import json_option, print_result, revision_option, say, sparsity_options
+
+if TYPE_CHECKING:
+    from crepe_deploy.api.plan import Plan
+
+EXAMPLES = """\b
+Examples:
+  crepe-deploy plan models/llama
+  crepe-deploy plan models/llama --sparsity 16:32
+  crepe-deploy plan HuggingFaceTB/SmolLM2-135M --sparsity 0.6 --granularity matrix --json
+"""
+
+
+@click.command("plan", epilog=EXAMPLES)
+@click.argument("model")
+@sparsity_options
+@click.option("--calib-samples", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--calib-length", type=click.IntRange(2), default=2048, show_default=True)
+@revision_option
+@json_option
+def plan_command(model: str, as_json: bool, **options: Any) -> None:
+    """Say what pruning MODEL will need and what each target will gain, without reading a weight."""
+    from crepe_deploy.api.plan import plan
+
+    result = plan(model, say=say, **options)
+    print_result(result, as_json, lines(result))
+
+
+def lines(result: Plan) -> list[str]:
+    """The plan for a reader at a terminal."""
+    megabytes = {
+        "checkpoint": result["checkpoint_bytes"],
+        "packed checkpoint": result["packed_checkpoint_bytes"],
+        "disk needed while pruning": result["disk_needed_bytes"],
+        "peak memory above the libraries, at most about": result["peak_memory_estimate_bytes"],
+    }
+    text = [f"{result['model']} to {result['pattern']}: {result['prunable_tensors']} tensors"]
+    text += [f"  {label}: {size / 1e6:,.0f} MB" for label, size in megabytes.items()]
+    text.append(f"  pruned tensors, packed over dense: {result['pruned_tensors_packed_over_dense']:.4f}")
+    for label in ("does_not_divide", "not_packable"):
+        if names := result[label]:
+            text.append(f"  {label.replace('_', ' ')}: {len(names)} tensors, for example {names[0]}")
+    text += [f"  {target}: {truth}" for target, truth in result["targets"].items()]
+    return [*text, f"  {result['advice']}"]
