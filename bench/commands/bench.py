@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from ..run.scenario import Scenario
 
 DEFAULT_POINTS: Final = "1x64+32,4x64+32,1x512+1*2"
+EXAMPLES: Final = """\b
+Examples:
+  crepe-deploy bench models/llama out/packed
+  crepe-deploy bench configs/bench-smollm2.yaml --rounds 12 --aa --out run.json
+  crepe-deploy bench run models/llama out/packed --text wiki.test.txt --engine transformers
+  crepe-deploy bench configs/bench-ci.yaml --gate configs/budgets.yaml --max-rounds 20
+"""
 
 
 class _RunByDefault(click.Group):
@@ -28,7 +35,7 @@ class _RunByDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group("bench", cls=_RunByDefault, invoke_without_command=False)
+@click.group("bench", cls=_RunByDefault, invoke_without_command=False, epilog=EXAMPLES)
 def bench_command() -> None:
     """Measure checkpoints side by side: latency, throughput, memory and quality, in one run."""
 
@@ -36,7 +43,7 @@ def bench_command() -> None:
 bench_command.add_command(init_ci_command)
 
 
-@bench_command.command("run")
+@bench_command.command("run", epilog=EXAMPLES)
 @click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | DIR...")
 @click.option("--baseline", default=None, help="The dense folder; with CONFIG, a candidate's name. Default: the first.")
 @click.option("--engine", default=None, help="vllm or transformers, for candidates that name none.")
