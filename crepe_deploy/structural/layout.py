@@ -16,12 +16,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
+from crepe_deploy.model import families
 
-FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES: Final = tuple(name for name, family in families.FAMILIES.items() if family.structural)
 PREFIX: Final = "crepe_"
 DECI_TYPE: Final = "nemotron-nas"
 DECI_CLASS: Final = "DeciLMForCausalLM"
-PER_LAYER_CLASSES: Final = {f"{PREFIX}{family}": f"Crepe{family.capitalize()}ForCausalLM" for family in FAMILIES}
+PER_LAYER_CLASSES: Final = {
+    name: f"Crepe{family.per_layer_of.capitalize()}ForCausalLM"
+    for name, family in families.FAMILIES.items()
+    if family.per_layer_of
+}
 _NAMES: Final = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "intermediate": "intermediate_size"}
 _WINDOW_KEYS: Final = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 Content = dict[str, Any]
