@@ -1,4 +1,4 @@
-"""Tiny random models of the four families, and random plans for them."""
+"""Tiny random models of the families, and random plans for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from crepe_deploy.structural.plan import Geometry, LayerPlan
 from tests.pico import VOCAB, make_pico
@@ -18,7 +28,19 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+    "phi3": Phi3Config,
 }
+# What the families need besides `SIZES`, so that their own features are there: windows, both kinds of layer, soft caps.
+OWN: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 12, "sliding_window": 8, "attn_logit_softcapping": 20.0, "pad_token_id": 1},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 12, "sliding_window": 8, "pad_token_id": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": {"pad_token_id": 1},
+}  # fmt: skip
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -39,7 +61,7 @@ UNEVEN: tuple[Kept, ...] = ((4, 2, 96), (1, 2, 32), (3, 1, 50))
 
 def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
     """A random model of `SIZES` whose norms and biases are random too, so that nothing is right by luck."""
-    make_pico(folder, CONFIGS[family](**{**SIZES, **overrides}), dtype)
+    make_pico(folder, CONFIGS[family](**{**SIZES, **OWN.get(family, {}), **overrides}), dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
