@@ -19,7 +19,7 @@ from ...progress import progress
 
 def build(root: Path, patterns: Sequence[str]) -> list[Path]:
     """The dense folder with the first pattern's zeros, then the packed ones; what is there already is kept."""
-    from ...export.pipeline import export_checkpoint
+    from ...exporting.pipeline import export_checkpoint
     from ...pattern import parse_pattern
     from ...pruning.prune import PruneConfig, prune
     from ...store.sources import resolve_model

@@ -23,10 +23,10 @@ from ...pattern import NM
 from ...pruning.methods.presets import load_preset
 from ...pruning.prune import choose_targets
 from ...quality.scoring import Estimate, estimate, exp_mean, mean
-from ...search.judge import Judge, Verdict
-from ...search.run import SearchConfig, search
-from ...search.space import Setting, anchors
-from ...search.statistics import SampleRule, collect
+from ...searching.judge import Judge, Verdict
+from ...searching.run import SearchConfig, search
+from ...searching.space import Setting, anchors
+from ...searching.statistics import SampleRule, collect
 from ...store.manifest import versions
 from ...store.sources import resolve_model
 from ...texts import CalibrationSet, calibration_windows, load_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crepe_deploy.export.pipeline import prune_and_export
+from crepe_deploy.exporting.pipeline import prune_and_export
 
 from crepe_deploy.pattern import NM
 from crepe_deploy.pruning.prune import PruneConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crepe_deploy.export.packed import export_packed
+from crepe_deploy.exporting.packed import export_packed
 
 from crepe_deploy.cli import main
 from crepe_deploy.commands.doctor import gpu_lines

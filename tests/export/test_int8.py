@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from crepe_deploy.export import int8
-from crepe_deploy.export.int8 import quantization_config, quantize
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting import int8
+from crepe_deploy.exporting.int8 import quantization_config, quantize
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import linear

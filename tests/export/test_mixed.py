@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 
 import crepe_deploy  # noqa: F401  registers the format with transformers
 from crepe_deploy.commands.lines import report_lines

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crepe_deploy.export.onnx import export as onnx_export
-from crepe_deploy.export.onnx.support import FAMILIES, OnnxOptions, check_model, check_options
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.onnx import export as onnx_export
+from crepe_deploy.exporting.onnx.support import FAMILIES, OnnxOptions, check_model, check_options
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from transformers import GPT2Config, LlamaConfig
 
 from crepe_deploy.errors import ConfigError, DiskFullError, MissingExtra, UnsupportedModel

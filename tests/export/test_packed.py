@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.export.packed import export_packed, load_packed, same_bits
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.packed import export_packed, load_packed, same_bits
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file, save_file
 
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, VerifyError

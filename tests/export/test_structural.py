@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from crepe_deploy.export import structural
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
-from crepe_deploy.export.structural import assemble
+from crepe_deploy.exporting import structural
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.structural import assemble
 from safetensors.torch import load_file
 from transformers import AutoModel, Gemma2Config
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file
 
 from crepe_deploy.errors import ConfigError, UnsupportedModel

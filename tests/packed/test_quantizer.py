@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from crepe_deploy.export.pipeline import export_checkpoint
+from crepe_deploy.exporting.pipeline import export_checkpoint
 from safetensors.torch import load_file, save_file
 
 from crepe_deploy.errors import CheckpointError, ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from crepe_deploy.export.pipeline import prune_and_export
+from crepe_deploy.exporting.pipeline import prune_and_export
 
 from crepe_deploy.pattern import parse_pattern
 from crepe_deploy.pruning.prune import PruneConfig

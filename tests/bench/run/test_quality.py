@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from crepe_deploy.bench.run.quality import measure_quality, quality_of
-from crepe_deploy.export.pipeline import prune_and_export
+from crepe_deploy.exporting.pipeline import prune_and_export
 
 from crepe_deploy.errors import CrepeError
 from crepe_deploy.pattern import parse_pattern

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from crepe_deploy.errors import ConfigError, MissingExtra, OutputError
-from crepe_deploy.search import optimise
-from crepe_deploy.search.hill_climb import hill_climb
-from crepe_deploy.search.hybrid import choose_filter, spearman, spread_out
-from crepe_deploy.search.optimise import cma_es, rank, to_unit
-from crepe_deploy.search.space import Setting, Space, anchors
-from crepe_deploy.search.surrogate import fit_surface, left_out
+from crepe_deploy.searching import optimise
+from crepe_deploy.searching.hill_climb import hill_climb
+from crepe_deploy.searching.hybrid import choose_filter, spearman, spread_out
+from crepe_deploy.searching.optimise import cma_es, rank, to_unit
+from crepe_deploy.searching.space import Setting, Space, anchors
+from crepe_deploy.searching.surrogate import fit_surface, left_out
 from crepe_deploy.store.journal import open_journal
 
 START = anchors()["RIA, a = 0.5"]

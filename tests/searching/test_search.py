@@ -20,12 +20,12 @@ from crepe_deploy.pattern import NM
 from crepe_deploy.pruning.methods.presets import load_preset
 from crepe_deploy.pruning.prune import PruneConfig, choose_targets, prune
 from crepe_deploy.quality.perplexity import evaluate
-from crepe_deploy.search import evaluate as evaluation
-from crepe_deploy.search.judge import Judge
-from crepe_deploy.search.run import SearchConfig, journal_path, search
-from crepe_deploy.search.sample import LayerSample
-from crepe_deploy.search.space import Setting, Space, anchors
-from crepe_deploy.search.statistics import SampleRule, collect
+from crepe_deploy.searching import evaluate as evaluation
+from crepe_deploy.searching.judge import Judge
+from crepe_deploy.searching.run import SearchConfig, journal_path, search
+from crepe_deploy.searching.sample import LayerSample
+from crepe_deploy.searching.space import Setting, Space, anchors
+from crepe_deploy.searching.statistics import SampleRule, collect
 from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
 from tests.pico import make_pico_llama, sample_text
