@@ -203,7 +203,7 @@ def _write(
     reader: CheckpointReader, folder: Path, layout: Layout, head_dim: int, transform: Transform,
     tick: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Stream every tensor through `transform` into the source's own shards; a tick for each layer's output projection."""
+    """Stream every tensor through `transform` into the source's own shards; a tick for each layer."""
     projections = layouts.written_projections(layout.content)
     output = f"{projections.output}.weight"
     plan: dict[str, Planned] = {}

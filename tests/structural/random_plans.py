@@ -59,9 +59,14 @@ Kept = tuple[int, int, int]  # KV groups, query heads in each, neurons
 UNEVEN: tuple[Kept, ...] = ((4, 2, 96), (1, 2, 32), (3, 1, 50))
 
 
+def family_config(family: str, **overrides: Any) -> PretrainedConfig:
+    """The configuration of `SIZES` of one family."""
+    return CONFIGS[family](**{**SIZES, **OWN.get(family, {}), **overrides})
+
+
 def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
     """A random model of `SIZES` whose norms and biases are random too, so that nothing is right by luck."""
-    make_pico(folder, CONFIGS[family](**{**SIZES, **OWN.get(family, {}), **overrides}), dtype)
+    make_pico(folder, family_config(family, **overrides), dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -98,7 +103,7 @@ def masked_model_logits(folder: Path, plans: Sequence[LayerPlan], tokens: Tensor
     """Logits of the whole model, dropped columns of o_proj and down_proj zero, refit ones scattered, by loops."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     config = model.config
-    size = config.head_dim
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_group = config.num_attention_heads // config.num_key_value_heads
     for layer, plan in zip(model.model.layers, plans, strict=True):
         output, down = layer.self_attn.o_proj.weight.data.zero_(), layer.mlp.down_proj.weight.data.zero_()
