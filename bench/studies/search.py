@@ -20,8 +20,8 @@ import torch
 
 from ...model.decoder import Decoder
 from ...pattern import NM
-from ...pruning.methods.presets import load_preset
-from ...pruning.prune import choose_targets
+from ...pruning.recipe import load_preset
+from ...pruning.targets import choose_targets
 from ...quality.scoring import Estimate, estimate, exp_mean, mean
 from ...searching.judge import Judge, Verdict
 from ...searching.run import SearchConfig, search
@@ -82,7 +82,7 @@ def measure(assets_dir: Path, optimizer: Any, seed: int, evaluations: int | None
     text = calibration_windows(assets.text("c4", "valid"), tokenizer, 4, 512, seed=seed)
     held_out = calibration_windows(assets.text("wiki", "valid"), tokenizer, HELD_OUT_SAMPLES, 512, seed=0)
     if found is not None:
-        preset = vars(load_preset(str(found)))
+        preset = load_preset(found).model_dump()
     else:
         config = SearchConfig(PATTERN, optimizer, evaluations=evaluations, seed=seed)
         preset = find(assets, config, calibration, text)

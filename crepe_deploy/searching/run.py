@@ -17,8 +17,8 @@ from crepe_deploy.errors import ConfigError, OutputError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Progress, silent
-from crepe_deploy.pruning.methods.presets import load_preset
-from crepe_deploy.pruning.prune import choose_targets
+from crepe_deploy.pruning.recipe import load_preset
+from crepe_deploy.pruning.targets import choose_targets
 from crepe_deploy.store.files import disk_errors
 from crepe_deploy.store.journal import open_journal
 from crepe_deploy.store.manifest import versions

@@ -1,4 +1,4 @@
-"""Folders and small files that appear whole or not at all, and disks that are asked before."""
+"""Small files that appear whole or not at all, and disks that are asked before."""
 
 from __future__ import annotations
 
@@ -47,48 +47,3 @@ def require_disk(path: Path, size_bytes: int) -> None:
         raise DiskFullError(
             f"{path} needs {size_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: free some room"
         )
-
-
-def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
-    """Refuse an output that exists (unless `overwrite`), equals an input, or lies around or inside one."""
-    place = out.resolve()
-    for path in inputs:
-        source = path.resolve()
-        if place == source or source.is_relative_to(place) or place.is_relative_to(source):
-            raise OutputError(f"output {out} and input {path} are one folder or lie inside each other; choose another")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists: give another --out, or --overwrite to replace it")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} exists and is not a folder")
-    if not os.access(next(parent for parent in place.parents if parent.exists()), os.W_OK):
-        raise OutputError(f"{out} cannot be created: its parent folder is not writable")
-
-
-@contextlib.contextmanager
-def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield `OUT.partial/`, renamed to `out` on success and removed on any failure, Ctrl-C included."""
-    check_output(out, overwrite=overwrite)
-    partial = out.with_name(out.name + ".partial")
-    with disk_errors(partial):
-        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-        partial.mkdir(parents=True)
-    try:
-        yield partial
-        with disk_errors(out):
-            _swap(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap(partial: Path, out: Path) -> None:
-    old = out.with_name(out.name + ".old")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    partial.rename(out)
-    handle = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    shutil.rmtree(old, ignore_errors=True)

@@ -17,8 +17,9 @@ from crepe_deploy.cli import main
 from crepe_deploy.errors import ConfigError, CrepeError, OutputError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pattern import NM
-from crepe_deploy.pruning.methods.presets import load_preset
-from crepe_deploy.pruning.prune import PruneConfig, choose_targets, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
+from crepe_deploy.pruning.targets import choose_targets
 from crepe_deploy.quality.perplexity import evaluate
 from crepe_deploy.searching import evaluate as evaluation
 from crepe_deploy.searching.judge import Judge
@@ -93,7 +94,9 @@ def test_the_judge_measures_what_prune_and_eval_give(
     verdicts = Judge(decoder, targets, NM(2, 4), windows, norms)(settings)
     for number, setting in enumerate(settings):
         out = tmp_path / str(number)
-        prune(resolve_model(str(pico)), out, PruneConfig(setting.method, NM(2, 4), setting.params), tokens["calib"])
+        prune(
+            resolve_model(str(pico)), out, prune_config(setting.method, "2:4", params=setting.params), tokens["calib"]
+        )
         report = evaluate(out, texts["search"], window=32, max_tokens=96, against=pico)
         assert report.paired is not None
         assert verdicts[number].mean_kl == pytest.approx(report.paired.kl_mean.value, rel=1e-4)
@@ -120,9 +123,8 @@ def test_the_result_is_a_preset_that_no_anchor_beats(
     assert [chosen["fitted_on"] for chosen in facts["filters"]] == [8, 9]
     assert set(facts["spearman_with_kl"]) == {*facts["proxies"], "fitted"}
     assert facts["calibration"]["sha256"] != facts["search_text"]["sha256"]
-    preset = load_preset(str(out))
     pruned = prune(
-        resolve_model(str(pico)), tmp_path / "pruned", PruneConfig(preset.method, NM(2, 4), preset.params),
+        resolve_model(str(pico)), tmp_path / "pruned", prune_config(preset=out),
         tokens["calib"],
     )  # fmt: skip
     assert pruned.metrics["sparsity_of_pruned_tensors"] == 0.5
