@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError, CheckpointError, ConfigError, MissingExtra
+from .model.families import family_of
+from .store.checkpoint import read_json
 
 SEPARATOR = "\n\n"
 DATASET_MAX_CHARS = 50_000_000
@@ -130,8 +132,23 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 
 
 def wants_bos_each_window(tokenizer: Any) -> bool:
-    """Whether the family computes nonsense without BOS in front of every sequence (Gemma)."""
-    return "Gemma" in type(tokenizer).__name__ and tokenizer.bos_token_id is not None
+    """Whether the model that this tokenizer was loaded with needs BOS in front of every sequence, see `Family`.
+
+    Raises CheckpointError where it does and the tokenizer has none.
+    """
+    folder = Path(tokenizer.name_or_path)
+    kind = model_type(folder) if (folder / "config.json").is_file() else ""
+    if not family_of(kind).bos:
+        return False
+    if tokenizer.bos_token_id is None:
+        raise CheckpointError(f"{folder}: model type '{kind}' needs BOS before every text, and its tokenizer has none")
+    return True
+
+
+def model_type(folder: Path) -> str:
+    """The model type that a folder's config.json states; of its text model where it has several. CheckpointError."""
+    content = read_json(folder / "config.json")
+    return str((content.get("text_config") or content).get("model_type", "unknown"))
 
 
 def calibration_windows(

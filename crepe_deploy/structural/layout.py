@@ -16,26 +16,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
-from crepe_deploy.model.structure import FUSED, Part, Projections, Structure
+from crepe_deploy.model.families import FAMILIES, family_of, known
+from crepe_deploy.model.structure import SEPARATE, Part, Projections, Structure
 
-STRUCTURES: Final = {
-    "llama": Structure(mlp_bias="mlp_bias", heads_divide=True, sibling="mistral"),
-    "mistral": Structure(),
-    "qwen2": Structure(qkv_bias=True, derives_head_dim=True, sibling="llama"),
-    "qwen3": Structure(deci_lacks="norms of queries and keys"),
-    "gemma2": Structure(heads_divide=True, deci_lacks="norms behind attention and FFN and no soft caps"),
-    "gemma3_text": Structure(heads_divide=True, deci_lacks="norms behind attention and FFN"),
-    "phi3": Structure(
-        FUSED, qkv_bias=False, attention_reads=("num_key_value_groups", "num_key_value_heads", "config"),
-        sized_rotary=True, deci_lacks="fused matrices",
-    ),
-}  # fmt: skip
-FAMILIES: Final = tuple(STRUCTURES)
 PREFIX: Final = "crepe_"
 DECI_TYPE: Final = "nemotron-nas"
 DECI_CLASS: Final = "DeciLMForCausalLM"
 PER_LAYER_CLASSES: Final = {
-    f"{PREFIX}{family}": f"Crepe{family.title().replace('_', '')}ForCausalLM" for family in FAMILIES
+    name: f"Crepe{family.per_layer_of.title().replace('_', '')}ForCausalLM"
+    for name, family in FAMILIES.items()
+    if family.per_layer_of
 }
 _NAMES: Final = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "intermediate": "intermediate_size"}
 _WINDOW_KEYS: Final = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
@@ -53,19 +43,22 @@ class Widths(NamedTuple):
         return f"{self.heads} query heads, {self.kv_heads} KV heads, {self.intermediate} neurons"
 
 
+def structure_of(model_type: str) -> Structure:
+    """Where the heads and neurons of a family are, when they can be pruned. Raises UnsupportedModel naming it."""
+    structure = family_of(model_type).structural
+    if structure is None:
+        raise UnsupportedModel(
+            f"model type '{model_type}': structural pruning knows {known('structural')}; prune it to an N:M pattern "
+            "instead"
+        )
+    return structure
+
+
 def check_family(content: Mapping[str, Any]) -> str:
     """The model type, when its structure can be pruned. Raises UnsupportedModel naming it."""
-    name = content.get("model_type", "unknown")
-    if name not in FAMILIES:
-        raise UnsupportedModel(
-            f"model type '{name}': structural pruning knows {', '.join(FAMILIES)}; prune it to an N:M pattern instead"
-        )
-    return str(name)
-
-
-def structure_of(content: Mapping[str, Any]) -> Structure:
-    """The structure of a model that can be pruned. Raises UnsupportedModel naming its model type."""
-    return STRUCTURES[check_family(content)]
+    name = str(content.get("model_type", "unknown"))
+    structure_of(name)
+    return name
 
 
 def uniform_content(content: Mapping[str, Any], head_dim: int, widths: Sequence[Widths]) -> Content:
@@ -76,7 +69,7 @@ def uniform_content(content: Mapping[str, Any], head_dim: int, widths: Sequence[
     a window; for Qwen2 with fewer heads (vLLM derives its head size) Llama with biases, whose o_proj biases are zeros.
     Raises ConfigError where no stock family fits.
     """
-    structure, first = structure_of(content), widths[0]
+    structure, first = structure_of(check_family(content)), widths[0]
     for index, layer in enumerate(widths):
         if layer != first:
             raise ConfigError(f"--widths uniform: layer {index} keeps {layer}; layer 0 keeps {first}")
@@ -203,7 +196,8 @@ def _padded(widths: Sequence[Widths], heads: int) -> list[Widths] | None:
 
 def deci_content(content: Mapping[str, Any], head_dim: int, padded: Sequence[Widths]) -> Content:
     """The DeciLM configuration of layers padded by `deci_widths`. Raises UnsupportedModel for what DeciLM has not."""
-    family, structure = check_family(content), structure_of(content)
+    family = check_family(content)
+    structure = structure_of(family)
     if structure.deci_lacks:
         raise UnsupportedModel(
             f"the DeciLM layout has no {structure.deci_lacks}, which {family} needs: use the plugin layout"
@@ -270,10 +264,12 @@ def layer_shapes(content: Mapping[str, Any]) -> list[dict[str, tuple[int, int]]]
 def written_projections(content: Mapping[str, Any]) -> Projections:
     """The matrices of a layer in a checkpoint of any layout. Raises CheckpointError for another model type."""
     name = str(content.get("model_type"))
-    family = "llama" if name == DECI_TYPE else name.removeprefix(PREFIX)
-    if family not in STRUCTURES:
+    if name == DECI_TYPE:
+        return SEPARATE
+    structure = family_of(family_of(name).per_layer_of or name).structural
+    if structure is None:
         raise CheckpointError(f"config.json: model type '{name}' is none that structural pruning writes")
-    return STRUCTURES[family].projections
+    return structure.projections
 
 
 def part_rows(layer: Widths, head_dim: int) -> dict[Part, int]:

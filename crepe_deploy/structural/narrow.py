@@ -23,7 +23,7 @@ def require_family(decoder: Decoder) -> None:
     Raises UnsupportedModel naming what differs.
     """
     kind = decoder.config.model_type
-    paths = set(structure_of({"model_type": kind}).projections.paths)
+    paths = set(structure_of(kind).projections.paths)
     for index, specs in enumerate(decoder.linears):
         if differing := paths ^ {spec.path for spec in specs}:
             raise UnsupportedModel(
@@ -33,7 +33,7 @@ def require_family(decoder: Decoder) -> None:
 
 def output_specs(decoder: Decoder, index: int) -> list[LinearSpec]:
     """`o_proj` and `down_proj` of one block, in this order."""
-    projections = structure_of({"model_type": decoder.config.model_type}).projections
+    projections = structure_of(decoder.config.model_type).projections
     by_path = {spec.path: spec for spec in decoder.linears[index]}
     return [by_path[projections.output], by_path[projections.down]]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from crepe_deploy.errors import ConfigError, UnsupportedModel
 from crepe_deploy.model.structure import Structure
 
-from .layout import STRUCTURES, structure_of
+from .layout import structure_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Geometry:
     layers: int
     qkv_bias: bool = False
     mlp_bias: bool = False
-    structure: Structure = STRUCTURES["llama"]
+    structure: Structure = field(default_factory=Structure)
 
     def __post_init__(self) -> None:
         for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "layers"):
@@ -54,7 +54,7 @@ class Geometry:
         for name in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"):
             if not isinstance(getattr(config, name, None), int):
                 raise UnsupportedModel(f"model type '{kind}': its configuration has no single '{name}'")
-        heads, structure = config.num_attention_heads, structure_of({"model_type": kind})
+        heads, structure = config.num_attention_heads, structure_of(kind)
         return cls(
             hidden=config.hidden_size,
             heads=heads,
