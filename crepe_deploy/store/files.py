@@ -24,19 +24,31 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise DiskFullError(f"the disk is full while writing {path}: free some room and run again") from error
-        raise OutputError(f"{path} cannot be written: {error}") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 through a temporary file beside it, fsynced and renamed; its folder is made.
+
+    Raises DiskFullError, OutputError.
+    """
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON through a temporary file, fsynced and renamed."""
-    partial = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+    """Write JSON, indented, as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def require_disk(path: Path, size_bytes: int) -> None:
@@ -47,3 +59,13 @@ def require_disk(path: Path, size_bytes: int) -> None:
         raise DiskFullError(
             f"{path} needs {size_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: free some room"
         )
+
+
+def check_output_file(path: Path, *, overwrite: bool) -> Path:
+    """Refuse a file that exists (unless `overwrite`) or cannot be written, and return it. Raises OutputError."""
+    if path.exists() and not (overwrite and path.is_file()):
+        raise OutputError(f"{path} exists: choose another --out" + ("" if path.is_dir() else ", or give --overwrite"))
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written: {parent} is no folder that can be written to")
+    return path
