@@ -59,7 +59,8 @@ class PerLayerCausal:
     decoder: ClassVar[type[nn.Module]]
 
     def __init__(self, config: Any) -> None:
-        super(self.family, self).__init__(config)  # past the constructor that builds layers of one width
+        # Past the family's constructor, which builds layers of one width.
+        super(self.family, self).__init__(config)  # type: ignore[call-arg]
         add_head(self, config, self.decoder(config))
 
 
