@@ -132,23 +132,13 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 
 
 def wants_bos_each_window(tokenizer: Any) -> bool:
-    """Whether the model that this tokenizer was loaded with needs BOS in front of every sequence, see `Family`.
-
-    Raises CheckpointError where it does and the tokenizer has none.
-    """
-    folder = Path(tokenizer.name_or_path)
-    kind = model_type(folder) if (folder / "config.json").is_file() else ""
-    if not family_of(kind).bos:
-        return False
-    if tokenizer.bos_token_id is None:
-        raise CheckpointError(f"{folder}: model type '{kind}' needs BOS before every text, and its tokenizer has none")
-    return True
-
-
-def model_type(folder: Path) -> str:
-    """The model type that a folder's config.json states; of its text model where it has several. CheckpointError."""
-    content = read_json(folder / "config.json")
-    return str((content.get("text_config") or content).get("model_type", "unknown"))
+    """Whether the model beside this tokenizer needs BOS in front of every text; CheckpointError if there is no BOS."""
+    path = Path(tokenizer.name_or_path) / "config.json"
+    content = read_json(path) if path.is_file() else {}
+    kind = (content.get("text_config") or content).get("model_type", "")
+    if family_of(kind).bos and tokenizer.bos_token_id is None:
+        raise CheckpointError(f"{path}: model type '{kind}' needs BOS before every text, and its tokenizer has none")
+    return family_of(kind).bos
 
 
 def calibration_windows(
