@@ -43,7 +43,7 @@ def folder_of(module: str) -> str:
 
 
 def room_of(module: str) -> str:
-    """A folder, or a module that lies directly in `crepe_deploy`: errors, pattern and the like are rooms of their own."""
+    """A folder, or a module directly in `crepe_deploy`: errors, pattern and the like are rooms of their own."""
     return module if folder_of(module) == "crepe_deploy" else folder_of(module)
 
 
