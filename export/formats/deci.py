@@ -79,7 +79,7 @@ class Deci(Exporter[DeciPlan]):
         def transform(index: int, path: str, tensor: Tensor) -> Tensor:
             return padded(path, tensor, kept[index], written[index], plan.head_dim)
 
-        write_sliced(plan.decoder.reader, folder, plan.tensors, transform, tick)
+        write_sliced(plan.decoder.reader, folder, plan.tensors, plan.layout, transform, tick)
         return Written()
 
     def companions(self, plan: DeciPlan, weights: Path, folder: Path) -> None:
