@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from crepe_deploy.structural.layout import PER_LAYER_CLASSES
 
-from .calibrate import Stream, exact_products, shared_inputs
+from .calibrate import Stream, bf16_products, shared_inputs
 from .decoder import LinearSpec, is_linear
 from .stats import Stats
 
@@ -53,7 +53,7 @@ class _Sums:
     def add(self, pruned: Tensor, dense: Tensor, residual: Tensor | None) -> None:
         """`pruned`, `dense` (..., in); `residual` (..., width) fp32 or None."""
         x, d = (batch.flatten(0, -2).float() for batch in (pruned, dense))
-        with exact_products(pruned.dtype):
+        with bf16_products(pruned.dtype == torch.bfloat16):
             self.gram.addmm_(x.T, x)
             self.cross.addmm_(d.T, x)
             if residual is not None:  # may round what is left of a residual; a sum over all tokens does not feel it
@@ -158,8 +158,7 @@ class Pair:
     @classmethod
     def start(cls, stream: Stream, model_type: str) -> Pair:
         """Both sides in front of the first block, where they are equal."""
-        twin = Stream(list(stream.hidden), stream.calls)
-        return cls(Side(stream), Side(twin), RESIDUALS.get(model_type, {}))
+        return cls(Side(stream), Side(stream.twin()), RESIDUALS.get(model_type, {}))
 
     def groups(
         self, block: nn.Module, index: int, linears: list[LinearSpec], targets: list[LinearSpec]
