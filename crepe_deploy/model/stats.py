@@ -40,7 +40,7 @@ class Stats:
     memo: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def derived(self, key: tuple[object, ...], compute: Callable[[], Derived]) -> Derived:
-        """What `compute` gives, computed once; key: its type, and everything besides these statistics that decides it."""
+        """What `compute` gives, computed once. key: what it is, and all that decides it besides these statistics."""
         if key not in self.memo:
             self.memo[key] = compute()
         return cast(Derived, self.memo[key])

@@ -48,7 +48,7 @@ def start_streams(plan: RunPlan) -> Streams:
 
 
 def prune_block(plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor]) -> BlockResult:
-    """Prune the targets of block `index`, whose tensors by checkpoint name are `weights`, in place; `streams` follow."""
+    """Prune the targets of block `index`, with its tensors `weights` by checkpoint name, in place; `streams` follow."""
     phases = Phases()
     pruner = LayerPruner(plan.decoder, plan.config, plan.patterns, phases)
     block = plan.decoder.blocks[index]

@@ -66,7 +66,7 @@ class LayerPruner:
     def _solve(
         self, weight: Tensor, score: Tensor | None, stats: Stats, pattern: Pattern
     ) -> tuple[Tensor, dict[str, float]]:
-        """The pruned weight (out, in) in the dtype of `weight`, and notes. Kept weights change in updating steps only."""
+        """The pruned weight (out, in) in the dtype of `weight`, and notes. Only updating steps change kept weights."""
         steps = self.config.steps
         solution = self._first(weight, score, stats, pattern)
         notes = dict(solution.notes)
