@@ -29,7 +29,7 @@ from crepe_deploy.progress import Progress, silent
 from crepe_deploy.store.audit import check_pattern
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.companions import copy_companions
-from crepe_deploy.store.files import atomic_folder
+from crepe_deploy.store.folders import atomic_folder
 from crepe_deploy.store.manifest import Manifest, TensorRecord, hash_folder, save_manifest, versions
 from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.store.writing import CheckpointWriter, Planned

@@ -12,7 +12,8 @@ from torch import Tensor
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
-from crepe_deploy.store.files import check_output, require_disk
+from crepe_deploy.store.files import require_disk
+from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
