@@ -25,7 +25,9 @@ means stopped but resumable.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+EXIT_RESUMABLE: Final = 75  # stopped, and the same command with --resume goes on; not an error
 
 
 class CrepeError(Exception):

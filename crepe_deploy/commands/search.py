@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from crepe_deploy.errors import ConfigError
+from crepe_deploy.errors import EXIT_RESUMABLE, ConfigError
 
 from .options import calibration_options
 
 if TYPE_CHECKING:
     from crepe_deploy.store.sources import Model
     from crepe_deploy.texts import CalibrationSet
-
-EXIT_RESUMABLE = 75
 
 
 @click.command("search")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from crepe_deploy.errors import EXIT_RESUMABLE
+
 from .options import calibration_options, json_option, options, overwrite_option, say
 
 if TYPE_CHECKING:
     from crepe_deploy.structural.tyr import Writer
-
-EXIT_RESUMABLE = 75
 
 
 def _share(context: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:

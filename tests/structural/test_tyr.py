@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from crepe_deploy.cli import main
-from crepe_deploy.commands.tyr import EXIT_RESUMABLE
+from crepe_deploy.errors import EXIT_RESUMABLE
 from crepe_deploy.store import writing
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import verify

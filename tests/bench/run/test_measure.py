@@ -190,7 +190,7 @@ def test_weights_that_are_not_the_manifests_are_not_measured(pair: tuple[Path, P
 def test_loading_leaves_room_for_what_is_asked_and_not_more(pair: tuple[Path, Path]) -> None:
     points = [{"prompt_tokens": 8, "output_tokens": 4, "batch": 6}, {"prompt_tokens": 100, "output_tokens": 4}]
     scenario = scenario_of(pair, points=points)
-    found = settings(scenario.arms()[0], scenario)
+    found = settings(scenario.specs()[0], scenario)
     assert (found.max_tokens, found.max_batch) == (128, 6)
     assert child_variables(scenario)["VLLM_CPU_KVCACHE_SPACE"] == "1"
 

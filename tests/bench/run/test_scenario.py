@@ -82,9 +82,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_an_aa_run_measures_the_baseline_twice_and_first() -> None:
-    arms = parse(MINIMAL | {"baseline": "packed", "aa": True}, "x").arms()
-    assert [arm.name for arm in arms] == ["packed", "packed again", "dense"]
-    assert arms[0].folder == arms[1].folder
+    specs = parse(MINIMAL | {"baseline": "packed", "aa": True}, "x").specs()
+    assert [arm.name for arm in specs] == ["packed", "packed again", "dense"]
+    assert specs[0].folder == specs[1].folder
     taken = [*MINIMAL["candidates"], {"name": "dense again", "folder": "z"}]
     with pytest.raises(ConfigError, match="'dense again' for its second arm"):
         parse(MINIMAL | {"aa": True, "candidates": taken}, "x")
@@ -93,7 +93,7 @@ def test_an_aa_run_measures_the_baseline_twice_and_first() -> None:
 def test_candidates_inherit_what_they_do_not_say() -> None:
     own = {"name": "own", "folder": "o", "engine": "transformers", "dtype": "float32"}
     content = MINIMAL | {"engine": "vllm", "dtype": "bfloat16", "options": {"compiled": True}}
-    inherits, differs = parse(content | {"candidates": [MINIMAL["candidates"][0], own]}, "x").arms()
+    inherits, differs = parse(content | {"candidates": [MINIMAL["candidates"][0], own]}, "x").specs()
     assert (inherits.engine, inherits.dtype, inherits.options) == ("vllm", "bfloat16", {"compiled": True})
     assert (differs.engine, differs.dtype, differs.options) == ("transformers", "float32", {})
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from crepe_deploy.bench.studies.grid import ResultsFile, cells_of, publish, text_record
+from crepe_deploy.bench.studies.frame import publish
+from crepe_deploy.bench.studies.grid import ResultsFile, cells_of, text_record
 
 from crepe_deploy.errors import ConfigError
 
