@@ -128,8 +128,6 @@ def curve(entry: Entry, points: Sequence[Point]) -> list[tuple[int, float, float
     spots = []
     for point in sorted(points, key=in_flight):
         series = entry.candidate.series_at(point.name)
-        if series is None:
-            continue
         speed = by_round(series, METRICS["output_tokens_per_s"])
         time = by_round(series, METRICS["tpot_s"])
         if speed and time:

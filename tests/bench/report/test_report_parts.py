@@ -55,9 +55,9 @@ def test_an_interval_is_shown_only_where_there_is_one() -> None:
 def test_pooled_percentiles_are_the_samples_own_and_their_intervals_widen_with_noisy_rounds() -> None:
     run = made_up_run(rounds=6)
     series = run.candidate("dense").series[0]
-    found = pool(series, LATENCIES["itl"])
+    pooled = pool(series, LATENCIES["itl"])
     every = [gap for visit in series.visits for request in visit.requests for gap in request.itl_s]
-    summary = summarise(found)
+    summary = summarise(pooled)
     assert summary["p90"].value == pytest.approx(np.quantile(every, 0.9))
     assert summary["mean"].value == pytest.approx(np.mean(every))
     low, high = summary["mean"].low, summary["mean"].high
@@ -187,10 +187,10 @@ def test_svg_colours_follow_the_page_and_ids_do_not_clash() -> None:
         '<?xml version="1.0"?><svg width="1pt" viewBox="0 0 1 1"><defs><g id="p"/></defs>'
         f'<use xlink:href="#p" style="fill: {LIGHT[0]}; stroke: #1f2328" clip-path="url(#p)"/></svg>'
     )
-    found = inline(svg, "x")
-    assert 'id="x-p"' in found and 'href="#x-p"' in found and "url(#x-p)" in found
-    assert "fill: var(--c0); stroke: currentColor" in found
-    assert found.startswith("<svg viewBox") and "width=" not in found
+    element = inline(svg, "x")
+    assert 'id="x-p"' in element and 'href="#x-p"' in element and "url(#x-p)" in element
+    assert "fill: var(--c0); stroke: currentColor" in element
+    assert element.startswith("<svg viewBox") and "width=" not in element
 
 
 def test_the_palette_contrasts_with_the_page_in_both_modes() -> None:

@@ -139,10 +139,12 @@ def test_folders_become_a_scenario_with_the_dense_one_first(tmp_path: Path) -> N
 
 def test_options_override_a_file(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL | {"quality": {"text": "t"}})
-    found = build_scenario([path], **NONE_GIVEN | {"rounds": 2, "points": "2x8+4", "baseline": "packed", "threads": 1})
-    assert (found.rounds, found.baseline_name, found.thread_count()) == (2, "packed", 1)
-    assert [spec.batch for spec in found.points] == [2]
-    assert found.quality is not None and found.quality.text == tmp_path / "t"
+    scenario = build_scenario(
+        [path], **NONE_GIVEN | {"rounds": 2, "points": "2x8+4", "baseline": "packed", "threads": 1}
+    )
+    assert (scenario.rounds, scenario.baseline_name, scenario.thread_count()) == (2, "packed", 1)
+    assert [spec.batch for spec in scenario.points] == [2]
+    assert scenario.quality is not None and scenario.quality.text == tmp_path / "t"
     with pytest.raises(ConfigError, match="baseline 'none'"):
         build_scenario([path], **NONE_GIVEN | {"baseline": "none"})
 
