@@ -80,7 +80,7 @@ def test_ratios_pair_the_rounds_that_both_have() -> None:
     run = run.model_copy(
         update={"candidates": [dense, packed.model_copy(update={"series": [cut, *packed.series[1:]]})]}
     )
-    pair = compare(run).arms[1].pairs["b1", "tpot_s"]
+    pair = compare(run).entries[1].pairs["b1", "tpot_s"]
     assert pair.rounds == 5
     assert pair.ratio is not None and pair.ratio.value == pytest.approx(0.64, rel=0.05)
 
@@ -105,9 +105,9 @@ def test_a_candidate_is_named_by_what_its_record_says(changes: dict[str, Any], k
 
 
 def test_the_frontier_holds_what_no_other_beats() -> None:
-    arm = compare(made_up_run(rounds=1)).arms[0]
+    entry = compare(made_up_run(rounds=1)).entries[0]
     places = [(1.0, 1.0), (0.6, 2.0), (0.7, 2.5), (0.6, 3.0), (0.5, 9.0)]
-    spots = [Spot(arm, Interval(value=x), Interval(value=y)) for x, y in places]
+    spots = [Spot(entry, Interval(value=x), Interval(value=y)) for x, y in places]
     assert {(s.x.value, s.y.value) for s in frontier(spots, higher_x=False)} == {(1.0, 1.0), (0.6, 2.0), (0.5, 9.0)}
     assert {(s.x.value, s.y.value) for s in frontier(spots, higher_x=True)} == {(1.0, 1.0)}
 
