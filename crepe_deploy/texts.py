@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError, CheckpointError, ConfigError, MissingExtra
+from .model.families import family_of
+from .store.checkpoint import read_json
 
 SEPARATOR = "\n\n"
 DATASET_MAX_CHARS = 50_000_000
@@ -130,8 +132,13 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 
 
 def wants_bos_each_window(tokenizer: Any) -> bool:
-    """Whether the family computes nonsense without BOS in front of every sequence (Gemma)."""
-    return "Gemma" in type(tokenizer).__name__ and tokenizer.bos_token_id is not None
+    """Whether the model beside this tokenizer needs BOS in front of every text; CheckpointError if there is no BOS."""
+    path = Path(tokenizer.name_or_path) / "config.json"
+    content = read_json(path) if path.is_file() else {}
+    kind = (content.get("text_config") or content).get("model_type", "")
+    if family_of(kind).bos and tokenizer.bos_token_id is None:
+        raise CheckpointError(f"{path}: model type '{kind}' needs BOS before every text, and its tokenizer has none")
+    return family_of(kind).bos
 
 
 def calibration_windows(
