@@ -27,7 +27,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Final
 
-EXIT_RESUMABLE: Final = 75  # stopped, and the same command with --resume goes on; not an error
+EXIT_RESUMABLE: Final = 75
+EXIT_INTERRUPTED: Final = 130
 
 
 class CrepeError(Exception):
