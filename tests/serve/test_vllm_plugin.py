@@ -87,7 +87,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import get_quantization_config
 from crepe_deploy.errors import CheckpointError, ConfigError
-from crepe_deploy.serve.vllm_quant import CrepeNmConfig, CrepeNmLinearMethod, _load_guard, _load_whole
+from crepe_deploy.serve.vllm_packed import CrepeNmConfig, CrepeNmLinearMethod, _load_guard, _load_whole
 
 assert get_quantization_config("crepe_nm") is CrepeNmConfig
 base = {"quant_method": "crepe_nm", "version": 1, "n": 2, "m": 4}

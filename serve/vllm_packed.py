@@ -24,10 +24,10 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from ..errors import CheckpointError, ConfigError
 from ..packed import dispatch, ops
-from ..packed.config import QUANT_METHOD, PackedConfig
+from ..packed.config import COLUMN_MULTIPLE, QUANT_METHOD, PackedConfig
 from ..packed.cuda.layout import misfit
 from ..packed.cuda.linear import CudaLinear
-from ..packed.format import COLUMN_MULTIPLE, DTYPES, slice_columns, unpack, validate
+from ..packed.format import DTYPES, slice_columns, unpack, validate
 from ..packed.prepare import Prepared, prepare
 from ..pattern import NM
 
