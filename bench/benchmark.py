@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..progress import progress
-from .gate.gate import Limits, decide, gate_pruned, planned_rounds
-from .gate.outcome import Verdict
+from .gate.gates import Limits, gate_pruned
+from .gate.looks import decide, planned_rounds
+from .gate.verdict import Verdict
 from .run.measure import Qualities, Session, Start, check, is_again
 from .run.quality import measure_quality
 from .run.result import Run

@@ -47,8 +47,8 @@ def prune_and_export_command(
 ) -> None:
     """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
     _prepare_libraries()
-    from .export.onnx.support import OnnxOptions
-    from .export.pipeline import check_formats, prune_and_export
+    from .exporting.onnx.support import OnnxOptions
+    from .exporting.pipeline import check_formats, prune_and_export
     from .progress import progress
 
     names = check_formats([name.strip() for name in formats.split(",")])
@@ -86,7 +86,7 @@ def tyr_command(layout: str, remote_code: bool, as_json: bool, **given: Any) -> 
     """
     _prepare_libraries()
     from .commands.tyr import lines, run
-    from .export.tyr import FolderWriter
+    from .exporting.tyr import FolderWriter
 
     report = run(FolderWriter(given["widths"], layout, remote_code), **given)
     _print(report, as_json, lines(report))
@@ -104,8 +104,8 @@ def export_command(
 ) -> None:
     """Export the pruned checkpoint SOURCE into another format."""
     _prepare_libraries()
-    from .export.onnx.support import OnnxOptions
-    from .export.pipeline import export_checkpoint
+    from .exporting.onnx.support import OnnxOptions
+    from .exporting.pipeline import export_checkpoint
     from .progress import progress
 
     target = out if out is not None else source.resolve().parent / format_name
@@ -174,7 +174,7 @@ def doctor_command(retune: bool, as_json: bool) -> None:
 @json_option
 def inspect_command(folder: Path, as_json: bool) -> None:
     """Count the zeros of every tensor in FOLDER, name the pattern that holds, and say the widths of uneven layers."""
-    from .export.onnx.inspect import inspect_onnx, is_onnx
+    from .exporting.onnx.inspect import inspect_onnx, is_onnx
     from .store.audit import inspect_folder
     from .structural.check import describe
 

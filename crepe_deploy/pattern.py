@@ -83,8 +83,18 @@ def fraction_of(count: int, sparsity: float) -> int:
 
 def parse_record(text: str) -> Pattern:
     """Read a pattern as `str` writes it: "2:4", "0.5/row", "0.5/matrix". Raises PatternError."""
-    fraction, _, granularity = text.partition("/")
-    return parse_pattern(fraction, "matrix" if granularity == "matrix" else "row")
+    fraction, _, where = text.partition("/")
+    for granularity in GRANULARITIES:
+        if where in ("", granularity):
+            return parse_pattern(fraction, granularity)
+    raise PatternError(f"granularity '{where}' of pattern '{text}' is unknown; known: {', '.join(GRANULARITIES)}")
+
+
+def as_pattern(pattern: Pattern | str | float) -> Pattern:
+    """A pattern from what a person writes: one, "2:4", "0.5", "0.5/matrix", or 0.5 of zeros. Raises PatternError."""
+    if isinstance(pattern, NM | Unstructured):
+        return pattern
+    return parse_record(pattern) if isinstance(pattern, str) else Unstructured(float(pattern))
 
 
 def check_divides(pattern: Pattern, name: str, in_features: int) -> None:

@@ -27,7 +27,8 @@ from ..pattern import NM
 from ..store.audit import check_pattern
 from ..store.checkpoint import CheckpointReader, read_json
 from ..store.companions import copy_companions
-from ..store.files import check_output, disk_errors, require_disk, write_json
+from ..store.files import disk_errors, require_disk, write_json
+from ..store.folders import check_output
 from ..store.manifest import MANIFEST_NAME, Manifest, TensorRecord, hash_folder, save_manifest, versions
 from ..store.sources import Model, describe_source
 from ..store.writing import CheckpointWriter, Planned

@@ -13,8 +13,10 @@ from ..errors import ConfigError, ParityError
 from ..model.decoder import Decoder, load_config
 from ..packed.config import packed_config
 from ..progress import Progress, silent
-from ..pruning.prune import PruneConfig, prune
-from ..store.files import atomic_folder, check_output, write_json
+from ..pruning.config import PruneConfig
+from ..pruning.prune import prune
+from ..store.files import write_json
+from ..store.folders import atomic_folder, check_output
 from ..store.manifest import Manifest, save_manifest
 from ..store.sources import Model
 from ..texts import CalibrationSet

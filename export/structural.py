@@ -23,7 +23,8 @@ from ..model.proof import check_parity, walk_logits
 from ..progress import Progress, silent, ticker
 from ..store.checkpoint import CheckpointReader, read_json
 from ..store.companions import copy_companions
-from ..store.files import atomic_folder, check_output, require_disk, write_json
+from ..store.files import require_disk, write_json
+from ..store.folders import atomic_folder, check_output
 from ..store.manifest import MANIFEST_NAME, Manifest, hash_folder, save_manifest, sha256_file, verify, versions
 from ..store.sources import Model, describe_source
 from ..store.writing import CheckpointWriter, Planned

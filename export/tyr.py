@@ -8,7 +8,8 @@ from typing import Any, Literal, cast
 
 from ..model.decoder import load_config
 from ..store.checkpoint import read_json
-from ..store.files import atomic_folder, write_json
+from ..store.files import write_json
+from ..store.folders import atomic_folder
 from ..store.sources import Model
 from ..structural.layout import Widths, check_family
 from ..structural.plan import Geometry

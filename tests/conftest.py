@@ -1,13 +1,21 @@
-"""Fixtures for the real model and texts; they are fetched once into `.cache/assets`."""
+"""Says when the environment is older than the tree; fixtures for the real model and texts, kept in `.cache/assets`."""
 
 from __future__ import annotations
 
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from crepe_deploy.bench.assets import Assets, ensure_assets
 
 ROOT = Path(__file__).resolve().parent.parent
+
+for package in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]:
+    if find_spec(package) is None:
+        again = "pip install --no-deps --no-build-isolation -e ."
+        raise pytest.UsageError(f"{package} is new since this environment was installed; run: python -m {again}")
+
+from crepe_deploy.bench.assets import Assets, ensure_assets  # noqa: E402
 
 
 @pytest.fixture(scope="session")

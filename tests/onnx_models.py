@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.sources import resolve_model
 from tests.pico import VOCAB, make_pico
 
@@ -37,5 +37,5 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def pruned_model(folder: Path, family: str = "llama", pattern: str = "2:4") -> Path:
     """A random model of this family under `folder`, pruned; the pruned folder."""
     model = make_pico(folder / "model", CONFIGS[family])
-    prune(resolve_model(str(model)), folder / "pruned", PruneConfig("magnitude", parse_pattern(pattern)), None)
+    prune(resolve_model(str(model)), folder / "pruned", prune_config("magnitude", pattern), None)
     return folder / "pruned"

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+OUTER = {"exporting": "export", "serve": "serve", "bench": "bench"}  # the name inside the package: the folder
 FOLDERS = {"crepe_deploy": ROOT / "crepe_deploy"} | {
-    f"crepe_deploy.{name}": ROOT / name for name in ("export", "serve", "bench")
+    f"crepe_deploy.{name}": ROOT / folder for name, folder in OUTER.items()
 }
 SOURCES = sorted(path for folder in FOLDERS.values() for path in folder.rglob("*.py"))
-OUTER = {"export", "serve", "bench"}
 
 
 def imported(path: Path, top: str) -> Iterator[tuple[str, ast.AST]]:
@@ -42,7 +42,7 @@ def test_the_core_knows_nothing_of_export_serve_and_bench() -> None:
 
 def test_the_command_line_imports_the_outer_parts_inside_functions_only() -> None:
     tree = ast.parse((ROOT / "crepe_deploy" / "cli.py").read_text(encoding="utf-8"))
-    heavy = OUTER | {"torch", "transformers"}
+    heavy = {*OUTER, "torch", "transformers"}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
             assert (node.module or "").split(".")[0] not in heavy
@@ -81,9 +81,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_the_wheel_holds_one_package_and_its_data(wheel: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"crepe_deploy"}
-    for path in SOURCES:
-        name = path.relative_to(ROOT).as_posix()
-        assert (name if name.startswith("crepe_deploy/") else f"crepe_deploy/{name}") in wheel
+    for package, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            assert f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}" in wheel
     assert "crepe_deploy/py.typed" in wheel
     assert "crepe_deploy/pruning/presets/default.json" in wheel
     for source in (ROOT / "crepe_deploy" / "packed" / "cpu").iterdir():

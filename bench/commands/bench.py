@@ -75,14 +75,15 @@ def run_command(
     Every candidate runs in a process of its own; they take turns, so that noise meets all of them alike. A GitHub
     workflow is written by `crepe-deploy bench init-ci`.
     """
+    from ...store.files import check_output_file
     from ..benchmark import bench
-    from ..gate.gate import raise_for
+    from ..gate import render
+    from ..gate.gates import raise_for
     from ..run.result import save_run
     from ..run.summary import failures, summary_lines
-    from .gate import show
 
     scenario = build_scenario(targets, **options)
-    path = check_output(out if out is not None else Path(f"{scenario.name}.json"), overwrite)
+    path = check_output_file(out if out is not None else Path(f"{scenario.name}.json"), overwrite=overwrite)
     gating = _gating(budgets, max_rounds, scenario.rounds)
     run, verdict = bench(scenario, shlex.join(["crepe-deploy", *sys.argv[1:]]), gating=gating)
     save_run(run, path)
@@ -91,7 +92,7 @@ def run_command(
     elif verdict is None:
         click.echo(run.model_dump_json(indent=2))
     if verdict is not None:
-        show(verdict, as_json)
+        render.show(verdict, as_json)
         raise_for(verdict)
     failed = failures(run)
     if failed:
@@ -107,20 +108,6 @@ def _gating(budgets: Path | None, max_rounds: int | None, rounds: int) -> Gating
     if max_rounds is not None:
         raise ConfigError("--max-rounds adds rounds while a gate cannot decide: give --gate BUDGETS too")
     return None
-
-
-def check_output(path: Path, overwrite: bool) -> Path:
-    """Refuse a file that exists or that cannot be written, before hours of work. Raises OutputError."""
-    import os
-
-    from ...errors import OutputError
-
-    if path.exists() and not (overwrite and path.is_file()):
-        raise OutputError(f"{path} exists: choose another --out" + ("" if path.is_dir() else ", or give --overwrite"))
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"{path} cannot be written: {parent} is no folder that can be written to")
-    return path
 
 
 def build_scenario(

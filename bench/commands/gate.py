@@ -12,7 +12,7 @@ from ...errors import ConfigError
 
 if TYPE_CHECKING:
     from ..gate.budgets import Budgets
-    from ..gate.outcome import Verdict
+    from ..gate.verdict import Verdict
 
 _PATH = click.Path(path_type=Path)
 
@@ -57,45 +57,20 @@ def gate_command(
     if calibrate is not None:
         _calibrate(baseline, candidate, calibrate, as_json, options)
         return
-    from ..gate.gate import raise_for
-
-    found = _judge(baseline, candidate, **options)
-    write_outputs(found, junit, markdown)
-    show(found, as_json)
-    raise_for(found)
-
-
-def show(found: Verdict, as_json: bool) -> None:
-    """Print a verdict on stdout, as a table or as one JSON document."""
     from ..gate import render
+    from ..gate.gates import raise_for
 
-    if as_json:
-        click.echo(render.as_json(found))
-        return
-    from rich.console import Console
-
-    console = Console()
-    wide = console if console.is_terminal else Console(width=200)
-    for part in render.terminal(found):
-        wide.print(part)
-
-
-def write_outputs(found: Verdict, junit: Path | None, markdown: Path | None) -> None:
-    """Write the asked files, each whole or not at all. Raises OutputError, DiskFullError."""
-    from ..gate import render
-    from ..run.files import write_text
-
-    if junit is not None:
-        write_text(junit, render.junit(found))
-    if markdown is not None:
-        write_text(markdown, render.markdown(found))
+    verdict = _judge(baseline, candidate, **options)
+    render.write(verdict, junit, markdown)
+    render.show(verdict, as_json)
+    raise_for(verdict)
 
 
 def _judge(
     baseline: Path, candidate: Path | None, *, budgets: Path | None, max_slowdown: float | None,
     pruned: tuple[str, ...], names: tuple[str, ...], host_mismatch: Any,
 ) -> Verdict:  # fmt: skip
-    from ..gate.gate import Options, gate_files, gate_pruned
+    from ..gate.gates import Options, gate_files, gate_pruned
     from ..run.result import load_run
 
     limits = _limits(budgets, max_slowdown)
@@ -121,7 +96,7 @@ def _limits(budgets: Path | None, max_slowdown: float | None) -> Budgets | float
 
 
 def _calibrate(run: Path, candidate: Path | None, name: str, as_json: bool, options: dict[str, Any]) -> None:
-    from ..gate.gate import calibrate
+    from ..gate.gates import calibrate
     from ..run.statistics import detectable
 
     if candidate is not None or options["budgets"] or options["pruned"] or options["max_slowdown"] is not None:

@@ -28,7 +28,7 @@ def init_ci(
     ConfigError for paths that are not in the repository or texts that YAML or the shell would read otherwise,
     OutputError where the workflow exists.
     """
-    from ..run.files import write_text
+    from ...store.files import write_text
 
     for path in (scenario, budgets):
         if path.is_absolute() or ".." in path.parts or not (root / path).is_file():

@@ -10,7 +10,7 @@ from ..run.result import Interval
 from ..run.statistics import log_mean, pooled_quantile
 from .arms import PRUNED, Arm, Gate, Key
 from .budgets import Budgets, Objective, Relative
-from .outcome import Check, Row, Status
+from .verdict import Check, Row, Status
 
 HostMismatch = Literal["refuse", "ratios"]
 Pair = tuple[Arm, Arm]  # baseline, candidate

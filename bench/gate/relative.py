@@ -12,7 +12,7 @@ from ..run.statistics import Estimate, detectable, holm, log_mean, paired_estima
 from .arms import PRUNED, Cell, Gate, Key, Rounds
 from .budgets import Relative
 from .checks import MIN_ROUNDS, Pair, matching, too_few, unmeasured
-from .outcome import Comparison, Row, Status
+from .verdict import Comparison, Row, Status
 
 PAIRED: Final[Comparison] = "paired by round"
 RATIOS: Final[Comparison] = "ratios to each run's own control"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from .outcome import Row, Status, Verdict
+from ...store.files import write_text
+from .verdict import Row, Status, Verdict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,9 +27,25 @@ _MARKDOWN: Final = str.maketrans(
 _NOT_IN_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def as_json(verdict: Verdict) -> str:
-    """The whole verdict, indented."""
-    return verdict.model_dump_json(indent=2)
+def show(verdict: Verdict, as_json: bool) -> None:
+    """Print a verdict on stdout, as a table or as one JSON document."""
+    if as_json:
+        print(verdict.model_dump_json(indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    wide = console if console.is_terminal else Console(width=200)
+    for part in terminal(verdict):
+        wide.print(part)
+
+
+def write(verdict: Verdict, junit_path: Path | None, markdown_path: Path | None) -> None:
+    """Write the files that are asked for, each whole or not at all. Raises OutputError, DiskFullError."""
+    if junit_path is not None:
+        write_text(junit_path, junit(verdict))
+    if markdown_path is not None:
+        write_text(markdown_path, markdown(verdict))
 
 
 def headline(verdict: Verdict) -> str:
@@ -138,10 +156,7 @@ def _number(value: float, unit: str) -> str:
 
 def _escape(text: str) -> str:
     """Markdown that cannot leave its table cell, mention anyone or make HTML."""
-    text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
-    return (
-        text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "@\u200b").replace("`", "'")
-    )
+    return " ".join(text.split()).translate(_MARKDOWN)
 
 
 def _xml(text: str) -> str:

@@ -1,93 +1,78 @@
-"""The one function that decides a gate, pure: arms and budgets in, rows with a status and a reason out.
-
-Order: failed requests and output lengths, then whether host, workload and model agree; whatever fails there makes the
-gate INVALID and nothing else is judged. Then absolute objectives, relative latency and throughput, memory, quality.
-
-    PASS          the interval's upper end is within the budget
-    FAIL          its lower end is beyond the budget, after correction for the number of rows, and the difference
-                  exceeds the budget's absolute floor
-    INCONCLUSIVE  neither: more rounds may decide
-    INVALID       it cannot be judged: not measured, or a budget that lies below the noise floor
-
-To pass, every row must pass, so passing needs no correction; to fail, one row suffices, so failing does.
-"""
+"""What a gate says: a verdict of rows, each with a status and a reason. Every output is made from this one object."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Final, Literal
 
-from ..run.statistics import LEVEL
-from . import checks, relative
-from .arms import COMMITS, Gate
-from .budgets import Budgets
-from .checks import HostMismatch, Pair
-from .outcome import SEVERITY, Row, Verdict
+from pydantic import BaseModel, ConfigDict
+
+from ..run.result import Interval
+from .arms import Gate
+
+Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "INVALID"]
+Check = Literal["errors", "lengths", "host", "workload", "model", "objective", "latency", "memory", "quality"]
+Comparison = Literal["paired by round", "ratios to each run's own control", "unpaired"]
+
+SEVERITY: Final[tuple[Status, ...]] = ("INVALID", "FAIL", "INCONCLUSIVE", "PASS")
 
 
-def verdict(
-    pairs: Sequence[Pair],
-    budgets: Budgets,
-    gate: Gate,
-    host_mismatch: HostMismatch = "refuse",
-    looks: int = 1,
-    notes: Sequence[str] = (),
-) -> Verdict:
-    """Judge pairs of (baseline, candidate) arms; `looks` shares the error level among that many planned looks.
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    `notes` are added to its own. Raises ValueError for no pairs.
+
+class Row(_Record):
+    """One check. `value`: a ratio (above 1: worse than the baseline) or a figure in `unit`; `limit`: what it may be.
+
+    baseline, measured: the two arms' own figures, in the metric's unit, where they are comparable. rounds: the fewest
+    of either arm. noise: half-width of an A/A log-ratio. p: one-sided, after Holm's correction.
     """
-    if not pairs:
-        raise ValueError("a verdict needs at least one pair of arms")
-    level = 1 - (1 - LEVEL) / looks
-    foreign = any(checks.differences(pair, "host") for pair in pairs)
-    rows = [row for pair in pairs for row in checks.comparable(pair, host_mismatch)] or [
-        *([] if foreign else checks.objectives(pairs, budgets, level)),
-        *relative.latencies(pairs, budgets.relative, gate, level, foreign=foreign),
-        *checks.memories(pairs, budgets, foreign=foreign),
-        *checks.qualities(pairs, budgets, gate),
-    ]
-    if not rows:  # objectives alone, on another machine
-        rows = [checks.nothing_left(pairs[0])]
-    return Verdict(
-        gate=gate,
-        status=next(status for status in SEVERITY if any(row.status == status for row in rows)),
-        baseline=", ".join(dict.fromkeys(base.name for base, _ in pairs)),
-        candidates=[new.name for _, new in pairs],
-        level=level,
-        looks=looks,
-        rows=rows,
-        notes=[*notes, *_notes(pairs, budgets, gate, rows, foreign)],
-    )
+
+    candidate: str
+    check: Check
+    metric: str
+    status: Status
+    reason: str
+    point: str | None = None
+    comparison: Comparison | None = None
+    value: Interval | None = None
+    limit: float | None = None
+    unit: str = "ratio"
+    baseline: float | None = None
+    measured: float | None = None
+    rounds: int | None = None
+    noise: float | None = None
+    p: float | None = None
+
+    @property
+    def place(self) -> str:
+        """What was checked: the point and the metric."""
+        return " ".join(part for part in (self.point, self.metric) if part)
 
 
-def _notes(pairs: Sequence[Pair], budgets: Budgets, gate: Gate, rows: list[Row], foreign: bool) -> Iterator[str]:
-    """What a reader must know besides the rows."""
-    if foreign and any(row.check == "latency" for row in rows):
-        hosts = "; ".join(dict.fromkeys(text for pair in pairs for text in checks.differences(pair, "host")))
-        yield f"the runs come from two machines ({hosts}): only ratios within each run are compared"
-        if budgets.objectives:
-            yield f"{len(budgets.objectives)} absolute objectives were skipped: they hold on one machine only"
-    if any(row.comparison == relative.UNPAIRED for row in rows):
-        yield (
-            "unpaired rows: intervals hold what varied within each run, not how the machine changed between the two; "
-            "measure both alternately, or with a common control, to exclude that"
-        )
-    if any(row.check == "latency" for row in rows) and not any(base.noise or new.noise for base, new in pairs):
-        yield "no A/A noise is stored with these runs, so budgets were not held against it"
-    for base, new in pairs:
-        if base.engine != new.engine and gate != COMMITS:
-            yield f"{new.name} ran in {new.engine}, {base.name} in {base.engine}: ratios are the engines' too"
-    if gate == COMMITS:
-        changes = [text for base, new in pairs for text in _changes(base.versions, new.versions, new.name)]
-        yield from dict.fromkeys(changes)
+class Verdict(_Record):
+    """What a gate found. `looks`: how often the data may be looked at; `level`: of each look's intervals."""
 
+    schema_version: Literal[1] = 1
+    kind: Literal["crepe-deploy-verdict"] = "crepe-deploy-verdict"
+    gate: Gate
+    status: Status
+    baseline: str
+    candidates: list[str]
+    level: float
+    looks: int
+    rows: list[Row]
+    notes: list[str]
 
-def _changes(base: Mapping[str, Any], new: Mapping[str, Any], name: str) -> list[str]:
-    changed = [key for key in sorted(base.keys() | new.keys()) if base.get(key) != new.get(key)]
-    return [
-        f"{name}: its weights are not the baseline run's, so pruning itself changed"
-        if key == "weights"
-        else f"{key} changed from {base.get(key)} to {new.get(key)}"
-        for key in changed
-    ]
+    def count(self, status: Status) -> int:
+        """How many rows have this status."""
+        return sum(row.status == status for row in self.rows)
+
+    def worst(self) -> Row:
+        """The first row that has the verdict's own status."""
+        return next(row for row in self.rows if row.status == self.status)
+
+    @property
+    def more_rounds_may_decide(self) -> bool:
+        """Whether it is inconclusive for a reason that further rounds can remove."""
+        undecided = [row for row in self.rows if row.status == "INCONCLUSIVE"]
+        return self.status == "INCONCLUSIVE" and any(row.check in ("latency", "objective") for row in undecided)

@@ -15,7 +15,6 @@ import functools
 import gc
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 
 from ...errors import ConfigError, CrepeError
 from ...packed.cuda import dispatch
+from ...store.files import write_json
 from .layers import measure_shape
 from .model import measure_model
 from .table import render, write_into
@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> int:
             return RESUMABLE
         start = time.monotonic()
         results[stage][name] = unit()
-        save(options.out, results)
+        write_json(options.out, results)
         free()
         print(f"{stage} {name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
     wrong = [row for rows in results["layers"].values() for row in rows if not row["correct"]]
@@ -128,15 +128,6 @@ def load(path: Path, rehearsal: bool) -> dict[str, Any]:
     if not fits:
         raise ConfigError(f"{path} holds results of another kind; name another --out")
     return results
-
-
-def save(path: Path, results: dict[str, Any]) -> None:
-    """Replace the file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump(results, file, indent=1)
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
 
 
 def free() -> None:

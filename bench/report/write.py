@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ...errors import ConfigError, OutputError
-from ...store.files import atomic_folder, check_output, disk_errors
+from ...errors import ConfigError
+from ...store.files import disk_errors
+from ...store.folders import atomic_folder, check_output
 from .advice import MAX_PERPLEXITY_RATIO
 from .chapters import CONTEXT_TOKENS, build_report
 from .content import Report
@@ -18,6 +19,7 @@ from .page import page
 PAGE: Final = "report.html"
 SUMMARY: Final = "report.md"
 FIGURES: Final = "figures"
+OWN = (PAGE, SUMMARY, f"{FIGURES}/*.png")  # what a report is made of
 
 
 def make_report(
@@ -35,9 +37,9 @@ def make_report(
     if not paths:
         raise ConfigError("no run file given: name at least one RUN.json that `crepe-deploy bench` wrote")
     out = out.absolute()
-    _check(out, overwrite, paths)
+    check_output(out, overwrite=overwrite, inputs=tuple(paths), own=OWN)
     report = build_report(load_groups(paths), max_perplexity_ratio, context_tokens)
-    with atomic_folder(out, overwrite=overwrite) as partial, disk_errors(out):
+    with atomic_folder(out, overwrite=overwrite, own=OWN) as partial, disk_errors(out):
         files = _write(report, partial)
     return {
         "report": str(out / PAGE),
@@ -53,16 +55,6 @@ def make_report(
             for chapter in report.chapters
         ],
     }
-
-
-def _check(out: Path, overwrite: bool, paths: Sequence[Path]) -> None:
-    check_output(out, overwrite=overwrite, inputs=tuple(paths))
-    if out.is_dir() and any(out.iterdir()):
-        strange = sorted(path.name for path in out.iterdir() if path.name not in {PAGE, SUMMARY, FIGURES})
-        if strange:
-            raise OutputError(
-                f"{out} holds {strange[0]}, which no report wrote, so it is not replaced: give another --out"
-            )
 
 
 def _write(report: Report, folder: Path) -> list[str]:

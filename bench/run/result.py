@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import ConfigError
-from .files import write_text
+from ...store.files import write_text
 
 SCHEMA_VERSION: Final = 1
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtr, stdtrit  # Student's t, its distribution and its quantile
 
 from .metrics import METRICS, rounds_of
 from .result import Interval, Series
@@ -46,7 +46,7 @@ class Estimate:
         """The ratio, no longer its logarithm, with its two-sided interval; without bounds where there is no spread."""
         if self.freedom < 1:
             return Interval(value=math.exp(self.mean))
-        t = student_quantile((1 + level) / 2, self.freedom)
+        t = float(stdtrit(self.freedom, (1 + level) / 2))
         low, high = self.mean - t * self.below, self.mean + t * self.above
         return Interval(value=math.exp(self.mean), low=_exp(low), high=_exp(high))
 
@@ -57,7 +57,7 @@ class Estimate:
         excess = self.mean - math.log(limit)
         if self.below == 0 or excess <= 0:
             return 0.0 if excess > 0 else 1.0
-        return 1 - student_cdf(excess / self.below, self.freedom)
+        return float(stdtr(self.freedom, -excess / self.below))
 
     def inverse(self) -> Estimate:
         """Of one over the ratio."""
@@ -171,7 +171,7 @@ def noise_floor(first: Series, second: Series) -> dict[str, float]:
 
 def half_width(estimate: Estimate, level: float = LEVEL) -> float:
     """Half the width of the interval, of the logarithm."""
-    return student_quantile((1 + level) / 2, estimate.freedom) * (estimate.below + estimate.above) / 2
+    return float(stdtrit(estimate.freedom, (1 + level) / 2)) * (estimate.below + estimate.above) / 2
 
 
 def detectable(noise: float, power: float = POWER) -> float:
@@ -191,51 +191,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         worst = max(worst, min(1.0, (len(p_values) - index) * p_values[name]))
         adjusted[name] = worst
     return adjusted
-
-
-def student_cdf(t: float, freedom: float) -> float:
-    """Student's t distribution; the normal one for infinitely many degrees of freedom."""
-    if math.isinf(freedom):
-        return NormalDist().cdf(t)
-    square = t * t
-    if square < freedom:  # near the middle the tail is one half less something small
-        within = _incomplete_beta(square / (freedom + square), 0.5, freedom / 2) / 2
-        return 0.5 + math.copysign(within, t)
-    tail = _incomplete_beta(freedom / (freedom + square), freedom / 2, 0.5) / 2
-    return 1 - tail if t > 0 else tail
-
-
-@lru_cache(maxsize=4096)
-def student_quantile(p: float, freedom: float) -> float:
-    """The inverse of `student_cdf`, by bisection, for p of at least one half."""
-    low, high = 0.0, 1.0
-    while student_cdf(high, freedom) < p:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, freedom) < p else (low, middle)
-    return (low + high) / 2
-
-
-def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function, by Lentz's continued fraction."""
-    if x in (0.0, 1.0):
-        return x
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly, its mirror image converges fast
-        return 1 - _incomplete_beta(1 - x, b, a)
-    front = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
-    fraction = d
-    for m in range(1, 300):
-        for term in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d, c = 1 / (1 + term * d), 1 + term / c
-            fraction *= c * d
-        if abs(c * d - 1) < 1e-14:
-            break
-    return math.exp(front) * fraction / a
 
 
 def _exp(value: float) -> float:

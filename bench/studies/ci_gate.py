@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import CrepeError, GateInconclusive
-from ..commands.gate import show, write_outputs
+from ...store.files import write_text
+from ..gate import render
 from ..gate.budgets import slowdown_budgets
-from ..gate.gate import Options, gate_files, raise_for
+from ..gate.gates import Options, gate_files, raise_for
 from ..gate.pytest_json import CONTROL
-from ..run.files import write_text
 
 TESTS: Final = Path("bench/studies/test_latency.py")
 BASELINE: Final = Path("bench/baselines/ci.json")
@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         budgets = slowdown_budgets(options.max_slowdown, ("time_s",))
         found = gate_files(BASELINE, measured, budgets, Options(host_mismatch="ratios"))
-        write_outputs(found, OUT / "junit.xml", OUT / "comment.md")
-        show(found, as_json=False)
+        render.write(found, OUT / "junit.xml", OUT / "comment.md")
+        render.show(found, as_json=False)
         raise_for(found)
     except GateInconclusive as error:
         print(f"{error}; not a failure here")

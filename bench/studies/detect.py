@@ -21,14 +21,14 @@ import torch
 
 from ...errors import CrepeError
 from ...progress import progress
+from ...store.files import write_text
 from ..gate.arms import COMMITS
 from ..gate.budgets import TIME, slowdown_budgets
 from ..gate.checks import Pair
-from ..gate.gate import decide
 from ..gate.interleave import Interleaved, Work, lingering, repeated
-from ..gate.outcome import Verdict
-from ..gate.verdict import verdict
-from ..run.files import write_text
+from ..gate.judge import judge
+from ..gate.looks import decide
+from ..gate.verdict import Verdict
 from .kernels import environment
 from .workloads import decode_step, packed_linear
 
@@ -109,10 +109,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def trial(name: str, planted: bool, options: argparse.Namespace) -> dict[str, Any]:
     """One decision: what it was, after how many rounds, and the slow-down it saw."""
-    found, rounds = judge_pair(PAIRS[name](planted), name, options)
-    value = found.rows[0].value
+    verdict, rounds = judge_pair(PAIRS[name](planted), name, options)
+    value = verdict.rows[0].value
     assert value is not None
-    return {"status": found.status, "rounds": rounds, "ratio": value.value, "low": value.low, "high": value.high}
+    return {"status": verdict.status, "rounds": rounds, "ratio": value.value, "low": value.low, "high": value.high}
 
 
 def judge_pair(works: dict[str, Work], point: str, options: argparse.Namespace) -> tuple[Verdict, int]:
@@ -126,11 +126,10 @@ def judge_pair(works: dict[str, Work], point: str, options: argparse.Namespace) 
         measured.more(count)
         return measured.arm(base, point), measured.arm(new, point)
 
-    def judge(pair: Pair, looks: int) -> Verdict:
-        return verdict([pair], budgets, COMMITS, looks=looks)
-
-    found = decide(more, judge, options.rounds, options.max_rounds)
-    return found, len(measured.rounds[new])
+    verdict = decide(
+        more, lambda pair, looks: judge([pair], budgets, COMMITS, looks=looks), options.rounds, options.max_rounds
+    )
+    return verdict, len(measured.rounds[new])
 
 
 def counts(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,11 +137,11 @@ def counts(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for work in dict.fromkeys(trial["work"] for trial in trials):
         for planted, wanted in ((False, "PASS"), (True, "FAIL")):
-            found = [trial["status"] for trial in trials if (trial["work"], trial["planted"]) == (work, planted)]
-            statuses = {status: found.count(status) for status in sorted(set(found))}
+            ended = [trial["status"] for trial in trials if (trial["work"], trial["planted"]) == (work, planted)]
+            statuses = {status: ended.count(status) for status in sorted(set(ended))}
             kind = f"planted {PLANTED:.0%}" if planted else "A/A"
             rows.append(
-                {"work": work, "kind": kind, "wanted": wanted, "trials": len(found), "right": found.count(wanted),
+                {"work": work, "kind": kind, "wanted": wanted, "trials": len(ended), "right": ended.count(wanted),
                  "statuses": statuses}
             )  # fmt: skip
     return rows

@@ -16,9 +16,8 @@ from typing import Any
 
 import click
 
-from ...pattern import parse_record
-from ...pruning.methods.presets import resolve_method
-from ...pruning.prune import FEEDS, PruneConfig, prune
+from ...pruning.config import FEEDS, prune_config
+from ...pruning.prune import prune
 from ...quality.perplexity import evaluate
 from ...store.manifest import versions
 from ...store.sources import resolve_model
@@ -46,9 +45,8 @@ def measure(assets_dir: Path, patterns: tuple[str, ...], feed: Any, seed: int, o
     for label, (name, params) in METHODS.items():
         if not re.search(only, label):
             continue
-        method, resolved, preset = resolve_method(name, None, params)
         for pattern in patterns:
-            config = PruneConfig(method, parse_record(pattern), resolved, preset, feed)
+            config = prune_config(name, pattern, params=params, feed=feed)
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 prune(resolve_model(str(assets.model)), out, config, tokens)

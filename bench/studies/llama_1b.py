@@ -19,9 +19,9 @@ from ...progress import progress
 
 def build(root: Path, patterns: Sequence[str]) -> list[Path]:
     """The dense folder with the first pattern's zeros, then the packed ones; what is there already is kept."""
-    from ...export.pipeline import export_checkpoint
-    from ...pattern import parse_pattern
-    from ...pruning.prune import PruneConfig, prune
+    from ...exporting.pipeline import export_checkpoint
+    from ...pruning.config import prune_config
+    from ...pruning.prune import prune
     from ...store.sources import resolve_model
     from .pruning import make_llama_1b
 
@@ -37,7 +37,7 @@ def build(root: Path, patterns: Sequence[str]) -> list[Path]:
             if not pruned.is_dir():
                 with progress(f"pruning to {pattern}") as step:
                     prune(
-                        resolve_model(str(model)), pruned, PruneConfig("magnitude", parse_pattern(pattern)), None,
+                        resolve_model(str(model)), pruned, prune_config("magnitude", pattern), None,
                         step=step,
                     )  # fmt: skip
             if not packed.is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 
 def main(model: str, out: str) -> dict[str, Any]:
     """Export a portable fp32 graph, proof included; the output is removed."""
-    from ...export.pipeline import export_checkpoint
+    from ...exporting.pipeline import export_checkpoint
     from ...machine import peak_rss_bytes
 
     imported = peak_rss_bytes()

@@ -17,9 +17,8 @@ from typing import Any
 
 import click
 
-from ...pattern import NM
-from ...pruning.methods.presets import resolve_method
-from ...pruning.prune import PruneConfig, prune
+from ...pruning.config import prune_config
+from ...pruning.prune import prune
 from ...quality.perplexity import evaluate
 from ...store.manifest import versions
 from ...store.sources import resolve_model
@@ -39,10 +38,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def perplexity(assets: Assets, params: dict[str, Any], tokens: CalibrationSet) -> float:
     """Geometric mean of the perplexities on the two validation texts after pruning to 2:4 with `params`."""
-    method, resolved, _ = resolve_method("crepe", "ria", params)
+    config = prune_config("crepe", "2:4", preset="ria", params=params)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        prune(resolve_model(str(assets.model)), out, PruneConfig(method, NM(2, 4), resolved), tokens)
+        prune(resolve_model(str(assets.model)), out, config, tokens)
         texts = [assets.text(name, "valid") for name in ("wiki", "c4")]
         found = [evaluate(out, text, window=512, max_tokens=8192).perplexity.value for text in texts]
     return math.sqrt(found[0] * found[1])

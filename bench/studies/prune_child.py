@@ -17,9 +17,8 @@ def main(model: str, out: str) -> dict[str, Any]:
     from transformers.models.llama import modeling_llama
 
     from ...machine import peak_rss_bytes
-    from ...pattern import NM
-    from ...pruning.methods.presets import resolve_method
-    from ...pruning.prune import PruneConfig, prune
+    from ...pruning.config import prune_config
+    from ...pruning.prune import prune
     from ...store.sources import resolve_model
     from ...texts import CalibrationSet
 
@@ -36,8 +35,7 @@ def main(model: str, out: str) -> dict[str, Any]:
         rule="random",
         bos="none",
     )
-    method, params, preset = resolve_method("crepe", None, {})
-    prune(resolve_model(model), Path(out), PruneConfig(method, NM(2, 4), params, preset), calibration)
+    prune(resolve_model(model), Path(out), prune_config(), calibration)
     return {"import_bytes": imported, "peak_bytes": peak_rss_bytes()}
 
 

@@ -46,9 +46,8 @@ def measure_time(assets_dir: Path, feed: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ...pattern import NM
-    from ...pruning.methods.presets import resolve_method
-    from ...pruning.prune import PruneConfig, prune
+    from ...pruning.config import prune_config
+    from ...pruning.prune import prune
     from ...store.sources import resolve_model
     from ...texts import calibration_windows, load_tokenizer
 
@@ -56,8 +55,7 @@ def measure_time(assets_dir: Path, feed: str) -> dict[str, Any]:
     tokens = calibration_windows(
         assets.directory / "c4.train.txt", load_tokenizer(assets.model), SAMPLES, LENGTH, seed=0
     )
-    method, params, preset = resolve_method("crepe", None, {})
-    config = PruneConfig(method, NM(2, 4), params, preset, feed="pruned" if feed == "pruned" else "dense")
+    config = prune_config("crepe", "2:4", feed="pruned" if feed == "pruned" else "dense")
     dense = AutoModelForCausalLM.from_pretrained(assets.model).eval()
 
     def forward() -> float:

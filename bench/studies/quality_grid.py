@@ -24,9 +24,8 @@ from torch import Tensor
 
 from ...errors import ConfigError, CrepeError
 from ...pattern import NM, parse_record
-from ...pruning.methods.presets import resolve_method
-from ...pruning.prune import PruneConfig, prune
-from ...pruning.recipe import load_recipe
+from ...pruning.config import PruneConfig, prune_config
+from ...pruning.prune import prune
 from ...quality.perplexity import load_model, plan_windows
 from ...quality.scoring import token_nll
 from ...store.sources import resolve_model
@@ -76,16 +75,7 @@ PUBLISHED = "^(RIA|RIA, a = 1|Wanda|CRePE|CRePE, .* preset.*|.* windows)$"
 
 def row_config(row: dict[str, Any], pattern: str) -> PruneConfig:
     """The configuration of one row at one pattern. Raises ConfigError."""
-    recipe = load_recipe(row["recipe"]) if "recipe" in row else None
-    at = parse_record(pattern)
-    wanted = {
-        **(recipe.options(at) if recipe else {}),
-        **{name: row[name] for name in row if name not in ("recipe", "samples")},
-    }
-    method, params, preset = resolve_method(
-        wanted.pop("method", None), wanted.pop("preset", None), wanted.pop("params", {})
-    )
-    return PruneConfig(method, at, params, preset, recipe=recipe.name if recipe else None, **wanted)
+    return prune_config(pattern=pattern, **{name: value for name, value in row.items() if name != "samples"})
 
 
 @torch.inference_mode()

@@ -20,13 +20,13 @@ import torch
 
 from ...model.decoder import Decoder
 from ...pattern import NM
-from ...pruning.methods.presets import load_preset
-from ...pruning.prune import choose_targets
+from ...pruning.recipe import load_preset
+from ...pruning.targets import choose_targets
 from ...quality.scoring import Estimate, estimate, exp_mean, mean
-from ...search.judge import Judge, Verdict
-from ...search.run import SearchConfig, search
-from ...search.space import Setting, anchors
-from ...search.statistics import SampleRule, collect
+from ...searching.losses import Losses, MaskedModel
+from ...searching.run import SearchConfig, search
+from ...searching.space import Setting, anchors
+from ...searching.statistics import SampleRule, collect
 from ...store.manifest import versions
 from ...store.sources import resolve_model
 from ...texts import CalibrationSet, calibration_windows, load_tokenizer
@@ -54,17 +54,17 @@ def compare(
     targets = choose_targets(decoder, PATTERN, None, None)
     with tempfile.TemporaryDirectory() as folder:
         layers = collect(decoder, targets, calibration.tokens, SampleRule(reach=0), Path(folder))
-        judge = Judge(decoder, targets, PATTERN, text.tokens, {layer.key: layer.col_norm for layer in layers})
-        verdicts = dict(zip(settings, judge(list(settings.values())), strict=True))
-    return {name: _figures(verdict, verdicts[BASE]) for name, verdict in verdicts.items()}
+        masked = MaskedModel(decoder, targets, PATTERN, text.tokens, {layer.key: layer.col_norm for layer in layers})
+        losses = dict(zip(settings, masked(list(settings.values())), strict=True))
+    return {name: _figures(own, losses[BASE]) for name, own in losses.items()}
 
 
-def _figures(verdict: Verdict, base: Verdict) -> dict[str, Any]:
-    nll = [left - right for left, right in zip(verdict.nll, base.nll, strict=True)]
-    kl = [left - right for left, right in zip(verdict.kl, base.kl, strict=True)]
+def _figures(losses: Losses, base: Losses) -> dict[str, Any]:
+    nll = [left - right for left, right in zip(losses.nll, base.nll, strict=True)]
+    kl = [left - right for left, right in zip(losses.kl, base.kl, strict=True)]
     return {
-        "perplexity": math.exp(verdict.mean_nll),
-        "kl": verdict.mean_kl,
+        "perplexity": math.exp(losses.mean_nll),
+        "kl": losses.mean_kl,
         f"perplexity over {BASE}": vars(_by_window(nll, ratio=True)),
         f"kl minus {BASE}": vars(_by_window(kl, ratio=False)),
     }
@@ -82,7 +82,7 @@ def measure(assets_dir: Path, optimizer: Any, seed: int, evaluations: int | None
     text = calibration_windows(assets.text("c4", "valid"), tokenizer, 4, 512, seed=seed)
     held_out = calibration_windows(assets.text("wiki", "valid"), tokenizer, HELD_OUT_SAMPLES, 512, seed=0)
     if found is not None:
-        preset = vars(load_preset(str(found)))
+        preset = load_preset(found).model_dump()
     else:
         config = SearchConfig(PATTERN, optimizer, evaluations=evaluations, seed=seed)
         preset = find(assets, config, calibration, text)

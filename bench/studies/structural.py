@@ -22,7 +22,7 @@ from typing import Any
 import click
 import torch
 
-from ...export.tyr import FolderWriter
+from ...exporting.tyr import FolderWriter
 from ...progress import progress
 from ...quality.perplexity import evaluate
 from ...store.sources import resolve_model

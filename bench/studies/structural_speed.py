@@ -101,7 +101,7 @@ def uneven_widths(geometry: Geometry, shape: Shape, kept: float = KEPT) -> list[
 
 def build(root: Path, model: Path, shape: Shape) -> list[Path]:
     """The `uniform` and `per-layer` slices of `model` below `root`; what is there already is kept."""
-    from ...export.structural import assemble
+    from ...exporting.structural import assemble
     from ...model.decoder import Decoder
     from ...store.sources import resolve_model
     from ...structural.plan import Geometry

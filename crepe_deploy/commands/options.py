@@ -12,7 +12,7 @@ import click
 from crepe_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
-    from crepe_deploy.pruning.prune import PruneConfig
+    from crepe_deploy.pruning.config import PruneConfig
     from crepe_deploy.store.sources import Model
     from crepe_deploy.texts import CalibrationSet
 
@@ -83,33 +83,18 @@ prune_options = options(
 
 
 def prepare(
-    *, model: str, out: Path, sparsity: str, granularity: Any, recipe: str | None, params: tuple[str, ...],
-    include: str | None, exclude: str | None, dtype: str, revision: str | None, calib: tuple[str, ...],
-    calib_field: str, calib_samples: int, calib_length: int, seed: int, **given: Any,
+    *, model: str, out: Path, sparsity: str, granularity: Any, params: tuple[str, ...], revision: str | None,
+    calib: tuple[str, ...], calib_field: str, calib_samples: int, calib_length: int, seed: int, **given: Any,
 ) -> tuple[Model, PruneConfig, CalibrationSet | None]:  # fmt: skip
-    """Resolve options into the pipeline's arguments; whatever can be refused early is. Options go before the recipe."""
+    """Resolve options into the pipeline's arguments; whatever can be refused early is."""
     from crepe_deploy.pattern import parse_pattern
-    from crepe_deploy.pruning.methods.presets import resolve_method
-    from crepe_deploy.pruning.prune import PruneConfig
-    from crepe_deploy.pruning.recipe import load_recipe
+    from crepe_deploy.pruning.config import prune_config
     from crepe_deploy.store.sources import require_pinned, resolve_model
 
-    pattern = parse_pattern(sparsity, granularity)
-    loaded = load_recipe(recipe) if recipe is not None else None
-    base = loaded.options(pattern) if loaded else {}
-    if given.get("method") not in (None, base.get("method")):
-        base = {name: value for name, value in base.items() if name not in ("preset", "params")}
-    wanted = {**base, **{name: value for name, value in given.items() if value}}
-    parameters = {**wanted.pop("params", {}), **_parse_params(params)}
-    name, resolved, preset = resolve_method(wanted.pop("method", None), wanted.pop("preset", None), parameters)
-    config = PruneConfig(
-        name, pattern, resolved, preset, include=include, exclude=exclude, dtype=dtype,
-        recipe=loaded.name if loaded else None, **wanted,
-    )  # fmt: skip
-    needs_text = config.needs_text()
+    config = prune_config(pattern=parse_pattern(sparsity, granularity), params=_parse_params(params), **given)
     found = resolve_model(model, revision, say)
     require_pinned(revision, found)
-    if not needs_text:
+    if not config.needs_text:
         return found, config, None
     return found, config, _calibration(found.folder, calib, calib_field, calib_samples, calib_length, seed)
 

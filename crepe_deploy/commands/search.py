@@ -87,8 +87,8 @@ def _search(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that sleep at barriers
     from crepe_deploy.pattern import parse_pattern
     from crepe_deploy.progress import progress
-    from crepe_deploy.search.run import SearchConfig, search
-    from crepe_deploy.search.space import KERNEL_SIZES
+    from crepe_deploy.searching.run import SearchConfig, search
+    from crepe_deploy.searching.space import KERNEL_SIZES
     from crepe_deploy.store.sources import require_pinned, resolve_model
 
     sizes = KERNEL_SIZES if kernels is None else _sizes(kernels)

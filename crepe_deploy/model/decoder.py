@@ -99,11 +99,10 @@ class Decoder:
         setattr(parent, self.blocks_path.rpartition(".")[2], nn.ModuleList(self.slots))
 
     def _compute_dtype(self, dtype: str) -> torch.dtype:
+        check_dtype(dtype)
         if dtype == PROOF_DTYPE:
             return torch.float64
         if dtype != "auto":
-            if dtype not in COMPUTE_DTYPES:
-                raise ConfigError(f"dtype '{dtype}' is unknown; known: auto, {', '.join(COMPUTE_DTYPES)}")
             return COMPUTE_DTYPES[dtype]
         largest = max(self.reader, key=lambda info: info.size_bytes, default=None)
         if largest is None or largest.dtype not in COMPUTE_DTYPES.values():
@@ -241,6 +240,12 @@ class Decoder:
         finally:
             for name, parameter in before.items():
                 _replace(self.model, name, parameter)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ConfigError unless this names a dtype to compute in."""
+    if dtype not in ("auto", PROOF_DTYPE, *COMPUTE_DTYPES):
+        raise ConfigError(f"dtype '{dtype}' is unknown; known: auto, {', '.join(COMPUTE_DTYPES)}")
 
 
 def is_linear(module: nn.Module) -> bool:

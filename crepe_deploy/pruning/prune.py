@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,73 +16,24 @@ from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.paired import Pair
 from crepe_deploy.model.proof import check_parity
 from crepe_deploy.model.stats import Stats
-from crepe_deploy.pattern import NM, Pattern, check_divides
 from crepe_deploy.progress import Progress, silent
 from crepe_deploy.store.audit import check_pattern
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.companions import copy_companions
-from crepe_deploy.store.files import atomic_folder, check_output, require_disk
+from crepe_deploy.store.files import require_disk
+from crepe_deploy.store.folders import atomic_folder, check_output
 from crepe_deploy.store.manifest import Manifest, hash_folder, save_manifest, versions
 from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.store.writing import CheckpointWriter, Planned
 from crepe_deploy.texts import CalibrationSet
 
 from .block import BlockPruner, Treatment
-from .methods import get_method
-from .methods.base import SolveMethod
-from .steps import KINDS, Steps, build_steps
+from .config import PruneConfig
 from .steps.allocate import allocate, summary, uniform
 from .steps.rescale import Rescaled, last_norm, rescaled_tensors
+from .targets import choose_targets
 
-FEEDS = ("auto", "dense", "pruned", "both")
 PROBE_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class PruneConfig:
-    """Everything that decides the result, besides the model and the calibration tokens.
-
-    include/exclude: regular expressions searched in the tensor's checkpoint name; exclude wins.
-    feed: what the next block is fed while calibrating: "dense" the dense block's output, "pruned" the pruned one's,
-    "both" each its own, layer by layer (see `paired`), "auto" the best one for the method and its steps.
-    dtype: of computation, "auto" = the checkpoint's.
-    allocate, permute, reprune, reconstruct, rescale: the steps around the method, as `steps.build_step` reads them.
-    recipe: the name of the one that some of this came from.
-    """
-
-    method: str
-    pattern: Pattern
-    params: dict[str, Any] = field(default_factory=dict)
-    preset: str | None = None
-    feed: Literal["auto", "dense", "pruned", "both"] = "auto"
-    include: str | None = None
-    exclude: str | None = None
-    dtype: str = "auto"
-    allocate: str | None = None
-    permute: str | None = None
-    reprune: str | None = None
-    reconstruct: str | None = None
-    rescale: str | None = None
-    recipe: str | None = None
-
-    def steps(self) -> Steps:
-        """The steps, built. Raises ConfigError for what is unknown or does not fit the method or the pattern."""
-        steps = build_steps(**{kind: getattr(self, kind) for kind in KINDS})
-        if steps.permute is not None and not isinstance(self.pattern, NM):
-            raise ConfigError(f"--permute changes nothing for pattern {self.pattern}: it is for N:M groups")
-        if steps.reprune is not None:
-            steps.reprune.check(self.pattern)
-        return steps
-
-    def needs_text(self) -> bool:
-        """Whether the method or a step reads calibration statistics. Raises ConfigError as `steps`."""
-        steps = self.steps()
-        allocating = steps.allocate.needs if steps.allocate else frozenset()
-        return bool(get_method(self.method, **self.params).needs | steps.needs | allocating)
-
-    def record(self) -> dict[str, Any]:
-        """As JSON for the manifest."""
-        return {**vars(self), "pattern": str(self.pattern)}
 
 
 @dataclass
@@ -135,57 +85,25 @@ def _prepare(
     model: Model, out: Path, config: PruneConfig, calibration: CalibrationSet | None, overwrite: bool
 ) -> tuple[_Run, Tensor | None]:
     """Everything that can be refused is refused here, before any weight is read."""
-    if config.feed not in FEEDS:
-        raise ConfigError(f"feed '{config.feed}' is unknown; known: {', '.join(FEEDS)}")
-    method, steps = get_method(config.method, **config.params), config.steps()
-    if isinstance(method, SolveMethod) and steps.reprune is not None and steps.reconstruct is None:
-        raise ConfigError(f"--reprune undoes the weights that '{config.method}' updates: give --reconstruct as well")
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
     decoder = Decoder(model.folder, config.dtype)
     targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
-    wanted = config.needs_text()
+    wanted = config.needs_text
     if wanted and calibration is None:
-        raise ConfigError(f"method '{config.method}' needs calibration text: give --calib FILE_OR_DATASET")
+        raise ConfigError(f"method '{config.origin.method}' needs calibration text: give --calib FILE_OR_DATASET")
     require_disk(out, sum(info.size_bytes for info in decoder.reader))
     tokens = calibration.tokens if calibration is not None and wanted else None
     if tokens is not None and tokens.shape[1] > decoder.context_length:
         raise ConfigError(
             f"calibration windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
         )
-    feed = config.feed
-    if feed == "both" and steps.reconstruct is None:
-        raise ConfigError("--feed both collects what only --reconstruct uses: give one, or another feed")
-    if feed == "auto":
-        feed = method.feed if steps.reconstruct is None else "both"
-    treatment = Treatment(method, steps, uniform(targets, config.pattern))
-    run = _Run(decoder, replace(config, feed=feed), targets, BlockPruner(decoder, treatment))
-    if steps.rescale is not None:
-        if feed != "both" or tokens is None:
-            raise ConfigError("--rescale compares with the dense model on the way: give --reconstruct and --feed both")
+    treatment = Treatment(config.method, config.steps, uniform(targets, config.pattern))
+    run = _Run(decoder, config, targets, BlockPruner(decoder, treatment))
+    if config.steps.rescale is not None and tokens is not None:
         last_norm(decoder)
-        fitted = len(tokens) - steps.rescale.held_out(len(tokens))
+        fitted = len(tokens) - config.steps.rescale.held_out(len(tokens))
         tokens, run.held = tokens[:fitted], tokens[fitted:]
     return run, tokens
-
-
-def choose_targets(
-    decoder: Decoder, pattern: Pattern, include: str | None, exclude: str | None
-) -> list[list[LinearSpec]]:
-    """The linears to prune in each block. Raises ConfigError when none is left, PatternError naming a misfit."""
-    try:
-        wanted = re.compile(include or "")
-        unwanted = re.compile(exclude) if exclude else None
-    except re.error as error:
-        raise ConfigError(f"--include/--exclude is not a regular expression: {error}") from error
-    targets = [
-        [spec for spec in block if wanted.search(spec.key) and not (unwanted and unwanted.search(spec.key))]
-        for block in decoder.linears
-    ]
-    if not any(targets):
-        raise ConfigError(f"--include/--exclude leave nothing to prune; names look like {decoder.linears[0][0].key}")
-    for spec in (spec for block in targets for spec in block):
-        check_divides(pattern, spec.key, spec.in_features)
-    return targets
 
 
 def _probe_tokens(decoder: Decoder, tokens: Tensor | None) -> Tensor:
@@ -316,12 +234,8 @@ def _manifest(
         format="dense",
         versions=versions(),
         source=source,
-        config={
-            **run.config.record(),
-            "resolved_method": {"class": type(treatment.method).__name__, **vars(treatment.method)},
-            "resolved_steps": treatment.steps.record(),
-        },
-        calibration=calibration.record() if calibration is not None and run.config.needs_text() else None,
+        config=run.config.record(),
+        calibration=calibration.record() if calibration is not None and run.config.needs_text else None,
         tensors=run.pruner.records,
         dense_tensors=sorted(set(run.decoder.reader.tensors) - set(run.pruner.records)),
         metrics={

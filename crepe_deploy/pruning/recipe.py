@@ -1,10 +1,15 @@
-"""Recipes: a method and the steps around it as data, with where they come from. Shipped ones are in `recipes/`."""
+"""Recipes: a method and the steps around it as data, with where they come from; a preset is one with a method alone.
+
+Shipped ones are in `recipes/` and `presets/`.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,26 +17,36 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.pattern import NM, Pattern
 
+from .methods import get_method
 
-class Recipe(BaseModel):
-    """What `prune` is asked to do, besides the model, the pattern and the text; fields as its options.
 
-    provenance: free facts on how the recipe was found and what it reached.
-    """
+class _Stored(BaseModel):
+    """What every recipe and preset file holds. provenance: free facts on how it was found and what it reached."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str
+    params: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+class Preset(_Stored):
+    """A method and its hyperparameters, those left out at their defaults."""
+
+    method: str
+
+
+class Recipe(_Stored):
+    """What `prune` is asked to do, besides the model, the pattern and the text; fields as its options."""
+
     method: str | None = None
     preset: str | None = None
-    params: dict[str, Any] = Field(default_factory=dict)
     feed: Literal["auto", "dense", "pruned", "both"] = "auto"
     allocate: str | None = None
     permute: str | None = None
     reprune: str | None = None
     reconstruct: str | None = None
     rescale: str | None = None
-    provenance: dict[str, Any] = Field(default_factory=dict)
 
     def options(self, pattern: Pattern) -> dict[str, Any]:
         """What is set, by option name; without `permute` where `pattern` has no groups for it to gain anything in."""
@@ -39,28 +54,61 @@ class Recipe(BaseModel):
         return {name: value for name, value in self if name not in left_out and value not in (None, {})}
 
 
+_File = TypeVar("_File", bound=_Stored)
+
+
 def known_recipes() -> list[str]:
     """Names of the shipped recipes, sorted."""
-    folder = resources.files("crepe_deploy.pruning") / "recipes"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return sorted(_shipped("recipes"))
 
 
-def load_recipe(name_or_path: str) -> Recipe:
+def known_presets() -> list[str]:
+    """Names of the shipped presets, sorted."""
+    return sorted(_shipped("presets"))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
     """A shipped recipe by name, or any YAML or JSON file by path. Raises ConfigError naming what is wrong in it."""
-    if name_or_path in known_recipes():
-        text = (resources.files("crepe_deploy.pruning") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
-    elif Path(name_or_path).is_file():
-        try:
-            text = Path(name_or_path).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"recipe file {name_or_path} cannot be read: {error}") from error
-    else:
-        names = ", ".join(known_recipes())
-        raise ConfigError(f"recipe '{name_or_path}' is neither a file nor a known name; known: {names}")
+    return _load(Recipe, "recipe", name_or_path)
+
+
+def load_preset(name_or_path: str | Path) -> Preset:
+    """A shipped preset by name, or any YAML or JSON file by path.
+
+    Raises ConfigError naming what is wrong in it or what its method refuses.
+    """
+    preset = _load(Preset, "preset", name_or_path)
+    get_method(preset.method, **preset.params)
+    return preset
+
+
+def _shipped(folder: str) -> Mapping[str, Any]:
+    """The shipped files of one kind by name."""
+    files = (resources.files("crepe_deploy.pruning") / folder).iterdir()
+    return {file.name.rpartition(".")[0]: file for file in files if file.name.endswith((".yaml", ".json"))}
+
+
+def _load(model: type[_File], kind: str, name_or_path: str | Path) -> _File:
+    """The file of this kind, read and checked key by key."""
+    shipped = _shipped(f"{kind}s")
+    file = shipped.get(str(name_or_path), Path(name_or_path))
+    if not file.is_file():
+        names = ", ".join(sorted(shipped))
+        raise ConfigError(f"{kind} '{name_or_path}' is neither a file nor a known name; known: {names}")
     try:
-        return Recipe.model_validate(yaml.safe_load(text))
+        return model.model_validate(_parse(file.read_text("utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{kind} file {name_or_path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {name_or_path} is not YAML: {error}") from error
+        raise ConfigError(f"{kind} {name_or_path} is not YAML or JSON: {error}") from error
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in error.errors())
-        raise ConfigError(f"recipe {name_or_path} is not valid: {faults}") from error
+        raise ConfigError(f"{kind} {name_or_path} is not valid: {faults}") from error
+
+
+def _parse(text: str) -> Any:
+    """JSON as JSON, for YAML 1.1 takes 1e-5 for a word; anything else as YAML."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return yaml.safe_load(text)

@@ -1,4 +1,4 @@
-"""Folders and small files that appear whole or not at all, and disks that are asked before."""
+"""Small files that appear whole or not at all, and disks that are asked before."""
 
 from __future__ import annotations
 
@@ -24,19 +24,31 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise DiskFullError(f"the disk is full while writing {path}: free some room and run again") from error
-        raise OutputError(f"{path} cannot be written: {error}") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 through a temporary file beside it, fsynced and renamed; its folder is made.
+
+    Raises DiskFullError, OutputError.
+    """
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON through a temporary file, fsynced and renamed."""
-    partial = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+    """Write JSON, indented, as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def require_disk(path: Path, size_bytes: int) -> None:
@@ -49,46 +61,11 @@ def require_disk(path: Path, size_bytes: int) -> None:
         )
 
 
-def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
-    """Refuse an output that exists (unless `overwrite`), equals an input, or lies around or inside one."""
-    place = out.resolve()
-    for path in inputs:
-        source = path.resolve()
-        if place == source or source.is_relative_to(place) or place.is_relative_to(source):
-            raise OutputError(f"output {out} and input {path} are one folder or lie inside each other; choose another")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists: give another --out, or --overwrite to replace it")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} exists and is not a folder")
-    if not os.access(next(parent for parent in place.parents if parent.exists()), os.W_OK):
-        raise OutputError(f"{out} cannot be created: its parent folder is not writable")
-
-
-@contextlib.contextmanager
-def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield `OUT.partial/`, renamed to `out` on success and removed on any failure, Ctrl-C included."""
-    check_output(out, overwrite=overwrite)
-    partial = out.with_name(out.name + ".partial")
-    with disk_errors(partial):
-        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-        partial.mkdir(parents=True)
-    try:
-        yield partial
-        with disk_errors(out):
-            _swap(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap(partial: Path, out: Path) -> None:
-    old = out.with_name(out.name + ".old")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    partial.rename(out)
-    handle = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    shutil.rmtree(old, ignore_errors=True)
+def check_output_file(path: Path, *, overwrite: bool) -> Path:
+    """Refuse a file that exists (unless `overwrite`) or cannot be written, and return it. Raises OutputError."""
+    if path.exists() and not (overwrite and path.is_file()):
+        raise OutputError(f"{path} exists: choose another --out" + ("" if path.is_dir() else ", or give --overwrite"))
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written: {parent} is no folder that can be written to")
+    return path

@@ -15,7 +15,8 @@ from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.phases import Phases
 from crepe_deploy.progress import Progress
 from crepe_deploy.store.checkpoint import read_json
-from crepe_deploy.store.files import check_output, disk_errors, require_disk
+from crepe_deploy.store.files import disk_errors, require_disk
+from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.journal import Journal, open_journal
 from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.texts import CalibrationSet

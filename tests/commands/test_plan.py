@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from crepe_deploy.export.packed import export_packed
+from crepe_deploy.exporting.packed import export_packed
 
 from crepe_deploy.cli import main
 from crepe_deploy.commands.doctor import gpu_lines
 from crepe_deploy.commands.plan import gpu_gains, gpu_truth, lines, plan
 from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.sources import resolve_model
 from tests.pico import make_pico_llama
 
@@ -23,7 +24,7 @@ from tests.pico import make_pico_llama
 def test_the_predicted_bytes_are_the_written_bytes(tmp_path: Path, pattern: str) -> None:
     model = make_pico_llama(tmp_path / "model", torch.bfloat16)
     expected = plan(model, parse_pattern(pattern), 4, 32)
-    prune(resolve_model(str(model)), tmp_path / "pruned", PruneConfig("magnitude", parse_pattern(pattern)), None)
+    prune(resolve_model(str(model)), tmp_path / "pruned", prune_config("magnitude", pattern), None)
     (tmp_path / "packed").mkdir()
     export_packed(tmp_path / "pruned", tmp_path / "packed")
     header = 8192  # names and offsets

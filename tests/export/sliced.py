@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crepe_deploy.export.structural import assemble
+from crepe_deploy.exporting.structural import assemble
 from transformers import AutoModelForCausalLM
 
 from crepe_deploy.model.decoder import Decoder

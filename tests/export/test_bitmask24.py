@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.export.packed import same_bits
-from crepe_deploy.export.pipeline import export_checkpoint
+from crepe_deploy.exporting.packed import same_bits
+from crepe_deploy.exporting.pipeline import export_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crepe_deploy.export.greedy import GREEDY_TOKENS, record_greedy
+from crepe_deploy.exporting.greedy import GREEDY_TOKENS, record_greedy
 from transformers import AutoModelForCausalLM
 
 from crepe_deploy.model.decoder import Decoder

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from crepe_deploy.export import int8
-from crepe_deploy.export.int8 import quantization_config, quantize
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting import int8
+from crepe_deploy.exporting.int8 import quantization_config, quantize
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import linear
@@ -23,8 +23,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Mixtra
 
 from crepe_deploy.cli import cli
 from crepe_deploy.errors import CheckpointError, ConfigError, ParityError, UnsupportedModel, VerifyError
-from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig
+from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.store.audit import inspect_folder
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import load_manifest, sha256_file, verify
@@ -42,9 +41,7 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 def pruned(folder: Path, formats: tuple[str, ...], dtype: torch.dtype = torch.bfloat16) -> Path:
     """A pico Llama pruned to 2:4 and exported; returns the folder of the formats."""
     model = make_pico_llama(folder / "model", dtype)
-    prune_and_export(
-        resolve_model(str(model)), folder / "out", PruneConfig("magnitude", parse_pattern("2:4")), None, formats=formats
-    )
+    prune_and_export(resolve_model(str(model)), folder / "out", prune_config("magnitude", "2:4"), None, formats=formats)
     return folder / "out"
 
 
@@ -147,7 +144,7 @@ def test_unsupported_families_are_named_before_any_work(tmp_path: Path) -> None:
     gpt2 = make_pico(tmp_path / "gpt2", GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, **sizes))
     with pytest.raises(UnsupportedModel, match=r"'gpt2' stores.*c_attn"):
         export_checkpoint(gpt2, tmp_path / "out", "int8")
-    config = PruneConfig("magnitude", parse_pattern("2:4"))
+    config = prune_config("magnitude", "2:4")
     with pytest.raises(UnsupportedModel, match="'gpt2'"):
         prune_and_export(resolve_model(str(gpt2)), tmp_path / "out", config, None, formats=("int8",))
     experts = MixtralConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 
 import crepe_deploy  # noqa: F401  registers the format with transformers
 from crepe_deploy.commands.lines import report_lines
 from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.packed.config import PackedConfig, packed_config
-from crepe_deploy.pattern import NM, Unstructured, parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig
+from crepe_deploy.pattern import NM, Unstructured
+from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import load_manifest
 from crepe_deploy.store.sources import resolve_model
@@ -29,7 +29,7 @@ MIXED = PackedConfig(NM(16, 32), ("lm_head",), {"a.q": NM(12, 32), "a.k": NM(12,
 def mixed_exports(folder: Path, pattern: str = "16:32") -> Path:
     """A pico Llama pruned by magnitude, its blocks unevenly, as dense and packed; returns the folder of both."""
     model = make_pico_llama(folder / "m", num_hidden_layers=3)
-    config = PruneConfig("magnitude", parse_pattern(pattern), allocate="alpha:spread=0.5")
+    config = prune_config("magnitude", pattern, allocate="alpha:spread=0.5")
     prune_and_export(resolve_model(str(model)), folder / "out", config, None, formats=("dense", "packed"))
     return folder / "out"
 
@@ -78,7 +78,9 @@ def test_a_recipe_and_the_scale_of_the_logits_are_said_too(tmp_path: Path) -> No
     model = make_pico_llama(tmp_path / "m")
     (tmp_path / "calib.txt").write_text(sample_text(3000), encoding="utf-8")
     tokens = calibration_windows(tmp_path / "calib.txt", load_tokenizer(model), 8, 32, seed=0)
-    config = PruneConfig("ria", parse_pattern("2:4"), reconstruct="obs", feed="both", rescale="logits", recipe="mine")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: mine\nmethod: ria\nreconstruct: obs\nrescale: logits\n")
+    config = prune_config(recipe=recipe)
     prune_and_export(resolve_model(str(model)), tmp_path / "out", config, tokens, formats=("packed",))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     lines = report_lines(report)
@@ -124,7 +126,7 @@ def test_a_pattern_that_cannot_be_packed_is_refused_wherever_it_is(tmp_path: Pat
     with pytest.raises(ConfigError, match="cannot be packed: rows keep different counts"):
         packed_config(Unstructured(0.5, "matrix"))
     model = make_pico_llama(tmp_path / "m")
-    config = PruneConfig("magnitude", Unstructured(0.5, "matrix"), allocate="alpha")
+    config = prune_config("magnitude", Unstructured(0.5, "matrix"), allocate="alpha")
     with pytest.raises(ConfigError, match="rows keep different counts"):
         prune_and_export(resolve_model(str(model)), tmp_path / "out", config, None, formats=("packed",))
     assert not (tmp_path / "out").exists()

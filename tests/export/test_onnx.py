@@ -12,13 +12,13 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
-from crepe_deploy.export.onnx import export as onnx_export
-from crepe_deploy.export.onnx.checks import graph_metadata
-from crepe_deploy.export.onnx.inspect import inspect_onnx
-from crepe_deploy.export.onnx.portable import build_portable, write_graph
-from crepe_deploy.export.onnx.recount import recount
-from crepe_deploy.export.onnx.support import OnnxOptions
-from crepe_deploy.export.pipeline import export_checkpoint
+from crepe_deploy.exporting.onnx import export as onnx_export
+from crepe_deploy.exporting.onnx.checks import graph_metadata
+from crepe_deploy.exporting.onnx.inspect import inspect_onnx
+from crepe_deploy.exporting.onnx.portable import build_portable, write_graph
+from crepe_deploy.exporting.onnx.recount import recount
+from crepe_deploy.exporting.onnx.support import OnnxOptions
+from crepe_deploy.exporting.pipeline import export_checkpoint
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crepe_deploy.export.onnx import export as onnx_export
-from crepe_deploy.export.onnx.support import FAMILIES, OnnxOptions, check_model, check_options
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.onnx import export as onnx_export
+from crepe_deploy.exporting.onnx.support import FAMILIES, OnnxOptions, check_model, check_options
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from transformers import GPT2Config, LlamaConfig
 
 from crepe_deploy.errors import ConfigError, DiskFullError, MissingExtra, UnsupportedModel
-from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.manifest import load_manifest, save_manifest
 from crepe_deploy.store.sources import resolve_model
 from tests.onnx_models import CONFIGS, pruned_model
@@ -60,11 +60,11 @@ def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
 def test_families_and_rotary_embeddings_by_name(tmp_path: Path) -> None:
     gpt2 = GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1)
     model = make_pico(tmp_path / "gpt2", gpt2)
-    prune(resolve_model(str(model)), tmp_path / "pruned", PruneConfig("magnitude", parse_pattern("2:4")), None)
+    prune(resolve_model(str(model)), tmp_path / "pruned", prune_config("magnitude", "2:4"), None)
     with pytest.raises(UnsupportedModel, match="'gpt2' cannot be exported to ONNX; families that can: llama"):
         export_checkpoint(tmp_path / "pruned", tmp_path / "out", "onnx")
     with pytest.raises(UnsupportedModel, match="'gpt2'"):  # before the pruning, not after
-        config = PruneConfig("magnitude", parse_pattern("2:4"))
+        config = prune_config("magnitude", "2:4")
         prune_and_export(resolve_model(str(model)), tmp_path / "out", config, None, formats=["dense", "onnx"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt2", "pruned"]
     dynamic = LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})

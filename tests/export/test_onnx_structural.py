@@ -7,9 +7,9 @@ from typing import Any
 
 import onnx
 import pytest
-from crepe_deploy.export.onnx.support import OnnxOptions
-from crepe_deploy.export.pipeline import export_checkpoint
-from crepe_deploy.export.structural import assemble
+from crepe_deploy.exporting.onnx.support import OnnxOptions
+from crepe_deploy.exporting.pipeline import export_checkpoint
+from crepe_deploy.exporting.structural import assemble
 from crepe_deploy.serve.ort import greedy, load_runner
 
 from crepe_deploy.errors import UnsupportedModel

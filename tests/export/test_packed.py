@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.export.packed import export_packed, load_packed, same_bits
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.packed import export_packed, load_packed, same_bits
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file, save_file
 
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, VerifyError
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import Pattern, Unstructured, parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import hash_folder, load_manifest, save_manifest, sha256_file, verify
 from crepe_deploy.store.sources import resolve_model
@@ -32,7 +33,7 @@ def pruned(
     exclude = options.pop("exclude", None)
     model = make_pico_llama(folder / "model", dtype, **options)
     parsed = parse_pattern(pattern) if isinstance(pattern, str) else pattern
-    prune(resolve_model(str(model)), folder / "pruned", PruneConfig("magnitude", parsed, exclude=exclude), None)
+    prune(resolve_model(str(model)), folder / "pruned", prune_config("magnitude", parsed, exclude=exclude), None)
     return folder / "pruned"
 
 
@@ -94,7 +95,7 @@ def test_shards_keep_their_names(tmp_path: Path) -> None:
 
     sharded = tmp_path / "sharded"
     AutoModelForCausalLM.from_pretrained(model).save_pretrained(sharded, max_shard_size="60KB")
-    prune(resolve_model(str(sharded)), tmp_path / "pruned", PruneConfig("magnitude", parse_pattern("2:4")), None)
+    prune(resolve_model(str(sharded)), tmp_path / "pruned", prune_config("magnitude", "2:4"), None)
     manifest = export_checkpoint(tmp_path / "pruned", tmp_path / "packed", "packed")
     names = [path.name for path in CheckpointReader(tmp_path / "pruned").files]
     assert len(names) > 1
@@ -116,7 +117,7 @@ def test_excluded_and_unpackable_layers_stay_dense_and_are_listed(tmp_path: Path
 
 def test_a_matrix_pattern_is_refused_before_pruning(tmp_path: Path) -> None:
     model = resolve_model(str(make_pico_llama(tmp_path / "model")))
-    config = PruneConfig("magnitude", Unstructured(0.5, "matrix"))
+    config = prune_config("magnitude", Unstructured(0.5, "matrix"))
     with pytest.raises(ConfigError, match=r"0\.5/matrix cannot be packed.*--granularity row"):
         prune_and_export(model, tmp_path / "out", config, None, formats=("dense", "packed"))
     prune(model, tmp_path / "pruned", config, None)
@@ -127,7 +128,7 @@ def test_a_matrix_pattern_is_refused_before_pruning(tmp_path: Path) -> None:
 
 def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
     model = make_pico_llama(tmp_path / "narrow", hidden_size=48, intermediate_size=80, num_attention_heads=4)
-    prune(resolve_model(str(model)), tmp_path / "pruned", PruneConfig("magnitude", parse_pattern("2:4")), None)
+    prune(resolve_model(str(model)), tmp_path / "pruned", prune_config("magnitude", "2:4"), None)
     with pytest.raises(ConfigError, match="multiple of 32"):
         export_checkpoint(tmp_path / "pruned", tmp_path / "packed", "packed")
     (tmp_path / "fine").mkdir()

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from crepe_deploy.export import structural
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
-from crepe_deploy.export.structural import assemble
+from crepe_deploy.exporting import structural
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.structural import assemble
 from safetensors.torch import load_file
 from transformers import AutoModel, Gemma2Config
 
@@ -19,8 +19,8 @@ from crepe_deploy.cli import cli
 from crepe_deploy.errors import ConfigError, NumericalError, OutputError, ParityError, UnsupportedModel, VerifyError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.packed.linear import PackedLinear
-from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.quality.perplexity import evaluate
 from crepe_deploy.store.checkpoint import read_json
 from crepe_deploy.store.manifest import verify
@@ -128,7 +128,7 @@ def test_code_lies_beside_the_weights_only_when_asked_for(tmp_path: Path) -> Non
 def test_it_can_be_pruned_to_a_pattern_and_packed(tmp_path: Path, widths: str) -> None:
     kept = EVEN if widths == "uniform" else ((4, 2, 96), (2, 2, 32), (1, 1, 64))
     out, _ = assembled(tmp_path, "llama", kept, widths)
-    config = PruneConfig("magnitude", parse_pattern("2:4"))
+    config = prune_config("magnitude", "2:4")
     report = prune_and_export(resolve_model(str(out)), tmp_path / "nm", config, None, formats=("dense", "packed"))
     assert report["pruned_tensors"] == 21
     dense, packed = load(tmp_path / "nm" / "dense"), load(tmp_path / "nm" / "packed")
@@ -143,7 +143,7 @@ def test_every_step_of_pruning_works_on_layers_of_different_widths(tmp_path: Pat
     text = tmp_path / "text.txt"
     text.write_text(sample_text(3000))
     calibration = calibration_windows(text, load_tokenizer(out), 4, 32)
-    config = PruneConfig("wanda", parse_pattern("4:8"), permute="fold", reconstruct="exact", feed="both")
+    config = prune_config("wanda", "4:8", permute="fold", reconstruct="exact", feed="both")
     manifest = prune(resolve_model(str(out)), tmp_path / "nm", config, calibration)
     assert manifest.metrics["sparsity_of_pruned_tensors"] == 0.5
     report = evaluate(tmp_path / "nm", text, window=32, max_tokens=256, against=out)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.export.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file
 
 from crepe_deploy.errors import ConfigError, UnsupportedModel
 from crepe_deploy.model.decoder import Decoder
-from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.checkpoint import read_json
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.store.sources import resolve_model
@@ -95,7 +95,7 @@ def test_the_decilm_export_refuses_other_folders(tmp_path: Path) -> None:
     out, _ = assembled(tmp_path, "llama", EVEN, "uniform")
     with pytest.raises(ConfigError, match="no widths per layer"):
         export_checkpoint(out, tmp_path / "deci", "deci")
-    config = PruneConfig("magnitude", parse_pattern("2:4"))
+    config = prune_config("magnitude", "2:4")
     with pytest.raises(ConfigError, match="--format deci is for folders with widths per layer"):
         prune_and_export(resolve_model(str(out)), tmp_path / "both", config, None, formats=("dense", "deci"))
     uneven, _ = assembled(tmp_path / "b", "llama", ((4, 2, 96), (2, 2, 32), (1, 1, 64)), "per-layer")

@@ -17,7 +17,8 @@ from crepe_deploy.model.paired import RESIDUALS, Pair, Side
 from crepe_deploy.model.proof import walk_logits
 from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import NM
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.pruning.steps.reconstruct import Admm, Exact, make_goal, solve_masked
 from crepe_deploy.select import select
 from crepe_deploy.store.sources import resolve_model
@@ -180,7 +181,7 @@ def test_every_family_is_paired(tmp_path: Path, text: Path, family: str) -> None
     calibration = windows(model, text, samples=8, length=48)
     dense, distance = walk_logits(Decoder(model), calibration.tokens), {}
     for feed in ("dense", "both"):
-        config = PruneConfig("ria", NM(2, 4), feed=feed, reconstruct="exact")  # type: ignore[arg-type]
+        config = prune_config("ria", "2:4", feed=feed, reconstruct="exact")
         manifest = prune(resolve_model(str(model)), tmp_path / feed, config, calibration)
         assert manifest.metrics["sparsity_of_pruned_tensors"] == pytest.approx(0.5, abs=1e-3)
         logits = walk_logits(Decoder(tmp_path / feed), calibration.tokens)
@@ -192,5 +193,5 @@ def test_both_without_reconstruction_is_refused(tmp_path: Path, text: Path) -> N
     model = make_pico_llama(tmp_path / "m")
     with pytest.raises(ConfigError, match="what only --reconstruct uses"):
         prune(
-            resolve_model(str(model)), tmp_path / "out", PruneConfig("ria", NM(2, 4), feed="both"), windows(model, text)
+            resolve_model(str(model)), tmp_path / "out", prune_config("ria", "2:4", feed="both"), windows(model, text)
         )

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from crepe_deploy.export.pipeline import export_checkpoint
+from crepe_deploy.exporting.pipeline import export_checkpoint
 from safetensors.torch import load_file, save_file
 
 from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.packed import quantizer as hf
 from crepe_deploy.packed.linear import PackedLinear
-from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.sources import resolve_model
 from tests.pico import VOCAB, make_pico, make_pico_llama
 
@@ -29,7 +29,7 @@ TOKENS = torch.arange(2, 30)[None]
 def folders(tmp_path: Path, pattern: str = "2:4", model: Path | None = None, **options: Any) -> tuple[Path, Path]:
     """A dense-with-zeros checkpoint and its packed twin."""
     source = model or make_pico_llama(tmp_path / "model", **options)
-    prune(resolve_model(str(source)), tmp_path / "dense", PruneConfig("magnitude", parse_pattern(pattern)), None)
+    prune(resolve_model(str(source)), tmp_path / "dense", prune_config("magnitude", pattern), None)
     export_checkpoint(tmp_path / "dense", tmp_path / "packed", "packed")
     return tmp_path / "dense", tmp_path / "packed"
 

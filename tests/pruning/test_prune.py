@@ -15,7 +15,8 @@ from crepe_deploy.errors import ConfigError, OutputError, PatternError, Unsuppor
 from crepe_deploy.model.decoder import FAMILIES, Decoder
 from crepe_deploy.model.proof import walk_logits
 from crepe_deploy.pattern import Pattern, parse_pattern, zero_count
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import Manifest, verify
 from crepe_deploy.store.sources import resolve_model
@@ -67,7 +68,7 @@ def run(
     model: Path, out: Path, text: Path, method: str = "crepe", pattern: str | Pattern = "2:4", **config: Any
 ) -> Manifest:
     parsed = parse_pattern(pattern) if isinstance(pattern, str) else pattern
-    return prune(resolve_model(str(model)), out, PruneConfig(method, parsed, **config), windows(model, text))
+    return prune(resolve_model(str(model)), out, prune_config(method, parsed, **config), windows(model, text))
 
 
 def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -221,7 +222,7 @@ def test_refusals_come_before_any_work(tmp_path: Path, text: Path) -> None:
 
     def attempt(out: Path = tmp_path / "out", calib: CalibrationSet | None = tokens, **config: Any) -> None:
         settings: dict[str, Any] = {"method": "wanda", "pattern": parse_pattern("2:4"), **config}
-        prune(source, out, PruneConfig(**settings), calib)
+        prune(source, out, prune_config(**settings), calib)
 
     with pytest.raises(PatternError, match=r"down_proj.weight: its 120 input columns do not split into groups of 32"):
         attempt(pattern=parse_pattern("16:32"))

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from crepe_deploy.cli import cli
 from crepe_deploy.errors import ConfigError
-from crepe_deploy.pattern import NM, Unstructured
+from crepe_deploy.pattern import NM, Pattern, Unstructured
+from crepe_deploy.pruning.config import Origin, prune_config
 from crepe_deploy.pruning.methods import METHODS
-from crepe_deploy.pruning.prune import PruneConfig
 from crepe_deploy.pruning.recipe import Recipe, known_recipes, load_recipe
 from crepe_deploy.pruning.steps import KINDS
 from crepe_deploy.store.manifest import load_manifest
@@ -25,8 +25,11 @@ def test_every_shipped_recipe_builds(name: str) -> None:
     assert recipe.name == name
     assert recipe.provenance
     assert recipe.method in METHODS
-    steps = {kind: getattr(recipe, kind) for kind in KINDS}
-    PruneConfig(recipe.method, NM(2, 4), dict(recipe.params), feed=recipe.feed, **steps).steps()
+    config = prune_config(recipe=name)
+    assert config.origin == Origin(
+        recipe.method, None, name, {kind: text for kind in KINDS if (text := getattr(recipe, kind)) is not None}
+    )
+    assert vars(config.steps).keys() == KINDS.keys()
 
 
 @pytest.mark.parametrize(
@@ -93,4 +96,9 @@ def test_a_permutation_is_for_groups_alone() -> None:
     recipe = Recipe(name="mine", method="ria", permute="fold", reconstruct="exact")
     assert recipe.options(NM(2, 4)) == {"method": "ria", "feed": "auto", "permute": "fold", "reconstruct": "exact"}
     assert "permute" not in recipe.options(Unstructured(0.5))
-    PruneConfig("ria", Unstructured(0.5), {}, reconstruct=recipe.options(Unstructured(0.5))["reconstruct"]).steps()
+
+
+@pytest.mark.parametrize("pattern", [0.5, "0.5", "0.5/matrix", Unstructured(0.5)])
+def test_a_recipe_with_a_permutation_serves_every_pattern(pattern: Pattern | str | float) -> None:
+    assert prune_config(recipe="best", pattern=pattern).steps.permute is None
+    assert prune_config(recipe="best", pattern="2:4").steps.permute is not None

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from crepe_deploy.export.greedy import GREEDY_TOKENS
+from crepe_deploy.exporting.greedy import GREEDY_TOKENS
 from crepe_deploy.serve import launcher
 from crepe_deploy.serve.command import serve_command, usage
 from crepe_deploy.serve.launcher import ServeOptions, check, free_port, run, served_dtype, vllm_command

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crepe_deploy.export.onnx.support import OnnxOptions
-from crepe_deploy.export.pipeline import export_checkpoint
+from crepe_deploy.exporting.onnx.support import OnnxOptions
+from crepe_deploy.exporting.pipeline import export_checkpoint
 from crepe_deploy.serve.engines import get_engine
 from crepe_deploy.serve.engines.base import Settings
 from crepe_deploy.serve.launcher import ServeOptions, require_engine, server_command

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from crepe_deploy.export.pipeline import export_checkpoint
-from crepe_deploy.export.structural import assemble
+from crepe_deploy.exporting.pipeline import export_checkpoint
+from crepe_deploy.exporting.structural import assemble
 
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.store.sources import resolve_model

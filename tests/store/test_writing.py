@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crepe_deploy.errors import CrepeError, DiskFullError, OutputError
+from crepe_deploy.errors import CrepeError, DiskFullError
 from crepe_deploy.store.checkpoint import CheckpointReader
-from crepe_deploy.store.files import atomic_folder, check_output, require_disk
+from crepe_deploy.store.files import require_disk
+from crepe_deploy.store.folders import atomic_folder
 from crepe_deploy.store.writing import CheckpointWriter, Planned
 
 
@@ -78,42 +79,3 @@ def test_full_disk_is_said_and_leaves_nothing(
 def test_too_small_a_disk_is_refused_beforehand(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError, match="GB free"):
         require_disk(tmp_path / "not" / "yet", 1 << 60)
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_failure_leaves_neither_output_nor_partial(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), atomic_folder(tmp_path / "out") as folder:
-        (folder / "half").write_text("x")
-        raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_failure_keeps_what_was_to_be_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("x")
-    with pytest.raises(ValueError), atomic_folder(tmp_path / "out", overwrite=True):
-        raise ValueError
-    assert (tmp_path / "out" / "old").read_text() == "x"
-
-
-def test_success_replaces_and_clears_the_remains_of_a_killed_run(tmp_path: Path) -> None:
-    for name in ("out", "out.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "old").write_text("x")
-    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
-        (folder / "new").write_text("y")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
-
-
-def test_output_rules(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    with pytest.raises(OutputError, match="--overwrite"):
-        check_output(model, overwrite=False)
-    for out in (model, model / "inside", tmp_path):
-        with pytest.raises(OutputError, match="one folder or lie inside"):
-            check_output(out, overwrite=True, inputs=(model,))
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="not a folder"):
-        check_output(tmp_path / "file", overwrite=True)

@@ -6,6 +6,7 @@ On the command line and in recipes a step is written `NAME` or `NAME:PARAMETER=V
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -63,9 +64,9 @@ def build_step(kind: str, text: str) -> Any:
     return known[name](**values)
 
 
-def build_steps(**wanted: str | None) -> Steps:
-    """All steps by kind; None leaves one out. Raises ConfigError."""
-    return Steps(**{kind: build_step(kind, text) for kind, text in wanted.items() if text is not None})
+def build_steps(texts: Mapping[str, str]) -> Steps:
+    """The steps that are written, by kind. Raises ConfigError."""
+    return Steps(**{kind: build_step(kind, text) for kind, text in texts.items()})
 
 
 def _value(text: str) -> Any:

@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from crepe_deploy.bench.gate import render
 from crepe_deploy.bench.gate.arms import PRUNED
-from crepe_deploy.bench.gate.outcome import SEVERITY, Row, Verdict
+from crepe_deploy.bench.gate.verdict import SEVERITY, Row, Verdict
 from crepe_deploy.bench.run.result import Interval
 from rich.console import Console
 
@@ -34,8 +34,9 @@ def verdict() -> Verdict:
     )  # fmt: skip
 
 
-def test_json_gives_the_verdict_back(verdict: Verdict) -> None:
-    document = json.loads(render.as_json(verdict))
+def test_json_gives_the_verdict_back(verdict: Verdict, capsys: pytest.CaptureFixture[str]) -> None:
+    render.show(verdict, as_json=True)
+    document = json.loads(capsys.readouterr().out)
     assert Verdict.model_validate(document) == verdict
     assert document["gate"] == "pruned against dense" and document["kind"] == "crepe-deploy-verdict"
 

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from crepe_deploy.bench.run.quality import measure_quality, quality_of
-from crepe_deploy.export.pipeline import prune_and_export
+from crepe_deploy.exporting.pipeline import prune_and_export
 
 from crepe_deploy.errors import CrepeError
-from crepe_deploy.pattern import parse_pattern
-from crepe_deploy.pruning.prune import PruneConfig
+from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.quality.perplexity import evaluate
 from crepe_deploy.store.sources import resolve_model
 from tests.pico import make_pico_llama, sample_text
@@ -26,7 +25,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("quality")
     (root / "text.txt").write_text(sample_text(600))
     model = resolve_model(str(make_pico_llama(root / "model", torch.bfloat16)))
-    config = PruneConfig("magnitude", parse_pattern("16:32"))
+    config = prune_config("magnitude", "16:32")
     prune_and_export(model, root / "out", config, None, formats=FORMATS)
     return root
 

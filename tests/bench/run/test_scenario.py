@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
-from crepe_deploy.bench.commands.bench import DEFAULT_POINTS, build_scenario, check_output, short_names
+from crepe_deploy.bench.commands.bench import DEFAULT_POINTS, build_scenario, short_names
 from crepe_deploy.bench.run.result import Point, workload_sha256
 from crepe_deploy.bench.run.scenario import Scenario, load_scenario, parse, parse_points
 
-from crepe_deploy.errors import ConfigError, OutputError
+from crepe_deploy.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {
     "name": "s",
@@ -152,19 +152,6 @@ def test_names_are_as_short_as_tells_them_apart() -> None:
     assert short_names([Path("/m/a/x"), Path("/m/b/x")]) == ["a/x", "b/x"]
     with pytest.raises(ConfigError, match="twice"):
         short_names([Path("/m/a"), Path("/m/a")])
-
-
-def test_an_output_that_cannot_be_is_refused_early(tmp_path: Path) -> None:
-    there = tmp_path / "run.json"
-    there.write_text("{}")
-    assert check_output(there, overwrite=True) == there
-    assert check_output(tmp_path / "new" / "run.json", overwrite=False)
-    with pytest.raises(OutputError, match="--overwrite"):
-        check_output(there, overwrite=False)
-    with pytest.raises(OutputError, match="choose another"):
-        check_output(tmp_path, overwrite=True)
-    with pytest.raises(OutputError, match="cannot be written"):
-        check_output(there / "below.json", overwrite=False)
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[3].glob("configs/bench-*.yaml")), ids=lambda p: p.stem)

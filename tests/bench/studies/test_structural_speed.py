@@ -9,7 +9,7 @@ import torch
 from crepe_deploy.bench.run.candidate import describe_folder, kv_token_bytes
 from crepe_deploy.bench.studies.pruning import LLAMA_1B
 from crepe_deploy.bench.studies.structural_speed import SHAPES, Shape, build, even_widths, spread, uneven_widths
-from crepe_deploy.export.pipeline import export_checkpoint
+from crepe_deploy.exporting.pipeline import export_checkpoint
 from transformers import LlamaConfig
 
 from crepe_deploy.store.manifest import load_manifest

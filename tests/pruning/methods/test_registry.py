@@ -9,12 +9,12 @@ import torch
 
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.stats import Stats
+from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.methods import METHODS, get_method
 from crepe_deploy.pruning.methods.base import ScoreMethod, SolveMethod
 from crepe_deploy.pruning.methods.crepe import Crepe
-from crepe_deploy.pruning.methods.presets import Preset, known_presets, load_preset, resolve_method
 from crepe_deploy.pruning.methods.ria import RIA
-from crepe_deploy.pruning.methods.sparsegpt import SparseGPT
+from crepe_deploy.pruning.recipe import Preset, known_presets, load_preset
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -77,12 +77,14 @@ def test_shipped_presets() -> None:
         preset = load_preset(name)
         assert preset.name == name
         assert preset.provenance
-        assert type(preset.build()) is METHODS[preset.method]
+        config = prune_config(preset=name)
+        assert type(config.method) is METHODS[preset.method]
+        assert (config.origin.method, config.origin.preset) == (preset.method, name)
 
 
 def test_ria_preset_is_ria() -> None:
     weight, stats = torch.randn(20, 40), Stats(col_norm=torch.rand(40))
-    method = load_preset("ria").build()
+    method = prune_config(preset="ria").method
     assert isinstance(method, ScoreMethod)
     assert torch.equal(method.score(weight, stats), RIA().score(weight, stats))
 
@@ -97,17 +99,27 @@ GOOD = {"name": "mine", "method": "wanda", "params": {}, "provenance": {"note": 
 
 
 def test_preset_from_a_file(tmp_path: Path) -> None:
-    assert load_preset(write(tmp_path, json.dumps(GOOD))) == Preset("mine", "wanda", {}, {"note": "by hand"})
+    preset = Preset(name="mine", method="wanda", params={}, provenance={"note": "by hand"})
+    assert load_preset(write(tmp_path, json.dumps(GOOD))) == preset
+    assert load_preset(write(tmp_path, "name: mine\nmethod: wanda\nprovenance: {note: by hand}")) == preset
+
+
+def test_numbers_of_json_are_numbers(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-05 as a word."""
+    content = json.dumps({**GOOD, "method": "ria", "params": {"exponent": 1e-05}})
+    assert "1e-05" in content
+    assert load_preset(write(tmp_path, content)).params == {"exponent": 1e-05}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
-        ("[]", "exactly the keys name, method, params, provenance; found list"),
-        (json.dumps({**GOOD, "extra": 1}), "exactly the keys"),
-        (json.dumps({"name": "mine"}), "exactly the keys"),
-        (json.dumps({**GOOD, "params": []}), "params must be a dict"),
+        ("{", "is not YAML or JSON"),
+        ("[]", "it: Input should be a valid dictionary"),
+        (json.dumps({**GOOD, "extra": 1}), "extra: Extra inputs are not permitted"),
+        (json.dumps({**GOOD, "feed": "both"}), "feed: Extra inputs are not permitted"),
+        (json.dumps({"name": "mine"}), "method: Field required"),
+        (json.dumps({**GOOD, "params": []}), "params: Input should be a valid dictionary"),
         (json.dumps({**GOOD, "method": "obs"}), "method 'obs' is unknown"),
         (json.dumps({**GOOD, "params": {"gamma": 1}}), "no hyperparameter 'gamma'"),
         (json.dumps({**GOOD, "method": "ria", "params": {"exponent": "x"}}), "exponent is 'x'"),
@@ -124,15 +136,3 @@ def test_unreadable_and_missing_presets(tmp_path: Path) -> None:
         load_preset(str(tmp_path / "binary.json"))
     with pytest.raises(ConfigError, match="known: default, pho, ria"):
         load_preset("nothing")
-
-
-def test_resolve_method(tmp_path: Path) -> None:
-    default = vars(load_preset("default").build())
-    assert resolve_method(None, None, {}) == ("crepe", default, "default")
-    assert resolve_method("crepe", None, {"gamma": 2.0}) == ("crepe", {**default, "gamma": 2.0}, "default")
-    assert resolve_method("sparsegpt", None, {"damping": 0.1}) == ("sparsegpt", vars(SparseGPT(0.1)), None)
-    assert resolve_method(None, "ria", {})[1]["gamma"] == 0
-    mine = write(tmp_path, json.dumps(GOOD))
-    assert resolve_method(None, mine, {}) == ("wanda", {}, "mine")
-    with pytest.raises(ConfigError, match="is for method 'wanda', not 'crepe'"):
-        resolve_method("crepe", mine, {})

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from crepe_deploy.errors import ConfigError, UnsupportedModel
 from crepe_deploy.model.decoder import FAMILIES, Decoder
-from crepe_deploy.pattern import NM
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.pruning.steps.rescale import LAST_NORMS, Logits, last_norm, minimum, scaled
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import Manifest, verify
@@ -27,7 +27,7 @@ from tests.pruning.test_prune import text as text
 
 def run(model: Path, out: Path, calibration: CalibrationSet, **config: Any) -> Manifest:
     settings = {"reconstruct": "exact:max_steps=3", "rescale": "logits", **config}
-    return prune(resolve_model(str(model)), out, PruneConfig("ria", NM(2, 4), **settings), calibration)
+    return prune(resolve_model(str(model)), out, prune_config("ria", "2:4", **settings), calibration)
 
 
 def hidden_states(model: Any, tokens: Tensor) -> Tensor:

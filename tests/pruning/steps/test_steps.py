@@ -14,7 +14,8 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.proof import walk_logits
 from crepe_deploy.pattern import NM, Unstructured, parse_pattern, parse_record, zero_count
-from crepe_deploy.pruning.prune import PruneConfig, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
 from crepe_deploy.pruning.steps import KINDS, build_step, build_steps
 from crepe_deploy.pruning.steps.allocate import allocate
 from crepe_deploy.pruning.steps.folds import foldables
@@ -39,7 +40,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, out: Path, text: Path, method: str = "ria", pattern: str = "2:4", **config: Any) -> Manifest:
-    settings = PruneConfig(method, parse_pattern(pattern), **config)
+    settings = prune_config(method, parse_pattern(pattern), **config)
     return prune(resolve_model(str(model)), out, settings, windows(model, text, samples=12, length=64))
 
 
@@ -140,7 +141,7 @@ def test_the_permuted_dense_model_is_the_same_model(
 @pytest.mark.parametrize("name", ["owl", "alpha", "error"])
 def test_allocation_holds_the_budget_exactly(tmp_path: Path, llama: Path, text: Path, name: str, pattern: str) -> None:
     parsed = parse_record(pattern)
-    settings = PruneConfig("wanda", parsed, allocate=name)
+    settings = prune_config("wanda", parsed, allocate=name)
     manifest = prune(resolve_model(str(llama)), tmp_path / "out", settings, windows(llama, text))
     expected = sum(zero_count(parsed, *record.shape) for record in manifest.tensors.values())
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -181,19 +182,19 @@ def test_steps_are_refused_by_name(tmp_path: Path, llama: Path, text: Path) -> N
     attempt("--permute gather is not available", permute="gather")
     attempt("--reprune undoes the weights that 'sparsegpt' updates", method="sparsegpt", reprune="dsnot")
     with pytest.raises(ConfigError, match="needs calibration text"):
-        prune(resolve_model(str(llama)), tmp_path / "out", PruneConfig("magnitude", NM(2, 4), reconstruct="obs"), None)
+        prune(resolve_model(str(llama)), tmp_path / "out", prune_config("magnitude", "2:4", reconstruct="obs"), None)
 
 
 def test_magnitude_with_alpha_needs_no_text(tmp_path: Path, llama: Path) -> None:
     manifest = prune(
-        resolve_model(str(llama)), tmp_path / "out", PruneConfig("magnitude", NM(16, 32), allocate="alpha"), None
+        resolve_model(str(llama)), tmp_path / "out", prune_config("magnitude", "16:32", allocate="alpha"), None
     )
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["calibration"] is None
     assert len(manifest.metrics["patterns"]) > 1
 
 
 def test_parameters_reach_the_step() -> None:
-    steps = build_steps(allocate="owl:threshold=3,spread=0.2", permute=None, reprune="dsnot-ria", reconstruct=None)
+    steps = build_steps({"allocate": "owl:threshold=3,spread=0.2", "reprune": "dsnot-ria"})
     assert steps.record() == {
         "allocate": {"class": "Owl", "threshold": 3, "spread": 0.2},
         "reprune": {"class": "DSnoTRia", "order": "ria", "power": 1.0, "max_cycles": 50, "enough": 0.1},

@@ -89,8 +89,10 @@ def collect(
     for index, specs in enumerate(targets):
         with decoder.block(index) as (block, weights), torch.inference_mode():
             sums = _run_block(stream, block, index, specs, rule, generator)
-            found = [_sample(spec, weights[spec.key], sums[spec.path], stream, rule, generator) for spec in specs]
-        layers += _through_disk(folder / f"block-{index:04d}.safetensors", found)
+            layer_samples = [
+                _sample(spec, weights[spec.key], sums[spec.path], stream, rule, generator) for spec in specs
+            ]
+        layers += _through_disk(folder / f"block-{index:04d}.safetensors", layer_samples)
         step(index + 1, len(targets))
     return layers
 

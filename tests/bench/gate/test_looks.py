@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crepe_deploy.bench.gate import gate
+from crepe_deploy.bench.gate import looks
 from crepe_deploy.bench.gate.budgets import Budgets
-from crepe_deploy.bench.gate.outcome import Verdict
+from crepe_deploy.bench.gate.gates import gate_pruned
+from crepe_deploy.bench.gate.verdict import Verdict
 from crepe_deploy.bench.run.result import Run
 
 from crepe_deploy.errors import ConfigError
@@ -38,8 +39,8 @@ class Measurer:
 
 
 def decide(measurer: Measurer, rounds: int, cap: int) -> Verdict:
-    return gate.decide(
-        measurer.more, lambda measured, looks: gate.gate_pruned(measured, ["packed"], TPOT, looks), rounds, cap
+    return looks.decide(
+        measurer.more, lambda measured, count: gate_pruned(measured, ["packed"], TPOT, count), rounds, cap
     )
 
 
@@ -47,15 +48,15 @@ def test_more_rounds_are_measured_only_while_it_is_inconclusive() -> None:
     clear, unclear, hopeless = Measurer(1.5, 0.01), Measurer(1.15, 0.1), Measurer(1.05, 0.05)
     assert decide(clear, 6, 100).status == "FAIL" and clear.asked == [6]
     assert decide(unclear, 6, 200).status == "FAIL" and len(unclear.asked) > 1
-    found = decide(hopeless, 6, 20)
-    assert found.status == "INCONCLUSIVE" and hopeless.asked == [6, 6, 8] and found.looks == 3
+    verdict = decide(hopeless, 6, 20)
+    assert verdict.status == "INCONCLUSIVE" and hopeless.asked == [6, 6, 8] and verdict.looks == 3
 
 
 def test_no_rounds_are_measured_where_they_cannot_help() -> None:
     measurer = Measurer(1.0, 0.01)
     limits = budgets(quality={"perplexity_ratio": 1.0})
-    found = gate.decide(measurer.more, lambda taken, looks: gate.gate_pruned(taken, ["packed"], limits, looks), 6, 90)
-    assert found.status == "INVALID" and measurer.asked == [6]
+    verdict = looks.decide(measurer.more, lambda taken, count: gate_pruned(taken, ["packed"], limits, count), 6, 90)
+    assert verdict.status == "INVALID" and measurer.asked == [6]
     with pytest.raises(ConfigError, match="cap"):
         decide(measurer, 10, 5)
 
@@ -72,6 +73,6 @@ def test_looking_repeatedly_does_not_make_false_alarms_likelier() -> None:
             measurer.packed += list(1.05 * generator.lognormal(-4, 0.05, rounds))
             return run([candidate("dense", measurer.dense), candidate("packed", measurer.packed)])
 
-        judged = gate.decide(more, lambda taken, looks: gate.gate_pruned(taken, ["packed"], TPOT, looks), 6, 48)
+        judged = looks.decide(more, lambda taken, count: gate_pruned(taken, ["packed"], TPOT, count), 6, 48)
         alarms += judged.status == "FAIL"
     assert alarms <= 5

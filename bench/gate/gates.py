@@ -1,11 +1,10 @@
-"""Gates from files and from live measurements: read both arms, judge, and measure more while it is inconclusive."""
+"""The two gates: this commit against the last, and pruned against dense; and the noise they are held against."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from ...errors import ConfigError, CrepeError, GateFailed, GateInconclusive, GateInvalid
 from ..run.result import Run, load_run, save_run
@@ -13,11 +12,10 @@ from ..run.statistics import noise_floor
 from .arms import COMMITS, PRUNED, Arm, arm
 from .budgets import TIME, Budgets, slowdown_budgets
 from .checks import HostMismatch, Pair
-from .outcome import Verdict
+from .judge import judge
 from .pytest_json import arm_of_file, arm_of_folder, is_pytest_json, parse_saved, read_json
-from .verdict import verdict
+from .verdict import Verdict
 
-Measured = TypeVar("Measured")
 Limits = Budgets | float  # a whole budgets file, or one slow-down for everything
 DEFAULT_METRICS = ("ttft_s", "tpot_s")
 ERRORS: dict[str, type[CrepeError]] = {"FAIL": GateFailed, "INCONCLUSIVE": GateInconclusive, "INVALID": GateInvalid}
@@ -63,7 +61,7 @@ def gate_commits(base: Run, new: Run, limits: Limits, options: Options | None = 
         pairs.append((arm(base, name, COMMITS), arm(new, name, COMMITS)))
     fresh = sorted(set(_usual(new)) - set(_usual(base)))
     notes = [f"not in the baseline run, so not gated: {', '.join(fresh)}"] if fresh else []
-    return verdict(pairs, _budgets(limits, pairs), COMMITS, chosen.host_mismatch, chosen.looks, notes)
+    return judge(pairs, _budgets(limits, pairs), COMMITS, chosen.host_mismatch, chosen.looks, notes)
 
 
 def gate_pruned(run: Run, names: Sequence[str], limits: Limits, looks: int = 1) -> Verdict:
@@ -74,36 +72,7 @@ def gate_pruned(run: Run, names: Sequence[str], limits: Limits, looks: int = 1) 
         _require_samples(run, name)
     dense = arm(run, run.baseline, PRUNED)
     pairs = [(dense, arm(run, name, PRUNED)) for name in names]
-    return verdict(pairs, _budgets(limits, pairs), PRUNED, looks=looks)
-
-
-def decide(
-    more_rounds: Callable[[int], Measured], judge: Callable[[Measured, int], Verdict], rounds: int, cap: int
-) -> Verdict:
-    """Judge after `rounds` rounds, and while that is inconclusive after twice as many, up to `cap`.
-
-    `more_rounds(n)` measures n further rounds and returns everything measured so far; `judge(measured, looks)` is given
-    how often it may be asked, so that looking again and again does not make errors likelier. Raises ConfigError for a
-    cap below `rounds`.
-    """
-    plan = planned_rounds(rounds, cap)
-    done = 0
-    for total in plan:
-        found = judge(more_rounds(total - done), len(plan))
-        done = total
-        if not found.more_rounds_may_decide:
-            break
-    return found
-
-
-def planned_rounds(rounds: int, cap: int) -> list[int]:
-    """After how many rounds in all `decide` looks. Raises ConfigError for a cap below `rounds`."""
-    if not 1 <= rounds <= cap:
-        raise ConfigError(f"{rounds} rounds and at most {cap} cannot both be: the cap must not be smaller")
-    plan = [rounds]
-    while plan[-1] < cap:
-        plan.append(min(2 * plan[-1], cap))
-    return plan
+    return judge(pairs, _budgets(limits, pairs), PRUNED, looks=looks)
 
 
 def calibrate(path: Path, name: str) -> dict[str, float]:
@@ -128,14 +97,14 @@ def calibrate(path: Path, name: str) -> dict[str, float]:
     return noise
 
 
-def raise_for(found: Verdict) -> None:
+def raise_for(verdict: Verdict) -> None:
     """Raise the error whose exit code is the verdict's; nothing for PASS."""
-    if found.status != "PASS":
-        row = found.worst()
-        count = found.count(found.status)
+    if verdict.status != "PASS":
+        row = verdict.worst()
+        count = verdict.count(verdict.status)
         more = f", and {count - 1} more" if count > 1 else ""
-        text = f"{found.status}, {found.gate}: {row.candidate}: {row.place}: {row.reason}{more}"
-        raise ERRORS[found.status](text)
+        text = f"{verdict.status}, {verdict.gate}: {row.candidate}: {row.place}: {row.reason}{more}"
+        raise ERRORS[verdict.status](text)
 
 
 def _usual(run: Run) -> list[str]:
@@ -151,7 +120,7 @@ def _gate_benchmarks(base: Arm, new: Arm, limits: Limits, options: Options) -> V
     known = {key: cell for key, cell in new.cells.items() if key in base.cells}
     pair = (base, Arm(**(vars(new) | {"cells": known})))
     budgets = _budgets(limits, [pair])
-    return verdict([pair], budgets, COMMITS, options.host_mismatch, options.looks, notes)
+    return judge([pair], budgets, COMMITS, options.host_mismatch, options.looks, notes)
 
 
 def _budgets(limits: Limits, pairs: Sequence[Pair]) -> Budgets:
@@ -181,8 +150,8 @@ def _read(path: Path) -> Run | Arm:
 
 
 def _require_samples(run: Run, name: str) -> None:
-    found = run.candidate(name)
-    empty = [series.point for series in found.series if not any(visit.requests for visit in series.visits)]
-    if not found.series or empty:
+    measured = run.candidate(name).series
+    empty = [series.point for series in measured if not any(visit.requests for visit in series.visits)]
+    if not measured or empty:
         place = f" at {empty[0]}" if empty else ""
         raise ConfigError(f"the run '{run.name}' has no samples of '{name}'{place}")

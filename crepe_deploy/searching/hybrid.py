@@ -1,9 +1,9 @@
-"""PHO, hybrid: proxies filter, the judge decides.
+"""PHO, hybrid: proxies filter, the losses of the masked model decide.
 
 1. Fit: a Latin hypercube of settings and the anchors are judged. Spearman's correlation of every proxy with the KL to
    the dense model is measured; it fits the sign of proxies that have none and, with --proxy auto, chooses the filter:
    the proxy that ranks best in the first round, the surface fitted over two of them in the second. The best proxy's
-   own optimum may be an extreme that no judge would choose, and the surface is worth nothing where it was not fitted;
+   own optimum may be an extreme that no loss would choose, and the surface is worth nothing where it was not fitted;
    so neither is trusted alone.
 2. Filter: CMA-ES minimises what was chosen, which needs no model.
 3. Decide: its best settings, spread over the space, are judged. Steps 1 (with all that is judged by then) to 3 are
@@ -14,21 +14,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
+from scipy import stats
+from scipy.stats import qmc
 
 from .evaluate import Evaluator
-from .judge import Verdict
-from .optimise import Evaluate, Expired, Found, Report, cma_es, quiet, to_unit
+from .losses import Losses
+from .optimise import Evaluate, Expired, Ranking, Report, cma_es, quiet, to_unit
 from .proxies import PROXIES
 from .space import Setting, Space, anchors
 from .surrogate import NAME, fit_surface, left_out
 
 ROUNDS = 2
+SAMPLER = "scipy.stats.qmc.LatinHypercube"
 SPREAD = 0.1  # finalists are at least this far apart, in units of an axis's length
 
 
@@ -46,39 +49,35 @@ class Filter:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """All judged settings and their verdicts, how many the optimiser evaluated, and the filter of each round."""
+class SearchResult:
+    """All judged settings and their losses, how many the optimiser evaluated, and the filter of each round."""
 
-    judged: list[tuple[Setting, Verdict]]
+    judged: list[tuple[Setting, Losses]]
     evaluations: int
     filters: list[Filter]
 
 
 def latin_hypercube(space: Space, count: int, seed: int) -> list[Setting]:
     """`count` settings, each axis cut into `count` slices that are used once each."""
-    generator = np.random.default_rng(seed)
     columns = []
-    for axis in space.axes:
-        units = (generator.permutation(count) + generator.random(count)) / count
-        span = axis.high - axis.low + axis.step
-        values = axis.low + units * span
-        columns.append(np.floor(values) if axis.step else values)
+    for axis, units in zip(space.axes, qmc.LatinHypercube(len(space.axes), rng=seed).random(count).T, strict=True):
+        values = axis.low + units * (axis.high - axis.low + axis.step)
+        columns.append(np.minimum(np.floor(values), axis.high) if axis.step else values)
     return [space.setting([float(value) for value in row]) for row in zip(*columns, strict=True)]
 
 
-def spearman(left: list[float], right: list[float]) -> float:
+def spearman(left: Sequence[float], right: Sequence[float]) -> float:
     """Spearman's rank correlation, ties at their mean rank; 0 where one side is constant."""
-    ranks = [_ranks(np.asarray(values, dtype=float)) for values in (left, right)]
-    centred = [values - values.mean() for values in ranks]
-    scale = math.sqrt(float((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
-    return float((centred[0] * centred[1]).sum()) / scale if scale > 0 else 0.0
+    if min(len(set(left)), len(set(right))) < 2:
+        return 0.0
+    return float(stats.spearmanr(left, right).statistic)
 
 
-def correlations(evaluator: Evaluator, judged: list[tuple[Setting, Verdict]]) -> dict[str, float]:
+def correlations(evaluator: Evaluator, judged: list[tuple[Setting, Losses]]) -> dict[str, float]:
     """Spearman's correlation with the KL over judged settings: of every proxy, and of the surface's predictions."""
     values = evaluator.proxies([setting for setting, _ in judged])
-    kl = [verdict.mean_kl for _, verdict in judged]
-    measured = {name: spearman([each[name] for each in values], kl) for name in PROXIES}
+    kl = [losses.mean_kl for _, losses in judged]
+    measured = {name: spearman([row[name] for row in values], kl) for name in PROXIES}
     return {**measured, NAME: spearman(left_out(values, kl), kl)}
 
 
@@ -93,14 +92,14 @@ def choose_filter(measured: dict[str, float], wanted: str, count: int, number: i
     return Filter(name, signs.get(name, 1), measured, count)
 
 
-def spread_out(space: Space, found: Found, count: int, known: list[Setting]) -> list[Setting]:
+def spread_out(space: Space, ranking: Ranking, count: int, known: list[Setting]) -> list[Setting]:
     """The best `count` settings of which none is nearly another or one that is `known`; fewer where there are no more.
 
     Known settings of other methods than CRePE have no place in the space and are passed over.
     """
     taken = [_units(space, setting) for setting in known if setting.method == "crepe"]
     new: list[Setting] = []
-    for setting, _ in found.ranked:
+    for setting, _ in ranking.ranked:
         units = _units(space, setting)
         if len(new) < count and all(math.dist(units, other) >= SPREAD for other in taken):
             new.append(setting)
@@ -124,20 +123,20 @@ def pho(
     expired: Callable[[int], Expired],
     say: Callable[[str], None],
     report: Report = quiet,
-) -> Outcome:
+) -> SearchResult:
     """Run the steps of the module's docstring; `evaluations` and `finalists` are shared out over the rounds.
 
     expired: given how many settings will still be judged, tells whether the filter must stop to leave time for them.
     """
     first = _distinct([*anchors().values(), *latin_hypercube(space, fit, seed)])
-    judged = list(zip(first, evaluator.verdicts(first, "fitting proxies"), strict=True))
+    judged = list(zip(first, evaluator.losses(first, "fitting proxies"), strict=True))
     filters: list[Filter] = []
     asked = 0
     for number in range(ROUNDS):
         filters.append(choose_filter(correlations(evaluator, judged), proxy, len(judged), number))
         say(_fitted(filters[-1]))
         part, share = evaluations * (number + 1) // ROUNDS - asked, -(-finalists // ROUNDS)
-        found = cma_es(
+        ranking = cma_es(
             space,
             min((pair for pair in judged if pair[0].method == "crepe"), key=lambda pair: pair[1].mean_kl)[0],
             _evaluation(evaluator, filters[-1], judged),
@@ -146,17 +145,17 @@ def pho(
             expired=expired(share * (ROUNDS - number)),
             report=report,
         )
-        asked += len(found.ranked)
-        new = spread_out(space, found, share, [setting for setting, _ in judged])
-        judged += zip(new, evaluator.verdicts(new, "deciding"), strict=True)
-    return Outcome(judged, asked, filters)
+        asked += len(ranking.ranked)
+        new = spread_out(space, ranking, share, [setting for setting, _ in judged])
+        judged += zip(new, evaluator.losses(new, "deciding"), strict=True)
+    return SearchResult(judged, asked, filters)
 
 
-def _evaluation(evaluator: Evaluator, chosen: Filter, judged: list[tuple[Setting, Verdict]]) -> Evaluate:
+def _evaluation(evaluator: Evaluator, chosen: Filter, judged: list[tuple[Setting, Losses]]) -> Evaluate:
     """What CMA-ES minimises."""
     damage: Damage
     if chosen.proxy == NAME:
-        kl = [verdict.mean_kl for _, verdict in judged]
+        kl = [losses.mean_kl for _, losses in judged]
         damage = fit_surface(evaluator.proxies([setting for setting, _ in judged]), kl)
     else:
         damage = partial(_signed, chosen)
@@ -175,9 +174,3 @@ def _fitted(chosen: Filter) -> str:
 
 def _distinct(settings: list[Setting]) -> list[Setting]:
     return list({setting.key: setting for setting in settings}.values())
-
-
-def _ranks(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    order = np.sort(values)
-    low, high = np.searchsorted(order, values, "left"), np.searchsorted(order, values, "right")
-    return np.asarray((low + high - 1) / 2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import tempfile
 import time
@@ -17,9 +15,9 @@ from crepe_deploy.errors import ConfigError, OutputError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Progress, silent
-from crepe_deploy.pruning.methods.presets import load_preset
-from crepe_deploy.pruning.prune import choose_targets
-from crepe_deploy.store.files import disk_errors
+from crepe_deploy.pruning.recipe import Preset
+from crepe_deploy.pruning.targets import choose_targets
+from crepe_deploy.store.files import check_output_file, write_json
 from crepe_deploy.store.journal import open_journal
 from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model, describe_source
@@ -27,8 +25,8 @@ from crepe_deploy.texts import CalibrationSet
 
 from .evaluate import Evaluator, Show
 from .hill_climb import hill_climb
-from .hybrid import Outcome, correlations, pho
-from .judge import Verdict
+from .hybrid import SAMPLER, SearchResult, correlations, pho
+from .losses import Losses
 from .optimise import Expired, require_cmaes
 from .proxies import check_proxy
 from .space import KERNEL_SIZES, Setting, Space, anchors
@@ -73,7 +71,7 @@ class _Search:
         limit = math.inf if self.config.minutes is None else 60 * self.config.minutes
 
         def check() -> bool:
-            reserve = still_to_judge * self.evaluator.seconds_a_verdict
+            reserve = still_to_judge * self.evaluator.seconds_a_setting
             return time.monotonic() - self.started + reserve > limit
 
         return check
@@ -119,9 +117,10 @@ def search(
             decoder, targets, config.pattern, calibration, text, rule, journal, Path(folder), config.workers, show
         )
         run = _Search(config, space, evaluator, started, say)
-        outcome = _pho(run) if config.optimizer == "pho" else _climb(run)
-        document = _document(out, run, identity, outcome)
-    _write(out, document)
+        result = _pho(run) if config.optimizer == "pho" else _climb(run)
+        document = _document(out, run, identity, result)
+    Preset.model_validate(document)  # what cannot be used is not written
+    write_json(out, document)
     return document
 
 
@@ -131,8 +130,7 @@ def _prepare(
     """Everything that can be refused is refused here."""
     if out.suffix != ".json":
         raise OutputError(f"--out {out}: a preset is a .json file")
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise OutputError(f"{out} exists: give another --out, or --overwrite to replace a file")
+    check_output_file(out, overwrite=overwrite)
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out} cannot be written: its folder does not exist")
     if config.optimizer not in EVALUATIONS:
@@ -160,6 +158,7 @@ def _identity(model: Model, config: SearchConfig, calibration: CalibrationSet, t
         "search_text": text.record(),
         "pattern": str(config.pattern),
         "kernel_sizes": list(config.kernel_sizes),
+        "sampler": SAMPLER,  # a seed draws other settings with another
         **{name: value for name, value in asdict(config).items() if name not in free},
     }
 
@@ -175,7 +174,7 @@ def _report(say: Callable[[str], None], what: str, total: int) -> Callable[[int,
     return report
 
 
-def _pho(run: _Search) -> Outcome:
+def _pho(run: _Search) -> SearchResult:
     config = run.config
     return pho(
         run.space,
@@ -191,35 +190,35 @@ def _pho(run: _Search) -> Outcome:
     )
 
 
-def _climb(run: _Search) -> Outcome:
-    judged: dict[str, tuple[Setting, Verdict]] = {}
+def _climb(run: _Search) -> SearchResult:
+    judged: dict[str, tuple[Setting, Losses]] = {}
 
     def perplexity(settings: list[Setting]) -> list[float]:
-        verdicts = run.evaluator.verdicts(settings)
-        judged.update({each.key: (each, verdict) for each, verdict in zip(settings, verdicts, strict=True)})
-        return [math.exp(verdict.mean_nll) for verdict in verdicts]
+        losses = run.evaluator.losses(settings)
+        judged.update({setting.key: (setting, own) for setting, own in zip(settings, losses, strict=True)})
+        return [math.exp(own.mean_nll) for own in losses]
 
     known = list(anchors().values())
     perplexity(known)
     budget = _budget(run.config)
     report = _report(run.say, "perplexity", budget)
-    found = hill_climb(run.space, known[0], perplexity, evaluations=budget, expired=run.expired(0), report=report)
-    return Outcome(list(judged.values()), len(found.ranked), [])
+    ranking = hill_climb(run.space, known[0], perplexity, evaluations=budget, expired=run.expired(0), report=report)
+    return SearchResult(list(judged.values()), len(ranking.ranked), [])
 
 
-def _document(out: Path, run: _Search, identity: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+def _document(out: Path, run: _Search, identity: dict[str, Any], result: SearchResult) -> dict[str, Any]:
     """The preset: the judged setting with the least KL (PHO) or perplexity (hill climbing), and how it was found."""
     by_kl = run.config.optimizer == "pho"
-    setting, verdict = min(outcome.judged, key=lambda pair: pair[1].mean_kl if by_kl else pair[1].mean_nll)
-    found = {each.key: value for each, value in outcome.judged}
+    setting, losses = min(result.judged, key=lambda pair: pair[1].mean_kl if by_kl else pair[1].mean_nll)
+    known = {judged.key: own for judged, own in result.judged}
     provenance = {
         **identity,
-        "evaluations": outcome.evaluations,
-        "judged": len(outcome.judged),
-        "result": _figures(verdict),
-        "anchors": {name: _figures(found[anchor.key]) for name, anchor in anchors().items()},
-        "filters": [asdict(chosen) for chosen in outcome.filters],
-        "spearman_with_kl": correlations(run.evaluator, outcome.judged),
+        "evaluations": result.evaluations,
+        "judged": len(result.judged),
+        "result": _figures(losses),
+        "anchors": {name: _figures(known[anchor.key]) for name, anchor in anchors().items()},
+        "filters": [asdict(chosen) for chosen in result.filters],
+        "spearman_with_kl": correlations(run.evaluator, result.judged),
         "proxies": run.evaluator.proxies([setting])[0],
         "proxy_standard_errors": run.evaluator.errors(setting),
         "sample": asdict(run.evaluator.rule),
@@ -230,21 +229,9 @@ def _document(out: Path, run: _Search, identity: dict[str, Any], outcome: Outcom
     return {"name": out.stem, "method": setting.method, "params": params, "provenance": provenance}
 
 
-def _figures(verdict: Verdict) -> dict[str, float]:
-    return {"kl": verdict.mean_kl, "perplexity": math.exp(verdict.mean_nll)}
+def _figures(losses: Losses) -> dict[str, float]:
+    return {"kl": losses.mean_kl, "perplexity": math.exp(losses.mean_nll)}
 
 
 def _describe(setting: Setting) -> str:
     return ", ".join(f"{name} {value}" for name, value in setting.params.items() if name != "alpha") or setting.method
-
-
-def _write(out: Path, document: dict[str, Any]) -> None:
-    partial = out.with_name(out.name + ".partial")
-    try:
-        with disk_errors(out):
-            partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-            load_preset(str(partial))
-            partial.replace(out)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()

@@ -10,8 +10,8 @@ from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import NM
 from crepe_deploy.pruning.methods import get_method
 from crepe_deploy.pruning.methods.base import ScoreMethod
-from crepe_deploy.search.hybrid import latin_hypercube
-from crepe_deploy.search.space import FORMS, Setting, Space, anchors
+from crepe_deploy.searching.hybrid import latin_hypercube
+from crepe_deploy.searching.space import FORMS, Setting, Space, anchors
 from crepe_deploy.select import select
 
 

@@ -6,7 +6,7 @@ any improvement halves the steps of the continuous axes; the search ends when th
 
 from __future__ import annotations
 
-from .optimise import Evaluate, Expired, Found, Report, never, quiet, rank
+from .optimise import Evaluate, Expired, Ranking, Report, never, quiet, rank
 from .space import Axis, Setting, Space
 
 STEPS = {"log_beta": 1.0, "log_gamma": 2.0, "exponent": 0.25}
@@ -26,8 +26,8 @@ class _Climb:
     def _values(self, settings: list[Setting]) -> list[float]:
         new = list({setting.key: setting for setting in settings if setting.key not in self.values}.values())
         if new:
-            found = zip(new, self.evaluate(new), strict=True)
-            self.values |= {setting.key: (setting, value) for setting, value in found}
+            pairs = zip(new, self.evaluate(new), strict=True)
+            self.values |= {setting.key: (setting, value) for setting, value in pairs}
         return [self.values[setting.key][1] for setting in settings]
 
     def try_axis(self, index: int, axis: Axis, scale: float) -> bool:
@@ -40,7 +40,9 @@ class _Climb:
                 points.append([*self.point[:index], clipped, *self.point[index + 1 :]])
         settings = [self.space.setting(point) for point in points]
         tried = zip(self._values(settings), points, settings, strict=True)
-        value, point, setting = min(tried, key=lambda each: each[0], default=(self.value, self.point, self.best))
+        value, point, setting = min(
+            tried, key=lambda candidate: candidate[0], default=(self.value, self.point, self.best)
+        )
         improved = value < self.value
         if improved:
             self.point, self.best, self.value = point, setting, value
@@ -55,7 +57,7 @@ def hill_climb(
     evaluations: int,
     expired: Expired = never,
     report: Report = quiet,
-) -> Found:
+) -> Ranking:
     """Minimise `evaluate` over `space` from `start` by coordinate steps.
 
     Stops once `evaluations` different settings were evaluated (the last step may exceed it by one), once `expired`,

@@ -1,4 +1,4 @@
-"""Whole searches on a tiny model: the judge agrees with prune and eval, anchors never lose, a stop changes nothing."""
+"""Whole searches on a tiny model: losses agree with prune and eval, anchors never lose, a stop changes nothing."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from crepe_deploy.cli import main
 from crepe_deploy.errors import ConfigError, CrepeError, OutputError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pattern import NM
-from crepe_deploy.pruning.methods.presets import load_preset
-from crepe_deploy.pruning.prune import PruneConfig, choose_targets, prune
+from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.prune import prune
+from crepe_deploy.pruning.targets import choose_targets
 from crepe_deploy.quality.perplexity import evaluate
-from crepe_deploy.search import evaluate as evaluation
-from crepe_deploy.search.judge import Judge
-from crepe_deploy.search.run import SearchConfig, journal_path, search
-from crepe_deploy.search.sample import LayerSample
-from crepe_deploy.search.space import Setting, Space, anchors
-from crepe_deploy.search.statistics import SampleRule, collect
+from crepe_deploy.searching import evaluate as evaluation
+from crepe_deploy.searching.losses import MaskedModel
+from crepe_deploy.searching.run import SearchConfig, journal_path, search
+from crepe_deploy.searching.sample import LayerSample
+from crepe_deploy.searching.space import Setting, Space, anchors
+from crepe_deploy.searching.statistics import SampleRule, collect
 from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
 from tests.pico import make_pico_llama, sample_text
@@ -81,7 +82,7 @@ def test_statistics_are_those_prune_uses_and_fit_what_was_promised(
         assert torch.equal(band.rows, weight[band.start : band.start + band.height])
 
 
-def test_the_judge_measures_what_prune_and_eval_give(
+def test_a_masked_model_loses_what_prune_and_eval_say(
     pico: Path, tokens: dict[str, CalibrationSet], texts: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "sample"
@@ -90,16 +91,18 @@ def test_the_judge_measures_what_prune_and_eval_give(
     settings = [*anchors().values(), Space((3, 7)).setting([0.5, 0.5, 1.0, 0, 0])]
     norms = {layer.key: layer.col_norm for layer in layers}
     windows = load_windows(pico, texts["search"])
-    verdicts = Judge(decoder, targets, NM(2, 4), windows, norms)(settings)
+    losses = MaskedModel(decoder, targets, NM(2, 4), windows, norms)(settings)
     for number, setting in enumerate(settings):
         out = tmp_path / str(number)
-        prune(resolve_model(str(pico)), out, PruneConfig(setting.method, NM(2, 4), setting.params), tokens["calib"])
+        prune(
+            resolve_model(str(pico)), out, prune_config(setting.method, "2:4", params=setting.params), tokens["calib"]
+        )
         report = evaluate(out, texts["search"], window=32, max_tokens=96, against=pico)
         assert report.paired is not None
-        assert verdicts[number].mean_kl == pytest.approx(report.paired.kl_mean.value, rel=1e-4)
-        assert math.exp(verdicts[number].mean_nll) == pytest.approx(report.perplexity.value, rel=1e-4)
-    again = Judge(decoder, targets, NM(2, 4), windows, norms)(settings[-1:])
-    assert again[0].kl == pytest.approx(verdicts[-1].kl)
+        assert losses[number].mean_kl == pytest.approx(report.paired.kl_mean.value, rel=1e-4)
+        assert math.exp(losses[number].mean_nll) == pytest.approx(report.perplexity.value, rel=1e-4)
+    again = MaskedModel(decoder, targets, NM(2, 4), windows, norms)(settings[-1:])
+    assert again[0].kl == pytest.approx(losses[-1].kl)
 
 
 def load_windows(pico: Path, text: Path) -> torch.Tensor:
@@ -120,9 +123,8 @@ def test_the_result_is_a_preset_that_no_anchor_beats(
     assert [chosen["fitted_on"] for chosen in facts["filters"]] == [8, 9]
     assert set(facts["spearman_with_kl"]) == {*facts["proxies"], "fitted"}
     assert facts["calibration"]["sha256"] != facts["search_text"]["sha256"]
-    preset = load_preset(str(out))
     pruned = prune(
-        resolve_model(str(pico)), tmp_path / "pruned", PruneConfig(preset.method, NM(2, 4), preset.params),
+        resolve_model(str(pico)), tmp_path / "pruned", prune_config(preset=out),
         tokens["calib"],
     )  # fmt: skip
     assert pruned.metrics["sparsity_of_pruned_tensors"] == 0.5
@@ -157,6 +159,19 @@ def test_a_stopped_search_ends_where_it_would_have(
     lines = [journal_path(path).read_text() for path in (out, tmp_path / "a" / "found.json")]
     assert lines[0] == lines[1]
     assert calls == 13
+
+
+def test_a_journal_from_before_another_sampler_is_refused(
+    pico: Path, tokens: dict[str, CalibrationSet], tmp_path: Path
+) -> None:
+    out = tmp_path / "found.json"
+    run(pico, out, tokens, replace(CONFIG, evaluations=8, finalists=1))
+    out.unlink()
+    header, *lines = journal_path(out).read_text().splitlines(keepends=True)
+    older = {name: value for name, value in json.loads(header).items() if name != "sampler"}
+    journal_path(out).write_text("".join([json.dumps(older) + "\n", *lines]))
+    with pytest.raises(ConfigError, match="its sampler is None, this one's 'scipy"):
+        run(pico, out, tokens, replace(CONFIG, evaluations=8, finalists=1), resume=True)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, results: int) -> Any:
@@ -287,6 +302,8 @@ def test_a_method_that_updates_weights_is_no_setting(
     pico: Path, tokens: dict[str, CalibrationSet], tmp_path: Path
 ) -> None:
     decoder, targets, layers = sampled(pico, tokens, tmp_path)
-    judge = Judge(decoder, targets, NM(2, 4), tokens["search"].tokens, {layer.key: layer.col_norm for layer in layers})
+    masked = MaskedModel(
+        decoder, targets, NM(2, 4), tokens["search"].tokens, {layer.key: layer.col_norm for layer in layers}
+    )
     with pytest.raises(ConfigError, match="cannot be searched"):
-        judge([Setting("sparsegpt", {})])
+        masked([Setting("sparsegpt", {})])

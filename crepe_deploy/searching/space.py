@@ -17,7 +17,7 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.pruning.methods import get_method
 from crepe_deploy.pruning.methods.base import ScoreMethod, SolveMethod
 from crepe_deploy.pruning.methods.crepe import Crepe, Neighbourhood
-from crepe_deploy.pruning.methods.presets import load_preset
+from crepe_deploy.pruning.recipe import load_preset
 
 FORMS: tuple[str, ...] = get_args(Neighbourhood)
 KERNEL_SIZES = (3, 5, 7, 9, 11, 15, 31)

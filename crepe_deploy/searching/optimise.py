@@ -26,7 +26,7 @@ Report = Callable[[int, Setting, float], None]
 
 
 @dataclass(frozen=True)
-class Found:
+class Ranking:
     """Every evaluated setting once, with its value, lower = better, best first."""
 
     ranked: list[tuple[Setting, float]]
@@ -46,9 +46,9 @@ def quiet(asked: int, best: Setting, value: float) -> None:
     """A report that shows nothing."""
 
 
-def rank(values: dict[str, tuple[Setting, float]]) -> Found:
+def rank(values: dict[str, tuple[Setting, float]]) -> Ranking:
     """Order settings by value, equal values by their key."""
-    return Found([values[key] for key in sorted(values, key=lambda key: (values[key][1], key))])
+    return Ranking([values[key] for key in sorted(values, key=lambda key: (values[key][1], key))])
 
 
 def require_cmaes() -> None:
@@ -66,7 +66,7 @@ def cma_es(
     seed: int,
     expired: Expired = never,
     report: Report = quiet,
-) -> Found:
+) -> Ranking:
     """Minimise `evaluate` over `space` from the point of `start`, a generation of settings at a time.
 
     evaluate: the values of a whole generation, which it may compute in parallel; NaN counts as infinitely bad. Stops
@@ -81,9 +81,9 @@ def cma_es(
     while asked < evaluations and not (asked and expired()):
         points = [optimiser.ask() for _ in range(POPULATION)]
         settings = [space.setting(_from_unit(space, axes, point)) for point, _ in points]
-        found = [math.inf if math.isnan(value) else value for value in evaluate(settings)]
-        optimiser.tell([(told, value) for (_, told), value in zip(points, found, strict=True)])
-        values |= {setting.key: (setting, value) for setting, value in zip(settings, found, strict=True)}
+        generation = [math.inf if math.isnan(value) else value for value in evaluate(settings)]
+        optimiser.tell([(told, value) for (_, told), value in zip(points, generation, strict=True)])
+        values |= {setting.key: (setting, value) for setting, value in zip(settings, generation, strict=True)}
         asked += len(settings)
         report(asked, *rank(values).ranked[0])
         if optimiser.should_stop():

@@ -61,13 +61,13 @@ def band_starts(rows: int, bands: int, height: int, generator: torch.Generator) 
     Parts no higher than `height` are taken whole, so that a small matrix is its own sample.
     """
     edges = [index * rows // bands for index in range(bands + 1)]
-    found = []
+    starts = []
     for low, high in pairwise(edges):
         taken = min(height, high - low)
         offset = int(torch.randint(high - low - taken + 1, (1,), generator=generator))
         if taken:
-            found.append((low + offset, taken))
-    return found
+            starts.append((low + offset, taken))
+    return starts
 
 
 def cut_band(weight: Tensor, start: int, height: int, reach: int) -> Band:

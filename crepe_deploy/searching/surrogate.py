@@ -59,7 +59,7 @@ def left_out(proxies: Sequence[Mapping[str, float]], kl: Sequence[float]) -> lis
 
 
 def _logs(proxies: Sequence[Mapping[str, float]]) -> Array:
-    values = np.array([[each[name] for name in FEATURES] for each in proxies], dtype=np.float64)
+    values = np.array([[values[name] for name in FEATURES] for values in proxies], dtype=np.float64)
     logs: Array = np.log(np.maximum(values, TINY))
     return logs
 

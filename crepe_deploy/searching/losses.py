@@ -1,4 +1,4 @@
-"""The judge: KL to the dense model, and perplexity, of several settings in one walk over the blocks.
+"""The losses of masked models: KL to the dense one, and likelihood, of several settings in one walk over the blocks.
 
 Each block is loaded once; for every setting it is masked as `prune` masks it with dense statistics, run on that
 setting's hidden states, and restored. So memory holds one block, a copy of it, and hidden states.
@@ -28,7 +28,7 @@ LOGIT_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Losses:
     """Means over the predicted tokens of each window, in nats: KL(dense || pruned), and negative log likelihood."""
 
     kl: list[float]
@@ -50,8 +50,8 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A model, the tokens (windows, length) it is judged on, and the dense statistics its masks are made from."""
+class MaskedModel:
+    """A model to mask, the tokens (windows, length) that losses are taken on, and the dense statistics behind masks."""
 
     decoder: Decoder
     targets: list[list[LinearSpec]]
@@ -60,8 +60,8 @@ class Judge:
     col_norms: Mapping[str, Tensor]
 
     @torch.inference_mode()
-    def __call__(self, settings: list[Setting], step: Progress = silent) -> list[Verdict]:
-        """Judge every setting. Raises ConfigError for a method that is no score, NumericalError for NaN."""
+    def __call__(self, settings: list[Setting], step: Progress = silent) -> list[Losses]:
+        """The losses of every setting. Raises ConfigError for a method that is no score, NumericalError for NaN."""
         methods = [_score_method(setting) for setting in settings]
         dense = embed(self.decoder, [self.tokens])[0]
         streams = [Stream(list(dense.hidden), dense.calls) for _ in settings]
@@ -99,20 +99,20 @@ class Judge:
             for computed, before in dense:
                 computed.copy_(before)
 
-    def _compare(self, settings: list[Setting], dense: Stream, streams: list[Stream]) -> list[Verdict]:
-        found = [Verdict([], []) for _ in settings]
+    def _compare(self, settings: list[Setting], dense: Stream, streams: list[Stream]) -> list[Losses]:
+        losses = [Losses([], []) for _ in settings]
         windows = [torch.cat(stream.hidden) for stream in (dense, *streams)]
         for number, ids in enumerate(self.tokens):
             likely = torch.log_softmax(self._logits(ids, windows[0][number]), dim=-1)
             reference = likely.exp()  # shared by all settings, as is its entropy
             entropy = -torch.linalg.vecdot(reference, likely)
-            for setting, verdict, hidden in zip(settings, found, windows[1:], strict=True):
+            for setting, own, hidden in zip(settings, losses, windows[1:], strict=True):
                 kl, nll = _compare_logits(reference, entropy, self._logits(ids, hidden[number]), ids[1:])
                 if not kl + nll < float("inf"):
                     raise NumericalError(f"{setting.key} gives NaN or infinite likelihoods on the search text")
-                verdict.kl.append(kl)
-                verdict.nll.append(nll)
-        return found
+                own.kl.append(kl)
+                own.nll.append(nll)
+        return losses
 
     def _logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         return self.decoder.logits(ids[None], hidden[None])[0, :-1]

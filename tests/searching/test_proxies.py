@@ -10,10 +10,10 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import NM
 from crepe_deploy.pruning.methods.base import ScoreMethod
-from crepe_deploy.search.proxies import PROXIES, Rows, check_proxy, gini_index, proxy_errors, proxy_values
-from crepe_deploy.search.sample import Band, LayerSample, band_starts, cut_band, score_band
-from crepe_deploy.search.space import Setting, Space, anchors
-from crepe_deploy.search.statistics import InputSums, SampleRule
+from crepe_deploy.searching.proxies import PROXIES, Rows, check_proxy, gini_index, proxy_errors, proxy_values
+from crepe_deploy.searching.sample import Band, LayerSample, band_starts, cut_band, score_band
+from crepe_deploy.searching.space import Setting, Space, anchors
+from crepe_deploy.searching.statistics import InputSums, SampleRule
 from crepe_deploy.select import select
 
 IN, OUT, TOKENS = 32, 24, 50

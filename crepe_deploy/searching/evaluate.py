@@ -1,4 +1,4 @@
-"""Values of settings, looked up in the journal first: proxies in parallel threads, verdicts in batches."""
+"""Values of settings, looked up in the journal first: proxies in parallel threads, losses in batches."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from crepe_deploy.progress import Progress
 from crepe_deploy.store.journal import Journal
 from crepe_deploy.texts import CalibrationSet
 
-from .judge import Judge, Verdict
+from .losses import Losses, MaskedModel
 from .proxies import proxy_errors, proxy_values
 from .sample import LayerSample
 from .space import Setting
 from .statistics import SampleRule, collect
 
-JUDGE_BATCH = 8  # settings in one walk over the model: hidden states of each are held
+BATCH = 8  # settings in one walk over the model: hidden states of each are held
 
 Show = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass
 class Evaluator:
-    """A model's sampled layers and its judge, both made on first use, behind one journal.
+    """A model's sampled layers and its losses under masks, made on first use, behind one journal.
 
     folder: for the sampled layers; empty, and the caller's to remove. workers: threads that evaluate proxies.
     judged_s: seconds spent judging, and for how many settings, in this process.
@@ -66,8 +66,8 @@ class Evaluator:
         if missing:
             for key, values in zip(missing, self._in_threads(list(missing.values())), strict=True):
                 self.journal.add("proxies", key, values)
-        found = [self.journal.get("proxies", setting.key) for setting in settings]
-        return [dict(values) for values in found if values is not None]
+        records = [self.journal.get("proxies", setting.key) for setting in settings]
+        return [dict(values) for values in records if values is not None]
 
     def _in_threads(self, settings: list[Setting]) -> list[dict[str, float]]:
         layers = self.layers
@@ -84,28 +84,28 @@ class Evaluator:
         """Standard errors of the proxies of a setting from having sampled rows."""
         return proxy_errors(setting, self.layers, self.pattern)
 
-    def verdicts(self, settings: list[Setting], label: str = "judging on the search text") -> list[Verdict]:
-        """The verdict on every setting."""
-        missing = {setting.key: setting for setting in settings if self.journal.get("verdict", setting.key) is None}
+    def losses(self, settings: list[Setting], label: str = "judging on the search text") -> list[Losses]:
+        """The losses of every setting."""
+        missing = {setting.key: setting for setting in settings if self.journal.get("losses", setting.key) is None}
         names = list(missing)
-        for start in range(0, len(names), JUDGE_BATCH):
-            batch = [missing[name] for name in names[start : start + JUDGE_BATCH]]
-            for setting, verdict in zip(batch, self._judge(batch, label), strict=True):
-                self.journal.add("verdict", setting.key, verdict.record())
-        found = [self.journal.get("verdict", setting.key) for setting in settings]
-        return [Verdict(**record) for record in found if record is not None]
+        for start in range(0, len(names), BATCH):
+            batch = [missing[name] for name in names[start : start + BATCH]]
+            for setting, losses in zip(batch, self._measure(batch, label), strict=True):
+                self.journal.add("losses", setting.key, losses.record())
+        records = [self.journal.get("losses", setting.key) for setting in settings]
+        return [Losses(**record) for record in records if record is not None]
 
-    def _judge(self, settings: list[Setting], label: str) -> list[Verdict]:
+    def _measure(self, settings: list[Setting], label: str) -> list[Losses]:
         norms = {layer.key: layer.col_norm for layer in self.layers}
-        judge = Judge(self.decoder, self.targets, self.pattern, self.text.tokens, norms)
+        masked = MaskedModel(self.decoder, self.targets, self.pattern, self.text.tokens, norms)
         started = time.monotonic()
         with self.show(f"{label}, {len(settings)} settings") as step:
-            found = judge(settings, step)
+            losses = masked(settings, step)
         self.judged_s += time.monotonic() - started
         self.judged += len(settings)
-        return found
+        return losses
 
     @property
-    def seconds_a_verdict(self) -> float:
+    def seconds_a_setting(self) -> float:
         """Mean seconds that judging one setting took in this process; 0 before the first."""
         return self.judged_s / self.judged if self.judged else 0.0

@@ -1,0 +1,36 @@
+"""Which layers are pruned: names by regular expression, and shapes that the pattern fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from crepe_deploy.errors import ConfigError
+from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.pattern import Pattern, check_divides
+
+
+def name_filter(include: str | None, exclude: str | None) -> Callable[[str], bool]:
+    """Whether a tensor of this checkpoint name is wanted; regular expressions are searched in it, `exclude` wins.
+
+    Raises ConfigError for what is no regular expression.
+    """
+    try:
+        wanted = re.compile(include or "")
+        unwanted = re.compile(exclude) if exclude else None
+    except re.error as error:
+        raise ConfigError(f"--include/--exclude is not a regular expression: {error}") from error
+    return lambda name: bool(wanted.search(name)) and not (unwanted and unwanted.search(name))
+
+
+def choose_targets(
+    decoder: Decoder, pattern: Pattern, include: str | None, exclude: str | None
+) -> list[list[LinearSpec]]:
+    """The linears to prune in each block. Raises ConfigError when none is left, PatternError naming a misfit."""
+    wanted = name_filter(include, exclude)
+    targets = [[spec for spec in block if wanted(spec.key)] for block in decoder.linears]
+    if not any(targets):
+        raise ConfigError(f"--include/--exclude leave nothing to prune; names look like {decoder.linears[0][0].key}")
+    for spec in (spec for block in targets for spec in block):
+        check_divides(pattern, spec.key, spec.in_features)
+    return targets

@@ -1,0 +1,199 @@
+"""Output folders: whole or not at all, at nobody's cost, whatever kills the run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crepe_deploy.errors import DiskFullError, OutputError
+from crepe_deploy.store.files import require_disk
+from crepe_deploy.store.folders import DERIVED, Claim, atomic_folder, check_output, foreign
+
+
+def write_ours(folder: Path, text: str) -> Path:
+    """A folder as this tool writes it: one file, and the manifest that lists it."""
+    folder.mkdir()
+    (folder / "weights").write_text(text)
+    manifest = {"versions": {"crepe-deploy": "0.1.0"}, "files": {"weights": "hash"}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def tree(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): path.read_text() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_failure_leaves_nothing_not_even_parents(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic_folder(tmp_path / "made" / "here" / "out") as folder:
+        (folder / "half").write_text("x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_keeps_what_was_to_be_overwritten(tmp_path: Path) -> None:
+    write_ours(tmp_path / "out", "old")
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "out", overwrite=True):
+        raise ValueError
+    assert (tmp_path / "out" / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_success_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    write_ours(tmp_path / "out", "old")
+    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").write_text("y")
+    assert tree(tmp_path) == {"out/new": "y"}
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".old"])
+def test_a_folder_of_somebody_else_that_bears_a_working_name_is_refused_and_kept(tmp_path: Path, suffix: str) -> None:
+    write_ours(tmp_path / "out", "old")
+    other = tmp_path / f"out{suffix}"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match="was not made by a run"), atomic_folder(tmp_path / "out", overwrite=True):
+        pass
+    assert tree(tmp_path) == before
+
+
+def test_a_recorded_name_that_holds_another_folder_by_now_is_kept(tmp_path: Path) -> None:
+    with Claim(tmp_path / "out") as claim:
+        claim.make(tmp_path / "out.partial")
+    (tmp_path / "out.partial").rename(tmp_path / "kept")  # the inode stays with it
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "theirs").write_text("x")
+    with pytest.raises(OutputError, match="was not made by a run"), atomic_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out.partial" / "theirs").read_text() == "x"
+
+
+def test_the_second_writer_is_refused_at_once_and_harms_nothing(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("first")
+        with pytest.raises(OutputError, match="another run is writing"), atomic_folder(tmp_path / "out"):
+            pass
+    assert tree(tmp_path) == {"out/file": "first"}
+
+
+def test_only_what_this_tool_wrote_is_replaced_and_the_rest_is_named(tmp_path: Path) -> None:
+    write_ours(tmp_path / "out", "old")
+    check_output(tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"did not write \(notes\.txt\)"):
+        check_output(tmp_path / "out", overwrite=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("x")
+    with pytest.raises(OutputError, match=r"a\.jpg"), atomic_folder(tmp_path / "photos", overwrite=True):
+        pass
+    assert (tmp_path / "photos" / "a.jpg").exists()
+
+
+def test_the_report_of_several_formats_accounts_for_their_folders(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text(json.dumps({"versions": {"crepe-deploy": "0.1.0"}}))
+    write_ours(out / "dense", "x")
+    assert foreign(out) == []
+    (out / "dense" / "extra").write_text("x")
+    (out / "link").symlink_to(tmp_path)
+    assert foreign(out) == ["dense/extra", "link"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"versions": 3}', '{"versions": {"other": "1"}}', "[" * 100_000])
+def test_a_manifest_that_is_none_of_ours_makes_nothing_ours(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    assert foreign(tmp_path) == ["manifest.json"]
+
+
+def test_output_rules(tmp_path: Path) -> None:
+    model = write_ours(tmp_path / "model", "x")
+    with pytest.raises(OutputError, match="--overwrite"):
+        check_output(model, overwrite=False)
+    for out in (model, model / "inside", tmp_path):
+        with pytest.raises(OutputError, match="one folder or lie inside"):
+            check_output(out, overwrite=True, inputs=(model,))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="not a folder"):
+        check_output(tmp_path / "file", overwrite=True)
+    (tmp_path / "link").symlink_to(model)
+    with pytest.raises(OutputError, match="is a link"):
+        check_output(tmp_path / "link", overwrite=True)
+
+
+@pytest.mark.parametrize("suffix", DERIVED)
+def test_an_input_that_bears_a_working_name_of_the_output_is_refused(tmp_path: Path, suffix: str) -> None:
+    model = write_ours(tmp_path / f"out{suffix}", "x")
+    with pytest.raises(OutputError, match="works in"):
+        check_output(tmp_path / "out", overwrite=True, inputs=(model,))
+
+
+def test_the_folder_in_which_a_command_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ours(tmp_path / "here", "x")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputError, match="runs in"):
+        check_output(Path(), overwrite=True)
+
+
+def test_too_small_a_disk_is_refused_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError, match="GB free"):
+        require_disk(tmp_path / "not" / "yet", 1 << 60)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from crepe_deploy.store.folders import atomic_folder
+
+events, last, number = 0, int(sys.argv[2]), int(sys.argv[3])
+WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+def strike(event, arguments):
+    global events
+    if event in WATCHED and str(arguments[0]).startswith(sys.argv[1]):
+        events += 1
+        if events == last:
+            os.kill(os.getpid(), number)
+
+sys.addaudithook(strike)
+with atomic_folder(Path(sys.argv[1]) / "out", overwrite=True) as folder:
+    (folder / "weights").write_text("new")
+    (folder / "manifest.json").write_text('{"versions": {"crepe-deploy": "1"}, "files": {"weights": "hash"}}')
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_killed_at_any_file_event_the_next_run_finds_the_old_or_the_new_whole(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Every open, mkdir, rename and removal below the output is struck in turn, until a run gets through."""
+    for event in range(1, 200):
+        root = tmp_path / str(event)
+        root.mkdir()
+        write_ours(root / "out", "old")
+        command = [sys.executable, "-c", KILLED, str(root), str(event), str(int(number))]
+        code = subprocess.run(command, capture_output=True, check=False).returncode
+        if number == signal.SIGINT:
+            assert [path.name for path in root.iterdir()] == ["out"]  # tidied by the run itself
+        with Claim(root / "out") as claim:
+            claim.recover()
+        assert (root / "out" / "weights").read_text() in ("old", "new")
+        assert sorted(path.name for path in root.iterdir()) == ["out"]
+        assert foreign(root / "out") == []
+        if code == 0:
+            break
+    assert event > 8 and (root / "out" / "weights").read_text() == "new"
+
+
+def test_the_record_is_private_to_its_output(tmp_path: Path) -> None:
+    (tmp_path / ".out.crepe-deploy").write_text(json.dumps({"folders": {"../elsewhere": [1, 2], "out.old": ["x"]}}))
+    write_ours(tmp_path / "elsewhere", "x")
+    with atomic_folder(tmp_path / "out") as folder:
+        assert not list(folder.iterdir())
+    assert (tmp_path / "elsewhere" / "weights").exists()
