@@ -23,6 +23,12 @@ def serve_command(
 ) -> None:  # fmt: skip
     """Serve the checkpoint FOLDER with vLLM, once its first answer agrees with the manifest.
 
+    \b
+    crepe-deploy serve out/packed                            on 127.0.0.1:8000
+    crepe-deploy serve out/packed --max-model-len 4096       an option of vLLM
+    crepe-deploy serve out/packed --host 0.0.0.0 --api-key KEY
+    crepe-deploy serve out/onnx --threads 4                  an ONNX folder
+
     Options that are not listed here go to vLLM, e.g. --max-model-len 4096 --enforce-eager. An ONNX folder is served by
     ONNX Runtime instead, with --max-model-len, --threads and --served-model-name. Ctrl-C stops.
     """

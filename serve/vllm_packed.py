@@ -1,6 +1,7 @@
-"""Quantization method `crepe_nm` for vLLM: packed linear layers on CPUs and CUDA devices, dense ones elsewhere.
+"""Packed linear layers in vLLM, as its quantization method `crepe_nm`: on CPUs and CUDA devices, dense ones elsewhere.
 
-Importing this module registers the method; see `vllm_plugin`.
+Importing this module registers the method; see `vllm_plugin`. A layer's kernels are chosen when its weights are loaded
+(`process_weights_after_loading`), by what `packed.dispatch` or `packed.cuda.dispatch` measured on this machine.
 """
 
 from __future__ import annotations
