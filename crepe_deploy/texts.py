@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError, CheckpointError, ConfigError, MissingExtra
+from .model.families import family_of
+from .store.checkpoint import read_json
 
 SEPARATOR = "\n\n"
 DATASET_MAX_CHARS = 50_000_000
@@ -130,12 +132,17 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 
 
 def wants_bos_each_window(tokenizer: Any) -> bool:
-    """Whether the family computes nonsense without BOS in front of every sequence (Gemma)."""
-    return "Gemma" in type(tokenizer).__name__ and tokenizer.bos_token_id is not None
+    """Whether the model beside this tokenizer needs BOS in front of every text; CheckpointError if there is no BOS."""
+    path = Path(tokenizer.name_or_path) / "config.json"
+    content = read_json(path) if path.is_file() else {}
+    kind = (content.get("text_config") or content).get("model_type", "")
+    if family_of(kind).bos and tokenizer.bos_token_id is None:
+        raise CheckpointError(f"{path}: model type '{kind}' needs BOS before every text, and its tokenizer has none")
+    return family_of(kind).bos
 
 
 def calibration_windows(
-    source: str | Path | Sequence[str | Path],
+    source: str | Path | Text | Sequence[str | Path],
     tokenizer: Any,
     samples: int = 128,
     length: int = 2048,
@@ -152,7 +159,7 @@ def calibration_windows(
     """
     if samples < 1 or length < 2:
         raise ConfigError(f"{samples} calibration samples of {length} tokens: at least 1 sample of 2 tokens is needed")
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, Path, Text)):
         return _windows(source, tokenizer, samples, length, seed, field)
     names = [str(one) for one in source]
     if not names or len(set(names)) < len(names):
@@ -183,10 +190,15 @@ def _mixed(sets: list[CalibrationSet]) -> CalibrationSet:
     )
 
 
-def _windows(source: str | Path, tokenizer: Any, samples: int, length: int, seed: int, field: str) -> CalibrationSet:
+def _windows(
+    source: str | Path | Text, tokenizer: Any, samples: int, length: int, seed: int, field: str
+) -> CalibrationSet:
     bos = wants_bos_each_window(tokenizer)
     body = length - 1 if bos else length
-    text = load_text(source, field, max_chars=max(MIN_CHARS, CHARS_PER_TOKEN * samples * body))
+    if isinstance(source, Text):
+        text = source
+    else:
+        text = load_text(source, field, max_chars=max(MIN_CHARS, CHARS_PER_TOKEN * samples * body))
     ids, rule = _enough_tokens(tokenizer, text, samples * body)
     windows = draw_windows(ids, samples, body, seed)
     if bos:

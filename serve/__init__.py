@@ -1,6 +1,6 @@
-"""Serving an exported checkpoint: the server and its smoke check, what vLLM needs of us, a small ONNX server.
+"""Serving a checkpoint: vLLM with our plugin and kernels, ONNX Runtime, and one protocol for engines that are measured.
 
-Engines that are measured inside one process stand in `engines`. Modules:
+May import the core; knows nothing of exports or of `bench`, which measures with these engines. Modules:
     command, launcher   `crepe-deploy serve`: start a server, check its first answer (`smoke`), stay with it, stop it
     vllm_plugin         what vLLM calls in each of its processes; it registers the next two
     vllm_packed         packed linear layers: which kernel serves a layer is decided here, by `packed.dispatch` on a CPU

@@ -246,9 +246,15 @@ def test_text_that_needs_more_characters_than_the_cut_is_read_whole(
     assert calibration_windows(path, pico_tokenizer(), 4, 32).rule.startswith("the text")
 
 
-def test_gemma_windows_start_with_bos(write: Callable[[str, bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "wants_bos_each_window", lambda tokenizer: True)
-    drawn = calibration_windows(write("a.txt", sample_text(3000).encode()), pico_tokenizer(), 4, 32)
+@pytest.mark.parametrize("nested", [False, True])
+def test_gemma_windows_start_with_bos(write: Callable[[str, bytes], Path], tmp_path: Path, nested: bool) -> None:
+    """By model type, whatever the tokenizer's class: a plain PreTrainedTokenizerFast here."""
+    pico_tokenizer().save_pretrained(tmp_path / "m")
+    config = {"model_type": "gemma3_text"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+    tokenizer = load_tokenizer(tmp_path / "m")
+    assert "Gemma" not in type(tokenizer).__name__
+    drawn = calibration_windows(write("a.txt", sample_text(3000).encode()), tokenizer, 4, 32)
     assert drawn.tokens.shape == (4, 32)
     assert (drawn.tokens[:, 0] == pico_tokenizer().bos_token_id).all()
     assert not (drawn.tokens[:, 1:] == pico_tokenizer().bos_token_id).any()

@@ -18,19 +18,8 @@ from torch import Tensor, nn
 from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
 from crepe_deploy.store.checkpoint import CheckpointReader, read_json
 
-# Model types whose pruning and reloading the tests cover, each with the module names that its files spell otherwise.
-FAMILIES: dict[str, dict[str, str]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma2": {},
-    "gemma3_text": {},
-    "phi3": {},
-    "opt": {},
-    "gpt_neox": {"lm_head.": "embed_out."},
-    "gpt2": {},
-}
+from .families import FAMILIES, family_of
+
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROOF_DTYPE = "float64"  # for comparisons: real models' residuals reach 1e4, where float32 keeps three decimals
 
@@ -123,7 +112,7 @@ class Decoder:
         """The checkpoint's name for a parameter of the module tree. Raises CheckpointError naming it."""
         prefix = f"{self.model.base_model_prefix}."
         renamed = name
-        for module, spelled in FAMILIES.get(self.config.model_type, {}).items():
+        for module, spelled in family_of(self.config.model_type).renamed.items():
             renamed = spelled + renamed.removeprefix(module) if renamed.startswith(module) else renamed
         for candidate in (name, renamed, name.removeprefix(prefix), prefix + name):
             if candidate in self.reader:

@@ -15,21 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crepe_deploy.structural.layout import PER_LAYER_CLASSES
-
 from .calibrate import Stream, exact_products, shared_inputs
 from .decoder import LinearSpec, is_linear
+from .families import Residual, family_of
 from .stats import Stats
-
-# Per model type: layers whose output is added to the residual stream as it is, and the module of the block that reads
-# the stream just before the addition ("" is the block itself).
-PRE_NORM = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
-RESIDUALS: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), PRE_NORM),
-    **dict.fromkeys(PER_LAYER_CLASSES, PRE_NORM),
-    "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
-}
-
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 Outputs = dict[str, Any]  # what the parts of a block returned for one micro-batch, by their names
@@ -144,7 +133,7 @@ class Side:
 
 @dataclass
 class Pair:
-    """The dense and the pruned model's hidden states in front of one block; `residuals`, see `RESIDUALS`.
+    """The dense and the pruned model's hidden states in front of one block; `residuals`, see `Family`.
 
     For each block: `stats` for its `groups` in order, each pruned before the next is asked for, and then `advance`.
     own: paths of layers that aim at their own output, not at the dense model's.
@@ -152,14 +141,14 @@ class Pair:
 
     dense: Side
     pruned: Side
-    residuals: dict[str, str]
+    residuals: tuple[Residual, ...]
     own: frozenset[str] = frozenset()
 
     @classmethod
     def start(cls, stream: Stream, model_type: str) -> Pair:
         """Both sides in front of the first block, where they are equal."""
         twin = Stream(list(stream.hidden), stream.calls)
-        return cls(Side(stream), Side(twin), RESIDUALS.get(model_type, {}))
+        return cls(Side(stream), Side(twin), family_of(model_type).residuals)
 
     def groups(
         self, block: nn.Module, index: int, linears: list[LinearSpec], targets: list[LinearSpec]
@@ -181,7 +170,7 @@ class Pair:
         path, width = group[0].path, group[0].in_features
         square, row = (width, width), (width,)
         sums = _Sums(torch.zeros(square), torch.zeros(square), torch.zeros(row), torch.zeros(row))
-        residual = self.residuals.get(path)
+        residual = next((entry.stream for entry in self.residuals if entry.path == path), None)
         whole = _part(path) if residual is not None else ""  # its last layer: nearly done anyway
         for position in range(len(self.pruned.stream.hidden)):
             dense, beside_dense = self.dense.inputs(before, index, position, path, residual, whole)

@@ -7,16 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ...errors import ConfigError, MissingExtra, UnsupportedModel
-from ...structural.layout import PER_LAYER_CLASSES
+from ...model.families import family_of, known
 
 FLAVORS: Final = {"portable": ("fp32", "fp16"), "genai": ("fp32", "int4")}
-FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # Rotary frequencies of other kinds change with the length of the text, which one traced graph cannot follow.
 ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
-GENAI_LACKS: Final = {
-    "gemma3_text": "onnxruntime-genai's builder does not read its two rotary embeddings",
-    **dict.fromkeys(PER_LAYER_CLASSES, "onnxruntime-genai's builder gives all layers one width"),
-}
 GENAI_HEAD_MULTIPLE: Final = 16
 _LIBRARIES: Final = {
     "portable": ("onnx", "onnxruntime", "onnxscript"),
@@ -57,18 +52,19 @@ def check_options(options: OnnxOptions) -> None:
 def check_model(config: Any, flavor: str) -> None:
     """Raise UnsupportedModel for a transformers configuration whose graph is not covered, naming what is not."""
     family = config.model_type
-    if family not in FAMILIES and family not in PER_LAYER_CLASSES:
-        raise UnsupportedModel(
-            f"model type '{family}' cannot be exported to ONNX; families that can: {', '.join(FAMILIES)}"
-        )
+    flavors, lacks = family_of(family).onnx, family_of(family).lacks
+    if not flavors:
+        raise UnsupportedModel(f"model type '{family}' cannot be exported to ONNX; families that can: {known('onnx')}")
     for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if kind not in ROPE_TYPES:
             raise UnsupportedModel(
                 f"rotary embedding '{kind}' of this '{family}' cannot be exported to ONNX; those that can: "
                 f"{', '.join(ROPE_TYPES)}"
             )
-    if flavor == "genai" and family in GENAI_LACKS:
-        raise UnsupportedModel(f"--onnx-flavor genai cannot export '{family}': {GENAI_LACKS[family]}; use portable")
+    if flavor not in flavors:
+        raise UnsupportedModel(
+            f"--onnx-flavor {flavor} cannot export '{family}': {lacks[f'onnx {flavor}']}; use {', '.join(flavors)}"
+        )
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if flavor == "genai" and head_size % GENAI_HEAD_MULTIPLE:
         raise UnsupportedModel(

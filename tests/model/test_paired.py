@@ -13,7 +13,8 @@ from torch import Tensor
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.calibrate import Stream, embed
 from crepe_deploy.model.decoder import Decoder
-from crepe_deploy.model.paired import RESIDUALS, Pair, Side
+from crepe_deploy.model.families import FAMILIES
+from crepe_deploy.model.paired import Pair, Side
 from crepe_deploy.model.proof import walk_logits
 from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import NM
@@ -53,7 +54,7 @@ def test_the_statistics_are_those_of_two_stock_models(tmp_path: Path) -> None:
     tokens = torch.randint(VOCAB, (3, 16), generator=torch.Generator().manual_seed(1))
     decoders = [Decoder(folder) for folder in (first, second)]
     streams = [embed(decoder, [tokens])[0] for decoder in decoders]
-    pair = Pair(Side(streams[0]), Side(streams[1]), RESIDUALS["llama"])
+    pair = Pair(Side(streams[0]), Side(streams[1]), FAMILIES["llama"].residuals)
     paths = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm", "mlp.up_proj": None}
     names = ["model.layers.1", "model.layers.1.post_attention_layernorm"]
     names += [f"model.layers.1.{path}" for path in paths]

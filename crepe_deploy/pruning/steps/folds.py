@@ -8,29 +8,13 @@ one order for all query heads that read one key-value head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crepe_deploy.model.decoder import Decoder
-from crepe_deploy.structural.layout import PER_LAYER_CLASSES
-
-GATED = (("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj")),)
-# Per model type: (reordered layer, layers whose rows follow), feed-forward; then the same for attention heads.
-NEURONS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), GATED),
-    **dict.fromkeys(PER_LAYER_CLASSES, GATED),
-    "phi3": (("mlp.down_proj", ("mlp.gate_up_proj",)),),
-    "opt": (("fc2", ("fc1",)),),
-    "gpt_neox": (("mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",)),),
-    "gpt2": (("mlp.c_proj", ("mlp.c_fc",)),),
-}
-VALUES: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), ("self_attn.o_proj", "self_attn.v_proj")
-    ),
-    "opt": ("self_attn.out_proj", "self_attn.v_proj"),
-}
+from crepe_deploy.model.families import family_of
 
 
 @dataclass(frozen=True)
@@ -67,10 +51,13 @@ class Foldable:
 def foldables(decoder: Decoder) -> list[Foldable]:
     """What can be reordered for free in every block of this model; empty where its family is not listed."""
     config = decoder.config
-    found = [Foldable(path, producers) for path, producers in NEURONS.get(config.model_type, ())]
-    if config.model_type in VALUES:
-        path, producer = VALUES[config.model_type]
-        heads = int(config.num_attention_heads)
-        groups = int(getattr(config, "num_key_value_heads", None) or heads)
-        found.append(Foldable(path, (producer,), heads, heads // groups))
-    return found
+    return [
+        Foldable(fold.path, fold.producers, *(_heads(config) if fold.kind == "values" else ()))
+        for fold in family_of(config.model_type).folds
+    ]
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """(heads, heads that share their values)."""
+    heads = int(config.num_attention_heads)
+    return heads, heads // int(getattr(config, "num_key_value_heads", None) or heads)

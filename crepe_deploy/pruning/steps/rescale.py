@@ -16,20 +16,12 @@ from torch import Tensor
 
 from crepe_deploy.errors import ConfigError, NumericalError, UnsupportedModel
 from crepe_deploy.model.decoder import Decoder
-from crepe_deploy.structural.layout import PER_LAYER_CLASSES
+from crepe_deploy.model.families import family_of, known
 
 from ..methods.base import check_range
 
 FACTORS = tuple(step / 20 for step in range(14, 24))  # 0.7 to 1.15
 ROWS = 64  # tokens whose logits are worked on at a time
-# Per model type: the norm between the last block and the output layer, and what it adds to its stored gain.
-LAST_NORMS: dict[str, tuple[str, float]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", *PER_LAYER_CLASSES), ("model.norm", 0.0)),
-    **dict.fromkeys(("gemma2", "gemma3_text"), ("model.norm", 1.0)),
-    "opt": ("model.decoder.final_layer_norm", 0.0),
-    "gpt_neox": ("gpt_neox.final_layer_norm", 0.0),
-    "gpt2": ("transformer.ln_f", 0.0),
-}
 
 
 @dataclass(frozen=True)
@@ -104,13 +96,13 @@ def cross_entropy(reference: Tensor, logits: Tensor) -> float:
 def last_norm(decoder: Decoder) -> tuple[list[str], float]:
     """Names of the last norm's parameters in the module tree, and what is added to a stored gain before it is used."""
     kind = decoder.config.model_type
-    if kind not in LAST_NORMS:
-        raise UnsupportedModel(f"--rescale does not know the last norm of '{kind}'; known: {', '.join(LAST_NORMS)}")
-    path, added = LAST_NORMS[kind]
-    names = [name for name, _ in decoder.model.named_parameters() if name.startswith(f"{path}.")]
+    family = family_of(kind)
+    if not family.last_norm:
+        raise UnsupportedModel(f"--rescale does not know the last norm of '{kind}'; known: {known('last_norm')}")
+    names = [name for name, _ in decoder.model.named_parameters() if name.startswith(f"{family.last_norm}.")]
     if not names:
         raise UnsupportedModel(f"--rescale scales the last norm, and this '{kind}' has none")
-    return names, added
+    return names, family.gain_added
 
 
 def rescaled_tensors(decoder: Decoder, factor: float) -> dict[str, Tensor]:
