@@ -30,7 +30,8 @@ from ...select import select
 from ...store.files import write_json
 from ...store.manifest import versions
 from ...texts import calibration_windows, load_tokenizer
-from ..assets import DEFAULT_DIR, MODEL_NAME, ensure_assets
+from ..assets import MODEL_NAME, ensure_assets
+from .frame import assets_option, out_option, say
 
 PATTERN = NM(2, 4)
 LAYERS = [f"model.layers.{block}.{path}" for block in (4, 14, 24)
@@ -114,11 +115,11 @@ def measure(assets_dir: Path, say: Any) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/results/held_out.json"), show_default=True)
-@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+@out_option("bench/results/held_out.json")
+@assets_option
 def main(out: Path, assets_dir: Path) -> None:
     """Measure all rows and write them."""
-    write_json(out, measure(assets_dir, lambda message: click.echo(message, err=True)))
+    write_json(out, measure(assets_dir, say))
 
 
 if __name__ == "__main__":
