@@ -73,7 +73,8 @@ def prune_command(out: Path, overwrite: bool, as_json: bool, **given: Any) -> No
     with progress(f"pruning to {config.pattern} with {config.method}") as step:
         manifest = prune(model, out, config, calibration, overwrite=overwrite, step=step)
     summary = {"out": str(out), "pattern": str(config.pattern), "method": config.method, **manifest.metrics}
-    _print(summary, as_json, [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros, verified"])
+    lines = [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros, verified"]
+    _print(summary, as_json, lines + manifest.metrics.get("limits", []))
 
 
 @cli.command("tyr")

@@ -23,6 +23,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
             f"logits times {found['factor']:.3f}: mean KL to the dense model on held-out calibration windows "
             f"{found['kl_before']:.3f} -> {found['kl']:.3f}"
         )
+    lines += report["limits"]
     for name, export in report["formats"].items():
         ratio = export["size"]["weight_bytes_over_dense"]
         size = f"{export['weight_file_bytes'] / 1e6:.0f} MB, pruned layers {ratio:.4g} of their dense bytes"

@@ -114,7 +114,8 @@ class BlockPruner:
 
         The score is taken before, for a neighbourhood means something only in the original order.
         """
-        fold = next((found for found in foldables(self.decoder) if found.path == spec.path), None)
+        index = self.decoder.blocks.index(block)
+        fold = next((found for found in foldables(self.decoder, index) if found.path == spec.path), None)
         pattern, permuter = self.treatment.patterns[spec.key], self.treatment.steps.permute
         if fold is None or permuter is None or not isinstance(pattern, NM):
             return score, stats
@@ -123,7 +124,7 @@ class BlockPruner:
         orders = [permuter.search(rows, pattern.n, pattern.m) for rows in fold.search_rows(judge)]
         columns = fold.input_order(orders)
         reorder_rows(weights[spec.key], columns, 0 if spec.transposed else 1)
-        prefix = f"{self.decoder.blocks_path}.{self.decoder.blocks.index(block)}"
+        prefix = f"{self.decoder.blocks_path}.{index}"
         for producer in fold.producers:
             self._reorder_outputs(block, prefix, producer, fold, orders, weights)
         notes["score_retained_gain"] = permuter.gain(judge, columns, pattern.n, pattern.m)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from crepe_deploy.texts import CalibrationSet
 
 from .block import BlockPruner, Treatment
 from .config import PruneConfig
+from .limits import limits
 from .steps.allocate import allocate, summary, uniform
-from .steps.rescale import Rescaled, last_norm, rescaled_tensors
+from .steps.rescale import Rescaled, rescaled_tensors
 from .targets import choose_targets
 
 PROBE_TOKENS = 64
@@ -41,6 +42,7 @@ class _Run:
     """One run's parts, so that the steps below take few arguments.
 
     held: calibration tokens (windows, length) kept from everything but rescaling. rescaled: what that found.
+    limits: what the family allows only in part.
     """
 
     decoder: Decoder
@@ -49,6 +51,7 @@ class _Run:
     pruner: BlockPruner
     held: Tensor | None = None
     rescaled: Rescaled | None = None
+    limits: list[str] = field(default_factory=list)
 
 
 def prune(
@@ -99,8 +102,8 @@ def _prepare(
         )
     treatment = Treatment(config.method, config.steps, uniform(targets, config.pattern))
     run = _Run(decoder, config, targets, BlockPruner(decoder, treatment))
+    run.limits = limits(decoder, targets, config.steps, config.feed)
     if config.steps.rescale is not None and tokens is not None:
-        last_norm(decoder)
         fitted = len(tokens) - config.steps.rescale.held_out(len(tokens))
         tokens, run.held = tokens[:fitted], tokens[fitted:]
     return run, tokens
@@ -134,8 +137,7 @@ def _prune_into(folder: Path, run: _Run, tokens: Tensor | None, probe_tokens: Te
         with run.pruner.phases("embed"):
             probe, *streams = embed(decoder, [each for each in (probe_tokens, tokens, run.held) if each is not None])
         stream = streams[0] if streams else None
-        kind = decoder.config.model_type
-        pairs = [Pair.start(each, kind) for each in streams] if run.config.feed == "both" else []
+        pairs = [Pair.start(each, decoder.config) for each in streams] if run.config.feed == "both" else []
         written: set[str] = set()
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
@@ -245,6 +247,7 @@ def _manifest(
             "mean_layer_error": sum(record.layer_error or 0.0 for record in run.pruner.records.values())
             / len(run.pruner.records),
             **({} if run.rescaled is None else {"rescale": asdict(run.rescaled)}),
+            **({"limits": run.limits} if run.limits else {}),
             "seconds": {name: round(value, 3) for name, value in run.pruner.phases.seconds.items()},
             "parity": parity,
         },

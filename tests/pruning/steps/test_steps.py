@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.model.families import FAMILIES
 from crepe_deploy.model.proof import walk_logits
 from crepe_deploy.pattern import NM, Unstructured, parse_pattern, parse_record, zero_count
 from crepe_deploy.pruning.config import prune_config
@@ -24,7 +25,7 @@ from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import Manifest, verify
 from crepe_deploy.store.sources import resolve_model
 from tests.pico import VOCAB, make_pico, make_pico_llama, sample_text
-from tests.pruning.test_prune import CONFIGS, windows
+from tests.pruning.test_prune import CONFIGS, VARIANTS, windows
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,8 @@ def test_the_permuted_dense_model_is_the_same_model(
     )
     monkeypatch.setattr("crepe_deploy.pruning.prune.check_pattern", lambda name, weight, pattern: 0)
     monkeypatch.setattr(Fold, "search", lambda self, score, n, m: torch.randperm(score.shape[1]))
-    for family, config in CONFIGS.items():
+    assert all(len(family.folds) == 2 for family in FAMILIES.values())
+    for family, config in {**CONFIGS, **VARIANTS}.items():
         model = make_pico(tmp_path / family, config)
         run(model, tmp_path / f"{family}-out", text, permute="fold")
         before, after = CheckpointReader(model), CheckpointReader(tmp_path / f"{family}-out")
