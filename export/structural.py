@@ -40,7 +40,6 @@ Transform = Callable[[int, str, Tensor], Tensor]
 LAYOUTS = ("plugin", "deci")
 PROBE_TOKENS = 64
 _CODE = Path(layouts.__file__).parent
-_O_WEIGHT, _O_BIAS = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
 
 
 @dataclass(frozen=True)
@@ -205,21 +204,25 @@ def _write(
     reader: CheckpointReader, folder: Path, layout: Layout, head_dim: int, transform: Transform,
     tick: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Stream every tensor through `transform` into the source's own shards; a tick for each layer's q projection."""
+    """Stream every tensor through `transform` into the source's own shards; a tick for each layer."""
+    projections = layouts.written_projections(layout.content)
+    output = f"{projections.output}.weight"
     plan: dict[str, Planned] = {}
     for info in reader:
         place = in_layer(info.name)
-        shape = info.shape if place is None else sized(place[1], info.shape, layout.written[place[0]], head_dim)
+        shape = info.shape
+        if place is not None:
+            shape = sized(place[1], info.shape, layout.written[place[0]], head_dim, projections)
         plan[info.name] = Planned(info.file.name, info.dtype, shape)
-        if layout.zero_o_bias and place is not None and place[1] == _O_WEIGHT:
-            plan[info.name.removesuffix(_O_WEIGHT) + _O_BIAS] = Planned(info.file.name, info.dtype, shape[:1])
+        if layout.zero_o_bias and place is not None and place[1] == output:
+            plan[info.name.removesuffix("weight") + "bias"] = Planned(info.file.name, info.dtype, shape[:1])
     require_disk(folder, sum(planned.size_bytes for planned in plan.values()))
     with CheckpointWriter(folder, plan) as writer:
         for info in reader:
             place = in_layer(info.name)
             tensor = reader.load_finite(info.name)
             writer.write(info.name, tensor if place is None else transform(*place, tensor))
-            if place is not None and place[1] == _O_WEIGHT:
+            if place is not None and place[1] == output:
                 tick()
         for name in plan.keys() - reader.tensors.keys():
             writer.write(name, torch.zeros(plan[name].shape, dtype=plan[name].dtype))
@@ -242,12 +245,14 @@ def masked_logits(
 
     The weights are those of the files' dtype, computed with in the decoder's.
     """
+    projections = geometry.structure.projections
+    outputs = (f"{projections.output}.weight", f"{projections.down}.weight")
     (stream,) = embed(decoder, [tokens])
     for index in range(len(decoder.blocks)):
         with decoder.block(index) as (block, weights):
             for key, tensor in weights.items():
                 place = in_layer(key)
-                if place is not None and place[1].endswith(("o_proj.weight", "down_proj.weight")):
+                if place is not None and place[1] in outputs:
                     whole = masked(place[1], tensor, plans[index], geometry)
                     block.get_parameter(place[1]).data = whole.to(decoder.dtype)
             stream.run(block, index, advance=True)

@@ -13,7 +13,7 @@ from ..store.folders import atomic_folder
 from ..store.sources import Model
 from ..structural.layout import Widths, check_family
 from ..structural.plan import Geometry
-from ..structural.tyr import Outcome
+from ..structural.tyr import TyrResult
 from .structural import assemble, choose_layout
 
 # Of the report: what the manifest holds under another name or not at all.
@@ -22,7 +22,7 @@ _ELSEWHERE = ("config", "calibration", "versions", "parameters")
 
 @dataclass(frozen=True)
 class FolderWriter:
-    """Writes an outcome of `structural.tyr.tyr` as a folder; the fields are as `assemble` has them."""
+    """Writes what `structural.tyr.tyr` found as a folder; the fields are as `assemble` has them."""
 
     widths: str
     layout: str = "plugin"
@@ -36,18 +36,18 @@ class FolderWriter:
         dense = [Widths(geometry.heads, geometry.kv_heads, geometry.intermediate)] * geometry.layers
         choose_layout(content, geometry, dense, self.widths, self.layout, self.remote_code)
 
-    def __call__(self, outcome: Outcome, out: Path, overwrite: bool) -> dict[str, Any]:
+    def __call__(self, result: TyrResult, out: Path, overwrite: bool) -> dict[str, Any]:
         """Write `out` and return what the report gains by it."""
         with atomic_folder(out, overwrite=overwrite) as folder:
             manifest = assemble(
-                outcome.model, outcome.plans, folder / "dense", layout=self.layout, remote_code=self.remote_code,
-                widths=cast(Literal["uniform", "per-layer"], self.widths), record=asdict(outcome.config),
-                calibration=outcome.calibration.record(),
-                metrics={name: value for name, value in outcome.report.items() if name not in _ELSEWHERE},
+                result.model, result.plans, folder / "dense", layout=self.layout, remote_code=self.remote_code,
+                widths=cast(Literal["uniform", "per-layer"], self.widths), record=asdict(result.config),
+                calibration=result.calibration.record(),
+                metrics={name: value for name, value in result.report.items() if name not in _ELSEWHERE},
             )  # fmt: skip
             written = {
                 "dense": {"path": str(out / "dense"), "size": manifest.metrics["size"]},
                 "parity": manifest.metrics["parity"],
             }
-            write_json(folder / "report.json", {**outcome.report, **written})
+            write_json(folder / "report.json", {**result.report, **written})
         return written

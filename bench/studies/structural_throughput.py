@@ -24,7 +24,7 @@ from ...quality.perplexity import load_model
 from ...structural.build import Builder
 from ...structural.config import TyrConfig
 from ...structural.evolve import Rules, brood, ladders, staged
-from ...structural.fitness import Judge, Reference, dense_reference, top_k_divergence
+from ...structural.fitness import FitnessJudge, Reference, dense_reference, top_k_divergence
 from ...structural.narrow import output_specs
 from ...structural.plan import Geometry
 from ...structural.prepare import config_units
@@ -45,7 +45,7 @@ def throughput(model: Path, tokens: Tensor, config: TyrConfig, folder: Path) -> 
         iteration_levels(units, parent, 0), store, config.accumulation
     )
     reference = dense_reference(decoder, tokens, config.fitness, config.top_k)
-    judge = Judge(decoder, units.geometry, reference, store)
+    judge = FitnessJudge(decoder, units.geometry, reference, store)
     steps = step_units(units.attention_count, 0), step_units(units.neuron_count, 0)
     draw = random.Random(config.seed)
     children = brood(parent, ladders(units, parent, *steps), config.offspring, draw)

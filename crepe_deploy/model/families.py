@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
+from .structure import FUSED, Structure
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -56,7 +58,7 @@ class Family:
     residuals: what `--feed both` corrects for the stream's loss. folds: what `--permute fold` reorders.
     last_norm: the norm between the last block and the output layer, which `--rescale` scales.
     gain_added: what the norms add to their stored gain. bos: computes nonsense without BOS before every sequence.
-    structural: how its projections are stored, where `tyr` can prune them: "apart" as Llama's.
+    structural: where its heads and neurons are and which smaller models there are, for `tyr`.
     per_layer_of: the family that this one is with widths of their own for its layers.
     onnx: flavours in which it can be exported. lacks: capability -> the reason why it is not given.
     """
@@ -67,7 +69,7 @@ class Family:
     last_norm: str = ""
     gain_added: float = 0.0
     bos: bool = False
-    structural: Literal["apart"] | None = None
+    structural: Structure | None = None
     per_layer_of: str = ""
     onnx: tuple[str, ...] = ()
     lacks: Mapping[str, str] = field(default_factory=dict)
@@ -89,19 +91,9 @@ _LLAMA: Final = Family(
     residuals=(Residual("self_attn.o_proj", ""), Residual("mlp.down_proj", "post_attention_layernorm")),
     folds=(_GATED, _HEADS),
     last_norm="model.norm",
-    structural="apart",
+    structural=Structure(mlp_bias="mlp_bias", heads_divide=True, sibling="mistral"),
     onnx=("portable", "genai"),
 )
-_PER_LAYER: Final = {
-    f"crepe_{name}": replace(
-        _LLAMA,
-        structural=None,
-        per_layer_of=name,
-        onnx=("portable",),
-        lacks={"onnx genai": "onnxruntime-genai's builder gives all layers one width"},
-    )
-    for name in ("llama", "mistral", "qwen2", "qwen3")
-}
 _GEMMA2: Final = Family(
     residuals=(
         Residual("self_attn.o_proj", "", norm="post_attention_layernorm"),
@@ -111,17 +103,18 @@ _GEMMA2: Final = Family(
     last_norm="model.norm",
     gain_added=1.0,
     bos=True,
+    structural=Structure(heads_divide=True, deci_lacks="norms behind attention and FFN and no soft caps"),
 )
-
-FAMILIES: dict[str, Family] = {
+_STOCK: Final = {
     "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "mistral": replace(_LLAMA, structural=Structure()),
+    "qwen2": replace(_LLAMA, structural=Structure(qkv_bias=True, derives_head_dim=True, sibling="llama")),
+    "qwen3": replace(_LLAMA, structural=Structure(deci_lacks="norms of queries and keys")),
     "gemma": replace(_LLAMA, gain_added=1.0, bos=True, structural=None, onnx=()),
     "gemma2": _GEMMA2,
     "gemma3_text": replace(
         _GEMMA2,
+        structural=Structure(heads_divide=True, deci_lacks="norms behind attention and FFN"),
         onnx=("portable",),
         lacks={"onnx genai": "onnxruntime-genai's builder does not read its two rotary embeddings"},
     ),
@@ -132,6 +125,13 @@ FAMILIES: dict[str, Family] = {
             Fold("self_attn.o_proj", ("self_attn.qkv_proj",), "values last"),
         ),
         last_norm="model.norm",
+        structural=Structure(
+            FUSED,
+            qkv_bias=False,
+            attention_reads=("num_key_value_groups", "num_key_value_heads", "config"),
+            sized_rotary=True,
+            deci_lacks="fused matrices",
+        ),
     ),
     "opt": Family(
         residuals=(
@@ -160,5 +160,21 @@ FAMILIES: dict[str, Family] = {
         folds=(Fold("mlp.c_proj", ("mlp.c_fc",)), Fold("attn.c_proj", ("attn.c_attn",), "values last")),
         last_norm="transformer.ln_f",
     ),
-    **_PER_LAYER,
+}
+
+
+def _with_widths(name: str, family: Family) -> Family:
+    """The same family with widths of their own for its layers."""
+    own = {"onnx genai": "onnxruntime-genai's builder gives all layers one width"} if family.onnx else {}
+    return replace(
+        family,
+        structural=None,
+        per_layer_of=name,
+        onnx=tuple(flavor for flavor in family.onnx if flavor != "genai"),
+        lacks={**family.lacks, **own},
+    )
+
+
+FAMILIES: dict[str, Family] = _STOCK | {
+    f"crepe_{name}": _with_widths(name, family) for name, family in _STOCK.items() if family.structural
 }

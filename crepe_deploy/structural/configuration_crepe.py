@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
+from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
@@ -56,3 +59,21 @@ class CrepeQwen3Config(PerLayerWidths, Qwen3Config):  # type: ignore[misc]
     """Qwen3 with widths per layer."""
 
     model_type = "crepe_qwen3"
+
+
+class CrepeGemma2Config(PerLayerWidths, Gemma2Config):  # type: ignore[misc]
+    """Gemma 2 with widths per layer."""
+
+    model_type = "crepe_gemma2"
+
+
+class CrepeGemma3TextConfig(PerLayerWidths, Gemma3TextConfig):  # type: ignore[misc]
+    """Gemma 3, text only, with widths per layer."""
+
+    model_type = "crepe_gemma3_text"
+
+
+class CrepePhi3Config(PerLayerWidths, Phi3Config):  # type: ignore[misc]
+    """Phi-3 with widths per layer; `head_dim` is stated."""
+
+    model_type = "crepe_phi3"

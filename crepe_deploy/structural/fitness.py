@@ -96,7 +96,7 @@ def dense_reference(decoder: Decoder, tokens: Tensor, fitness: str, top_k: int) 
 
 
 @dataclass
-class Judge:
+class FitnessJudge:
     """Measures candidates against the dense reference. evaluated: candidates so far, by windows they were run on."""
 
     decoder: Decoder

@@ -16,15 +16,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
-from crepe_deploy.model import families
+from crepe_deploy.model.families import FAMILIES, family_of, known
+from crepe_deploy.model.structure import SEPARATE, Part, Projections, Structure
 
-FAMILIES: Final = tuple(name for name, family in families.FAMILIES.items() if family.structural)
 PREFIX: Final = "crepe_"
 DECI_TYPE: Final = "nemotron-nas"
 DECI_CLASS: Final = "DeciLMForCausalLM"
 PER_LAYER_CLASSES: Final = {
-    name: f"Crepe{family.per_layer_of.capitalize()}ForCausalLM"
-    for name, family in families.FAMILIES.items()
+    name: f"Crepe{family.per_layer_of.title().replace('_', '')}ForCausalLM"
+    for name, family in FAMILIES.items()
     if family.per_layer_of
 }
 _NAMES: Final = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "intermediate": "intermediate_size"}
@@ -43,46 +43,57 @@ class Widths(NamedTuple):
         return f"{self.heads} query heads, {self.kv_heads} KV heads, {self.intermediate} neurons"
 
 
+def structure_of(model_type: str) -> Structure:
+    """Where the heads and neurons of a family are, when they can be pruned. Raises UnsupportedModel naming it."""
+    structure = family_of(model_type).structural
+    if structure is None:
+        raise UnsupportedModel(
+            f"model type '{model_type}': structural pruning knows {known('structural')}; prune it to an N:M pattern "
+            "instead"
+        )
+    return structure
+
+
 def check_family(content: Mapping[str, Any]) -> str:
     """The model type, when its structure can be pruned. Raises UnsupportedModel naming it."""
-    name = content.get("model_type", "unknown")
-    if name not in FAMILIES:
-        raise UnsupportedModel(
-            f"model type '{name}': structural pruning knows {', '.join(FAMILIES)}; prune it to an N:M pattern instead"
-        )
-    return str(name)
+    name = str(content.get("model_type", "unknown"))
+    structure_of(name)
+    return name
 
 
 def uniform_content(content: Mapping[str, Any], head_dim: int, widths: Sequence[Widths]) -> Content:
     """The configuration of a model whose layers all have the same widths. Raises ConfigError where they have not.
 
-    Two families have a derived head size somewhere, and so are written as another one that computes the same: Llama
-    with a head count that does not divide the hidden size (transformers refuses it) as Mistral without a window; Qwen2
-    with fewer heads (vLLM derives its head size) as Llama with biases, whose o_proj biases are zeros.
+    Where a family's stock classes derive the head size from the head count, its sibling that computes the same is
+    written: for Llama with a head count that does not divide the hidden size (transformers refuses it) Mistral without
+    a window; for Qwen2 with fewer heads (vLLM derives its head size) Llama with biases, whose o_proj biases are zeros.
     Raises ConfigError where no stock family fits.
     """
-    family, first = check_family(content), widths[0]
-    for index, found in enumerate(widths):
-        if found != first:
-            raise ConfigError(f"--widths uniform: layer {index} keeps {found}; layer 0 keeps {first}")
+    structure, first = structure_of(check_family(content)), widths[0]
+    for index, layer in enumerate(widths):
+        if layer != first:
+            raise ConfigError(f"--widths uniform: layer {index} keeps {layer}; layer 0 keeps {first}")
     sized = {**content, "head_dim": head_dim, **{_NAMES[name]: value for name, value in first._asdict().items()}}
-    hidden, divides = sized["hidden_size"], sized["hidden_size"] % first.heads == 0
-    if family == "qwen2" and first.heads * head_dim != hidden:
-        if sized.get("use_sliding_window") or not divides:
-            why = "a sliding window" if divides else f"{first.heads} heads, which do not divide hidden size {hidden},"
-            raise ConfigError(f"--widths uniform: no stock family serves Qwen2 with {why}: use --widths per-layer")
-        return _as_llama(sized)
-    if family == "llama" and not divides:
-        if sized.get("attention_bias") or sized.get("mlp_bias"):
+    divides = sized["hidden_size"] % first.heads == 0
+    wrong_size = structure.derives_head_dim and first.heads * head_dim != sized["hidden_size"]
+    if wrong_size or (structure.heads_divide and not divides):
+        if not structure.sibling:
             raise ConfigError(
-                f"--widths uniform: no stock family serves {first.heads} heads with biases at hidden size {hidden}, "
-                "which they do not divide: use --widths per-layer"
+                f"--widths uniform: transformers wants of {content['model_type']} a head count that divides hidden "
+                f"size {sized['hidden_size']}, and {first.heads} does not: use --widths per-layer"
             )
-        return _as_mistral(sized)
+        return SIBLINGS[structure.sibling](sized, divides)
+    if structure.sized_rotary:
+        _check_rotary(sized)
     return sized
 
 
-def _as_llama(content: Content) -> Content:
+def _as_llama(content: Content, divides: bool) -> Content:
+    """Qwen2 as Llama. divides: whether the head count divides the hidden size."""
+    if content.get("use_sliding_window") or not divides:
+        heads, hidden = content["num_attention_heads"], content["hidden_size"]
+        why = "a sliding window" if divides else f"{heads} heads, which do not divide hidden size {hidden},"
+        raise ConfigError(f"--widths uniform: no stock family serves Qwen2 with {why}: use --widths per-layer")
     kept = {name: value for name, value in content.items() if name not in _WINDOW_KEYS}
     tokens = {name: content.get(name) for name in ("bos_token_id", "eos_token_id")}
     return {
@@ -91,10 +102,32 @@ def _as_llama(content: Content) -> Content:
     }  # fmt: skip
 
 
-def _as_mistral(content: Content) -> Content:
+def _as_mistral(content: Content, divides: bool) -> Content:
+    """Llama as Mistral, which holds any head count but no biases."""
+    if content.get("attention_bias") or content.get("mlp_bias"):
+        raise ConfigError(
+            f"--widths uniform: no stock family serves {content['num_attention_heads']} heads with biases at hidden "
+            f"size {content['hidden_size']}, which they do not divide: use --widths per-layer"
+        )
     dropped = ("attention_bias", "mlp_bias", "pretraining_tp")
     kept = {name: value for name, value in content.items() if name not in dropped}
     return {**kept, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+SIBLINGS: Final = {"llama": _as_llama, "mistral": _as_mistral}
+
+
+def _check_rotary(content: Content) -> None:
+    """Refuse rotary factors whose number transformers would find wrong: it derives the head size to compare them."""
+    rotary = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    factors = rotary.get("short_factor")
+    share = rotary.get("partial_rotary_factor", content.get("partial_rotary_factor", 1.0))
+    heads, hidden = content["num_attention_heads"], content["hidden_size"]
+    if factors is not None and len(factors) != int(hidden // heads * share) // 2:
+        raise ConfigError(
+            f"--widths uniform: with {len(factors)} rotary factors transformers wants of {content['model_type']} a "
+            f"head size of hidden size / heads, and {hidden} / {heads} is another: use --widths per-layer"
+        )
 
 
 def has_zero_o_bias(source: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
@@ -164,10 +197,13 @@ def _padded(widths: Sequence[Widths], heads: int) -> list[Widths] | None:
 def deci_content(content: Mapping[str, Any], head_dim: int, padded: Sequence[Widths]) -> Content:
     """The DeciLM configuration of layers padded by `deci_widths`. Raises UnsupportedModel for what DeciLM has not."""
     family = check_family(content)
-    if family == "qwen3":
-        raise UnsupportedModel("the DeciLM layout has no norms of queries and keys, which qwen3 needs: use the plugin")
+    structure = structure_of(family)
+    if structure.deci_lacks:
+        raise UnsupportedModel(
+            f"the DeciLM layout has no {structure.deci_lacks}, which {family} needs: use the plugin layout"
+        )
     if (family == "mistral" and content.get("sliding_window") is not None) or content.get("use_sliding_window"):
-        raise UnsupportedModel("the DeciLM layout has no sliding window, which this model has: use the plugin")
+        raise UnsupportedModel("the DeciLM layout has no sliding window, which this model has: use the plugin layout")
     dropped = ("num_key_value_heads", "intermediate_size", *_WINDOW_KEYS)
     kept = {name: value for name, value in content.items() if name not in dropped}
     blocks = [
@@ -179,7 +215,7 @@ def deci_content(content: Mapping[str, Any], head_dim: int, padded: Sequence[Wid
     ]
     return {
         **kept,
-        **({"qkv_bias": True} if family == "qwen2" else {}),
+        **({"qkv_bias": True} if structure.qkv_bias is True else {}),
         "model_type": DECI_TYPE,
         "architectures": [DECI_CLASS],
         "head_dim": head_dim,
@@ -221,20 +257,32 @@ def layer_shapes(content: Mapping[str, Any]) -> list[dict[str, tuple[int, int]]]
         size = int(head_dim or hidden // content["num_attention_heads"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json does not state the size of its heads: {error!r}") from error
-    return [_shapes(hidden, size, layer) for layer in layer_widths(content)]
+    projections = written_projections(content)
+    return [_shapes(projections, hidden, size, layer) for layer in layer_widths(content)]
 
 
-def _shapes(hidden: int, head_dim: int, layer: Widths) -> dict[str, tuple[int, int]]:
-    queries, keys = layer.heads * head_dim, layer.kv_heads * head_dim
-    return {
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (layer.intermediate, hidden),
-        "mlp.up_proj.weight": (layer.intermediate, hidden),
-        "mlp.down_proj.weight": (hidden, layer.intermediate),
-    }
+def written_projections(content: Mapping[str, Any]) -> Projections:
+    """The matrices of a layer in a checkpoint of any layout. Raises CheckpointError for another model type."""
+    name = str(content.get("model_type"))
+    if name == DECI_TYPE:
+        return SEPARATE
+    structure = family_of(family_of(name).per_layer_of or name).structural
+    if structure is None:
+        raise CheckpointError(f"config.json: model type '{name}' is none that structural pruning writes")
+    return structure.projections
+
+
+def part_rows(layer: Widths, head_dim: int) -> dict[Part, int]:
+    """How many rows each part has in a layer of these widths."""
+    queries, keys, neurons = layer.heads * head_dim, layer.kv_heads * head_dim, layer.intermediate
+    return {"q": queries, "k": keys, "v": keys, "gate": neurons, "up": neurons}
+
+
+def _shapes(projections: Projections, hidden: int, head_dim: int, layer: Widths) -> dict[str, tuple[int, int]]:
+    rows = part_rows(layer, head_dim)
+    shapes = {path: (sum(rows[part] for part in parts), hidden) for path, parts in projections.rows.items()}
+    shapes |= {projections.output: (hidden, rows["q"]), projections.down: (hidden, rows["up"])}
+    return {f"{path}.weight": shapes[path] for path in projections.paths}
 
 
 def is_per_layer(content: Mapping[str, Any]) -> bool:

@@ -7,15 +7,26 @@ can also lie beside the weights as remote code.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM, Gemma2Model
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM, Gemma3TextModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM, Phi3Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
 
-from .configuration_crepe import CrepeLlamaConfig, CrepeMistralConfig, CrepeQwen2Config, CrepeQwen3Config
+from .configuration_crepe import (
+    CrepeGemma2Config,
+    CrepeGemma3TextConfig,
+    CrepeLlamaConfig,
+    CrepeMistralConfig,
+    CrepePhi3Config,
+    CrepeQwen2Config,
+    CrepeQwen3Config,
+)
 
 
 class PerLayer:
@@ -26,6 +37,31 @@ class PerLayer:
         # The view is a copy: a later change of the attention implementation happens to the whole configuration.
         self.self_attn: Any
         self.self_attn.config = config
+
+
+class PerLayerModel:
+    """A decoder of such layers. layer: their class."""
+
+    layer: ClassVar[type[nn.Module]]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(without_layers(config))  # type: ignore[call-arg]
+        add_layers(self, config, self.layer)
+
+
+class PerLayerCausal:
+    """A causal model around such a decoder. family: the stock causal model, whose forward pass is inherited.
+
+    decoder: the class of the decoder.
+    """
+
+    family: ClassVar[Any]
+    decoder: ClassVar[type[nn.Module]]
+
+    def __init__(self, config: Any) -> None:
+        # Past the family's constructor, which builds layers of one width.
+        super(self.family, self).__init__(config)  # type: ignore[call-arg]
+        add_head(self, config, self.decoder(config))
 
 
 def without_layers(config: Any) -> Any:
@@ -51,101 +87,158 @@ def add_head(model: Any, config: Any, base: nn.Module) -> None:
     model.post_init()
 
 
+class HeadCount:
+    """A configuration, but for its head count, which Phi-3's attention reads while it runs: that of one layer."""
+
+    def __init__(self, whole: Any, heads: int) -> None:
+        self.whole = whole
+        self.num_attention_heads = heads
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "whole" or name.startswith("__"):  # asked for while a copy of this is being made
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+
+class CrepeGemma2DecoderLayer(PerLayer, Gemma2DecoderLayer):  # type: ignore[misc]
+    """A Gemma 2 layer of its own widths."""
+
+
+class CrepeGemma2Model(PerLayerModel, Gemma2Model):  # type: ignore[misc]
+    """Gemma 2's decoder with widths per layer."""
+
+    config_class = CrepeGemma2Config
+    _no_split_modules = ("CrepeGemma2DecoderLayer",)
+    layer = CrepeGemma2DecoderLayer
+
+
+class CrepeGemma2ForCausalLM(PerLayerCausal, Gemma2ForCausalLM):  # type: ignore[misc]
+    """Gemma 2 with widths per layer."""
+
+    config_class = CrepeGemma2Config
+    family = Gemma2ForCausalLM
+    decoder = CrepeGemma2Model
+
+
+class CrepeGemma3TextDecoderLayer(PerLayer, Gemma3DecoderLayer):  # type: ignore[misc]
+    """A Gemma 3 layer of its own widths."""
+
+
+class CrepeGemma3TextModel(PerLayerModel, Gemma3TextModel):  # type: ignore[misc]
+    """Gemma 3's decoder with widths per layer."""
+
+    config_class = CrepeGemma3TextConfig
+    _no_split_modules = ("CrepeGemma3TextDecoderLayer",)
+    layer = CrepeGemma3TextDecoderLayer
+
+
+class CrepeGemma3TextForCausalLM(PerLayerCausal, Gemma3ForCausalLM):  # type: ignore[misc]
+    """Gemma 3 with widths per layer."""
+
+    config_class = CrepeGemma3TextConfig
+    family = Gemma3ForCausalLM
+    decoder = CrepeGemma3TextModel
+
+
 class CrepeLlamaDecoderLayer(PerLayer, LlamaDecoderLayer):  # type: ignore[misc]
     """A Llama layer of its own widths."""
 
 
-class CrepeLlamaModel(LlamaModel):  # type: ignore[misc]
+class CrepeLlamaModel(PerLayerModel, LlamaModel):  # type: ignore[misc]
     """Llama's decoder with widths per layer."""
 
     config_class = CrepeLlamaConfig
     _no_split_modules = ("CrepeLlamaDecoderLayer",)
-
-    def __init__(self, config: CrepeLlamaConfig) -> None:
-        super().__init__(without_layers(config))
-        add_layers(self, config, CrepeLlamaDecoderLayer)
+    layer = CrepeLlamaDecoderLayer
 
 
-class CrepeLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class CrepeLlamaForCausalLM(PerLayerCausal, LlamaForCausalLM):  # type: ignore[misc]
     """Llama with widths per layer."""
 
     config_class = CrepeLlamaConfig
-
-    def __init__(self, config: CrepeLlamaConfig) -> None:
-        super(LlamaForCausalLM, self).__init__(config)  # past the constructor that builds layers of one width
-        add_head(self, config, CrepeLlamaModel(config))
+    family = LlamaForCausalLM
+    decoder = CrepeLlamaModel
 
 
 class CrepeMistralDecoderLayer(PerLayer, MistralDecoderLayer):  # type: ignore[misc]
     """A Mistral layer of its own widths."""
 
 
-class CrepeMistralModel(MistralModel):  # type: ignore[misc]
+class CrepeMistralModel(PerLayerModel, MistralModel):  # type: ignore[misc]
     """Mistral's decoder with widths per layer."""
 
     config_class = CrepeMistralConfig
     _no_split_modules = ("CrepeMistralDecoderLayer",)
-
-    def __init__(self, config: CrepeMistralConfig) -> None:
-        super().__init__(without_layers(config))
-        add_layers(self, config, CrepeMistralDecoderLayer)
+    layer = CrepeMistralDecoderLayer
 
 
-class CrepeMistralForCausalLM(MistralForCausalLM):  # type: ignore[misc]
+class CrepeMistralForCausalLM(PerLayerCausal, MistralForCausalLM):  # type: ignore[misc]
     """Mistral with widths per layer."""
 
     config_class = CrepeMistralConfig
+    family = MistralForCausalLM
+    decoder = CrepeMistralModel
 
-    def __init__(self, config: CrepeMistralConfig) -> None:
-        super(MistralForCausalLM, self).__init__(config)
-        add_head(self, config, CrepeMistralModel(config))
+
+class CrepePhi3DecoderLayer(PerLayer, Phi3DecoderLayer):  # type: ignore[misc]
+    """A Phi-3 layer of its own widths."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn.config = HeadCount(config, config.per_layer_config[layer_idx].num_attention_heads)
+
+
+class CrepePhi3Model(PerLayerModel, Phi3Model):  # type: ignore[misc]
+    """Phi-3's decoder with widths per layer."""
+
+    config_class = CrepePhi3Config
+    _no_split_modules = ("CrepePhi3DecoderLayer",)
+    layer = CrepePhi3DecoderLayer
+
+
+class CrepePhi3ForCausalLM(PerLayerCausal, Phi3ForCausalLM):  # type: ignore[misc]
+    """Phi-3 with widths per layer."""
+
+    config_class = CrepePhi3Config
+    family = Phi3ForCausalLM
+    decoder = CrepePhi3Model
 
 
 class CrepeQwen2DecoderLayer(PerLayer, Qwen2DecoderLayer):  # type: ignore[misc]
     """A Qwen2 layer of its own widths."""
 
 
-class CrepeQwen2Model(Qwen2Model):  # type: ignore[misc]
+class CrepeQwen2Model(PerLayerModel, Qwen2Model):  # type: ignore[misc]
     """Qwen2's decoder with widths per layer."""
 
     config_class = CrepeQwen2Config
     _no_split_modules = ("CrepeQwen2DecoderLayer",)
-
-    def __init__(self, config: CrepeQwen2Config) -> None:
-        super().__init__(without_layers(config))
-        add_layers(self, config, CrepeQwen2DecoderLayer)
+    layer = CrepeQwen2DecoderLayer
 
 
-class CrepeQwen2ForCausalLM(Qwen2ForCausalLM):  # type: ignore[misc]
+class CrepeQwen2ForCausalLM(PerLayerCausal, Qwen2ForCausalLM):  # type: ignore[misc]
     """Qwen2 with widths per layer."""
 
     config_class = CrepeQwen2Config
-
-    def __init__(self, config: CrepeQwen2Config) -> None:
-        super(Qwen2ForCausalLM, self).__init__(config)
-        add_head(self, config, CrepeQwen2Model(config))
+    family = Qwen2ForCausalLM
+    decoder = CrepeQwen2Model
 
 
 class CrepeQwen3DecoderLayer(PerLayer, Qwen3DecoderLayer):  # type: ignore[misc]
     """A Qwen3 layer of its own widths."""
 
 
-class CrepeQwen3Model(Qwen3Model):  # type: ignore[misc]
+class CrepeQwen3Model(PerLayerModel, Qwen3Model):  # type: ignore[misc]
     """Qwen3's decoder with widths per layer."""
 
     config_class = CrepeQwen3Config
     _no_split_modules = ("CrepeQwen3DecoderLayer",)
-
-    def __init__(self, config: CrepeQwen3Config) -> None:
-        super().__init__(without_layers(config))
-        add_layers(self, config, CrepeQwen3DecoderLayer)
+    layer = CrepeQwen3DecoderLayer
 
 
-class CrepeQwen3ForCausalLM(Qwen3ForCausalLM):  # type: ignore[misc]
+class CrepeQwen3ForCausalLM(PerLayerCausal, Qwen3ForCausalLM):  # type: ignore[misc]
     """Qwen3 with widths per layer."""
 
     config_class = CrepeQwen3Config
-
-    def __init__(self, config: CrepeQwen3Config) -> None:
-        super(Qwen3ForCausalLM, self).__init__(config)
-        add_head(self, config, CrepeQwen3Model(config))
+    family = Qwen3ForCausalLM
+    decoder = CrepeQwen3Model

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from crepe_deploy.errors import ConfigError, UnsupportedModel
+from crepe_deploy.model.structure import Structure
+
+from .layout import structure_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Geometry:
 
     hidden, head_dim, intermediate: features. heads: query heads. kv_heads: KV groups. layers: decoder blocks.
     qkv_bias, mlp_bias: whether q/k/v and gate/up have biases, which shrink with their rows. The biases of o and down
-    have `hidden` entries whatever is kept, and count nowhere here.
+    have `hidden` entries whatever is kept, and count nowhere here. structure: where heads and neurons are.
     """
 
     hidden: int
@@ -35,6 +38,7 @@ class Geometry:
     layers: int
     qkv_bias: bool = False
     mlp_bias: bool = False
+    structure: Structure = field(default_factory=Structure)
 
     def __post_init__(self) -> None:
         for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "layers"):
@@ -45,12 +49,12 @@ class Geometry:
 
     @classmethod
     def from_config(cls, config: Any) -> Geometry:
-        """Read a transformers configuration of the Llama kind. Raises UnsupportedModel naming what it lacks."""
+        """Read a transformers configuration. Raises UnsupportedModel naming what it lacks."""
         kind = getattr(config, "model_type", "unknown")
         for name in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"):
             if not isinstance(getattr(config, name, None), int):
                 raise UnsupportedModel(f"model type '{kind}': its configuration has no single '{name}'")
-        heads = config.num_attention_heads
+        heads, structure = config.num_attention_heads, structure_of(kind)
         return cls(
             hidden=config.hidden_size,
             heads=heads,
@@ -58,8 +62,9 @@ class Geometry:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             intermediate=config.intermediate_size,
             layers=config.num_hidden_layers,
-            qkv_bias=kind == "qwen2" or bool(getattr(config, "attention_bias", False)),
-            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            qkv_bias=structure.has_qkv_bias(config),
+            mlp_bias=structure.has_mlp_bias(config),
+            structure=structure,
         )
 
     @property

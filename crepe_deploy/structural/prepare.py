@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.phases import Phases
-from crepe_deploy.progress import Progress
+from crepe_deploy.progress import Say, Show
 from crepe_deploy.store.checkpoint import read_json
 from crepe_deploy.store.files import disk_errors, require_disk
 from crepe_deploy.store.folders import check_output
@@ -28,9 +27,6 @@ from .narrow import require_family
 from .plan import Geometry
 from .supernet import LayerLevels, Store, planned_bytes
 from .units import Budget, Units, Width, even, plan_budget, split_budgets, splits
-
-Show = Callable[[str], AbstractContextManager[Progress]]
-Say = Callable[[str], None]
 
 JOURNAL = "journal.jsonl"
 MOST_LEVELS = 9

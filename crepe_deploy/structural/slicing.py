@@ -8,22 +8,18 @@ import torch
 from torch import Tensor
 
 from crepe_deploy.errors import NumericalError
+from crepe_deploy.model.structure import SEPARATE, Part, Projections
 
-from .layout import Widths
+from .layout import Widths, part_rows
 from .plan import Geometry, LayerPlan
 
 _LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(.+)$")
-_QUERIES = "self_attn.q_proj"
-_KEYS = ("self_attn.k_proj", "self_attn.v_proj")
-_OUTPUT = "self_attn.o_proj.weight"
-_NEURONS = ("mlp.gate_proj", "mlp.up_proj")
-_DOWN = "mlp.down_proj.weight"
 
 
 def in_layer(name: str) -> tuple[int, str] | None:
     """A checkpoint's tensor name -> (layer, name within the layer); None for what belongs to no layer."""
-    found = _LAYER.match(name)
-    return (int(found.group(1)), found.group(2)) if found else None
+    match = _LAYER.match(name)
+    return (int(match.group(1)), match.group(2)) if match else None
 
 
 def sliced(path: str, tensor: Tensor, plan: LayerPlan, geometry: Geometry) -> Tensor:
@@ -31,18 +27,32 @@ def sliced(path: str, tensor: Tensor, plan: LayerPlan, geometry: Geometry) -> Te
 
     Norms and the biases of o_proj and down_proj stay whole. Raises NumericalError for a refit that overflows the dtype.
     """
-    module = path.rpartition(".")[0]
-    if module == _QUERIES:
-        return tensor[plan.query_features(geometry)]
-    if module in _KEYS:
-        return tensor[plan.key_value_features(geometry)]
-    if module in _NEURONS:
-        return tensor[list(plan.neurons)]
-    if path == _OUTPUT:
+    projections = geometry.structure.projections
+    if parts := projections.rows.get(path.rpartition(".")[0]):
+        return tensor[_kept_rows(parts, plan, geometry)]
+    if path == f"{projections.output}.weight":
         return _cast(path, plan.o_proj, tensor.dtype)
-    if path == _DOWN:
+    if path == f"{projections.down}.weight":
         return _cast(path, plan.down_proj, tensor.dtype)
     return tensor
+
+
+def _kept_rows(parts: tuple[Part, ...], plan: LayerPlan, geometry: Geometry) -> Tensor:
+    """The rows that stay of a matrix made of `parts`, int64, in kept order."""
+    rows = part_rows(Widths(geometry.heads, geometry.kv_heads, geometry.intermediate), geometry.head_dim)
+    kept, start = [], 0
+    for part in parts:
+        kept.append(start + _part_features(part, plan, geometry))
+        start += rows[part]
+    return torch.cat(kept)
+
+
+def _part_features(part: Part, plan: LayerPlan, geometry: Geometry) -> Tensor:
+    if part == "q":
+        return plan.query_features(geometry)
+    if part in ("k", "v"):
+        return plan.key_value_features(geometry)
+    return torch.tensor(plan.neurons)
 
 
 def masked(path: str, tensor: Tensor, plan: LayerPlan, geometry: Geometry) -> Tensor:
@@ -50,9 +60,10 @@ def masked(path: str, tensor: Tensor, plan: LayerPlan, geometry: Geometry) -> Te
 
     Heads and neurons whose output columns are zero contribute nothing, whatever their own rows hold.
     """
-    if path == _OUTPUT:
+    projections = geometry.structure.projections
+    if path == f"{projections.output}.weight":
         columns, refit = plan.query_features(geometry), plan.o_proj
-    elif path == _DOWN:
+    elif path == f"{projections.down}.weight":
         columns, refit = torch.tensor(plan.neurons), plan.down_proj
     else:
         return tensor
@@ -72,16 +83,16 @@ def padded(path: str, tensor: Tensor, layer: Widths, target: Widths, head_dim: i
     """Attention tensors with heads of zeros added until `target`: groups at the end, query heads behind their group's.
 
     Added query heads read zeros into o_proj's zero columns, and added KV heads are read by added query heads only, so
-    the output is the same.
+    the output is the same. Only for matrices that are stored apart, as all are that the DeciLM layout can hold.
     """
     if layer == target:
         return tensor
-    module = path.rpartition(".")[0]
-    if module == _QUERIES:
+    parts = SEPARATE.rows.get(path.rpartition(".")[0])
+    if parts == ("q",):
         return _pad_queries(tensor, layer, target, head_dim)
-    if path == _OUTPUT:
+    if path == f"{SEPARATE.output}.weight":
         return _pad_queries(tensor.T.contiguous(), layer, target, head_dim).T.contiguous()
-    if module in _KEYS:
+    if parts in (("k",), ("v",)):
         grown = tensor.new_zeros((target.kv_heads * head_dim, *tensor.shape[1:]))
         grown[: tensor.shape[0]] = tensor
         return grown
@@ -97,17 +108,15 @@ def _pad_queries(tensor: Tensor, layer: Widths, target: Widths, head_dim: int) -
     return grown.view(target.heads * head_dim, *rest)
 
 
-def sized(path: str, shape: tuple[int, ...], layer: Widths, head_dim: int) -> tuple[int, ...]:
+def sized(
+    path: str, shape: tuple[int, ...], layer: Widths, head_dim: int, projections: Projections
+) -> tuple[int, ...]:  # fmt: skip
     """The shape that the tensor at `path`, of this shape in the source, has in a layer of these widths."""
-    module, rest = path.rpartition(".")[0], shape[1:]
-    if module == _QUERIES:
-        return (layer.heads * head_dim, *rest)
-    if module in _KEYS:
-        return (layer.kv_heads * head_dim, *rest)
-    if module in _NEURONS:
-        return (layer.intermediate, *rest)
-    if path == _OUTPUT:
-        return (shape[0], layer.heads * head_dim)
-    if path == _DOWN:
-        return (shape[0], layer.intermediate)
+    rows = part_rows(layer, head_dim)
+    if parts := projections.rows.get(path.rpartition(".")[0]):
+        return (sum(rows[part] for part in parts), *shape[1:])
+    if path == f"{projections.output}.weight":
+        return (shape[0], rows["q"])
+    if path == f"{projections.down}.weight":
+        return (shape[0], rows["up"])
     return shape

@@ -14,7 +14,7 @@ from .allocate import flap_allocation, flap_scores
 from .build import Builder
 from .config import METHODS
 from .evolve import Rules, Stage, evolve, ladders, selection, staged
-from .fitness import Judge, Reference, dense_reference
+from .fitness import FitnessJudge, Reference, dense_reference
 from .prepare import Run, even_splits, split_levels
 from .stored import StoredPlans
 from .supernet import LayerLevels, Store
@@ -121,7 +121,7 @@ def _search(run: Run, budget: Budget) -> tuple[Widths, dict[str, Any]]:
             wanted = iteration_levels(units, allocation, iteration)
             _build(run, wanted, store, f"supernet {iteration + 1}/{config.iterations}")
             reference = _reference(run)
-        judge = Judge(run.decoder, run.geometry, reference, store) if reference is not None else None
+        judge = FitnessJudge(run.decoder, run.geometry, reference, store) if reference is not None else None
         rungs = ladders(units, allocation, *_steps(units, iteration))
         begun = time.monotonic()
         with run.phases("search"):
@@ -141,7 +141,7 @@ def _search(run: Run, budget: Budget) -> tuple[Widths, dict[str, Any]]:
     return units.widths(allocation), facts
 
 
-def _scorer(judge: Judge | None, units: Units) -> Any:
+def _scorer(judge: FitnessJudge | None, units: Units) -> Any:
     def score(allocations: Sequence[Allocation], windows: Sequence[int]) -> list[float]:
         assert judge is not None
         return judge([units.widths(allocation) for allocation in allocations], windows)
@@ -189,7 +189,7 @@ def _judge_splits(run: Run, centre: Widths, stages: Sequence[Stage], name: str, 
     if entry is None or keep:
         _build(run, split_levels(candidates, centre), store, f"supernet of {len(candidates)} splits")
     if entry is None:
-        judge, pool = Judge(run.decoder, run.geometry, _reference(run), store), len(run.search_tokens)
+        judge, pool = FitnessJudge(run.decoder, run.geometry, _reference(run), store), len(run.search_tokens)
         fits: dict[int, dict[str, Any]] = {}
 
         def score(alive: Sequence[int], windows: Sequence[int]) -> list[float]:

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from crepe_deploy.machine import peak_rss_bytes
+from crepe_deploy.progress import Say, Show
 from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
 from .config import TyrConfig
 from .plan import LayerPlan
-from .prepare import Run, Say, Show, prepare_run
+from .prepare import Run, prepare_run
 from .stages import find_widths, finish
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TyrResult:
     """What was found. plans: one for each layer. report: JSON-ready, for the manifest and the user."""
 
     model: Model
@@ -32,13 +33,13 @@ class Outcome:
 
 
 class Writer(Protocol):
-    """What makes a folder of an outcome."""
+    """What makes a folder of a result."""
 
     def check(self, model: Model) -> None:
         """Raise ConfigError or UnsupportedModel for a model that cannot be written, before the search."""
         ...
 
-    def __call__(self, outcome: Outcome, out: Path, overwrite: bool) -> dict[str, Any]:
+    def __call__(self, result: TyrResult, out: Path, overwrite: bool) -> dict[str, Any]:
         """Write `out` whole or not at all; returns what the report gains by it."""
         ...
 
@@ -58,7 +59,7 @@ def tyr(
     widths, facts = find_widths(run)
     plans = finish(run, widths)
     report = _report(run, plans, facts, time.monotonic() - started)
-    written = write(Outcome(model, config, calibration, plans, report), out, overwrite)
+    written = write(TyrResult(model, config, calibration, plans, report), out, overwrite)
     shutil.rmtree(run.work, ignore_errors=True)
     return {"out": str(out), **report, **written}
 

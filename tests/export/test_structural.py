@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from crepe_deploy.exporting import structural
 from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from crepe_deploy.exporting.structural import assemble
 from safetensors.torch import load_file
-from transformers import AutoModel, Gemma2Config
+from transformers import AutoModel, OPTConfig
 
 from crepe_deploy.cli import cli
 from crepe_deploy.errors import ConfigError, NumericalError, OutputError, ParityError, UnsupportedModel, VerifyError
@@ -30,9 +31,16 @@ from crepe_deploy.structural.plan import Geometry
 from crepe_deploy.texts import calibration_windows, load_tokenizer
 from tests.export.sliced import EVEN, TOKENS, assembled, load, logits, plain, plans_for, same
 from tests.pico import VOCAB, make_pico, sample_text
-from tests.structural.random_plans import CONFIGS, UNEVEN, Kept, make_model
+from tests.structural.random_plans import CONFIGS, UNEVEN, Kept, make_model, masked_model_logits
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
+FACTORS = [1.0, 1.1, 1.3, 1.5]
+LONG = {
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": FACTORS, "long_factor": [2.0, 2.5, 3.0, 4.0],
+    },
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -44,6 +52,9 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
         ("qwen2", ((4, 2, 40),) * 3, "qwen2", {}),
         ("qwen3", ((3, 1, 40),) * 3, "qwen3", {"attention_bias": True}),
         ("llama", EVEN, "llama", {"tie_word_embeddings": True}),
+        ("gemma2", EVEN, "gemma2", {"tie_word_embeddings": True, "attention_bias": True}),
+        ("phi3", ((3, 1, 40),) * 3, "phi3", {}),  # 64 / 3 is not the head size, which the configuration then states
+        ("phi3", ((4, 2, 40),) * 3, "phi3", LONG),
     ],
 )
 def test_uniform_widths_are_an_ordinary_model(
@@ -68,13 +79,26 @@ def test_widths_per_layer(tmp_path: Path, family: str, biased: bool) -> None:
     model = load(out)
     assert model.config.model_type == f"crepe_{family}"
     same(logits(model), expected)
-    rows = [layer.self_attn.q_proj.weight.shape[0] for layer in model.model.layers]
-    assert rows == [groups * queries * 8 for groups, queries, _ in UNEVEN]
+    columns = [layer.self_attn.o_proj.weight.shape[1] for layer in model.model.layers]
+    assert columns == [groups * queries * 8 for groups, queries, _ in UNEVEN]
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"sdpa"}
     assert [layer.mlp.down_proj.weight.shape[1] for layer in model.model.layers] == [96, 32, 50]
 
 
-def test_a_model_with_widths_per_layer_saves_reloads_and_generates(tmp_path: Path) -> None:
-    out, expected = assembled(tmp_path, "qwen3", UNEVEN, "per-layer")
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("qwen3", {}),
+        ("gemma2", {"attn_logit_softcapping": None}),  # which SDPA in transformers leaves out, and eager does not
+        ("gemma3_text", {}),
+        ("phi3", {"sliding_window": 8}),
+        ("phi3", LONG),
+    ],
+)
+def test_a_model_with_widths_per_layer_saves_reloads_and_generates(
+    tmp_path: Path, family: str, overrides: dict[str, Any]
+) -> None:
+    out, expected = assembled(tmp_path, family, UNEVEN, "per-layer", overrides=overrides)
     model = load(out)
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again", attn_implementation="eager")
@@ -83,12 +107,16 @@ def test_a_model_with_widths_per_layer_saves_reloads_and_generates(tmp_path: Pat
         "2": {"num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 50},
     }
     same(logits(again), expected)
+    model.set_attn_implementation("eager")
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"eager"}
+    same(logits(copy.deepcopy(model)), expected)
     options = {"max_new_tokens": 12, "do_sample": False, "min_new_tokens": 12}
     cached = model.generate(TOKENS, use_cache=True, **options)
     assert torch.equal(cached, again.generate(TOKENS, use_cache=False, **options))
-    base = AutoModel.from_pretrained(out, dtype=torch.float32)
+    base, cap = AutoModel.from_pretrained(out, dtype=torch.float32), getattr(model.config, "final_logit_softcapping", 0)
     with torch.inference_mode():
-        same(model.lm_head(base(TOKENS).last_hidden_state), expected)
+        outputs = model.lm_head(base(TOKENS).last_hidden_state)
+        same(cap * torch.tanh(outputs / cap) if cap else outputs, expected)
 
 
 def test_equal_widths_per_layer_are_allowed(tmp_path: Path) -> None:
@@ -97,15 +125,19 @@ def test_equal_widths_per_layer_are_allowed(tmp_path: Path) -> None:
     same(logits(load(out)), expected)
 
 
-def test_unmodified_transformers_loads_uniform_widths(tmp_path: Path) -> None:
-    out, expected = assembled(tmp_path, "qwen2", EVEN, "uniform")
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3_text", "phi3"])
+def test_unmodified_transformers_loads_uniform_widths(tmp_path: Path, family: str) -> None:
+    out, expected = assembled(tmp_path, family, EVEN, "uniform")
     done, target = plain(out)
     assert done.returncode == 0, done.stderr[-2000:]
     same(torch.load(target), expected)
 
 
-def test_unmodified_transformers_refuses_widths_per_layer_unless_code_lies_beside_them(tmp_path: Path) -> None:
-    out, expected = assembled(tmp_path, "llama", UNEVEN, "per-layer", remote_code=True)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_unmodified_transformers_refuses_widths_per_layer_unless_code_lies_beside_them(
+    tmp_path: Path, family: str
+) -> None:
+    out, expected = assembled(tmp_path, family, UNEVEN, "per-layer", remote_code=True)
     done, target = plain(out, trust_remote_code=True)
     assert done.returncode == 0, done.stderr[-2000:]
     same(torch.load(target), expected)
@@ -116,7 +148,7 @@ def test_unmodified_transformers_refuses_widths_per_layer_unless_code_lies_besid
     del config["auto_map"]
     (out / "config.json").write_text(json.dumps(config))
     done, _ = plain(out)
-    assert done.returncode != 0 and "crepe_llama" in done.stderr
+    assert done.returncode != 0 and f"crepe_{family}" in done.stderr
 
 
 def test_code_lies_beside_the_weights_only_when_asked_for(tmp_path: Path) -> None:
@@ -210,17 +242,47 @@ def test_options_and_plans_that_do_not_fit_are_refused(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize(
+    ("family", "kept", "overrides", "part"),
+    [
+        ("gemma2", 3, {}, "transformers wants of gemma2 a head count that divides hidden size 64, and 3 does not"),
+        ("gemma3_text", 3, {}, "transformers wants of gemma3_text a head count that divides"),
+        ("phi3", 3, LONG, "with 4 rotary factors transformers wants of phi3 a head size of hidden size / heads"),
+    ],
+)
+def test_uniform_widths_that_no_stock_class_holds_are_refused_with_the_way_out(
+    tmp_path: Path, family: str, kept: int, overrides: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{part}.*use --widths per-layer"):
+        assembled(tmp_path, family, ((kept, 1, 40),) * 3, "uniform", overrides=overrides)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_phi3_that_does_not_state_the_size_of_its_heads(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "phi3")
+    config = read_json(model / "config.json")
+    del config["head_dim"]
+    (model / "config.json").write_text(json.dumps(config))
+    plans = plans_for(model, EVEN)
+    expected = masked_model_logits(model, plans, TOKENS)
+    for widths in ("uniform", "per-layer"):
+        assemble(resolve_model(str(model)), plans, tmp_path / widths, widths=widths)
+        assert read_json(tmp_path / widths / "config.json")["head_dim"] == 8
+        same(logits(load(tmp_path / widths)), expected)
+
+
 def test_other_families_other_models_plans_and_used_folders_are_refused(tmp_path: Path) -> None:
-    config = Gemma2Config(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=8, max_position_embeddings=512,
+    config = OPTConfig(
+        vocab_size=VOCAB, hidden_size=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=8,
+        max_position_embeddings=512, word_embed_proj_dim=64,
     )  # fmt: skip
-    gemma = make_pico(tmp_path / "gemma", config)
-    with pytest.raises(UnsupportedModel, match="'gemma2': structural pruning knows llama, mistral, qwen2, qwen3"):
-        assemble(resolve_model(str(gemma)), plans_for(gemma, EVEN), tmp_path / "out")
+    other = make_pico(tmp_path / "opt", config)
+    llama = make_model(tmp_path / "llama", "llama")
+    with pytest.raises(UnsupportedModel, match="'opt': structural pruning knows llama, mistral, qwen2, qwen3, gemma2"):
+        assemble(resolve_model(str(other)), plans_for(llama, EVEN), tmp_path / "out")
     model = make_model(tmp_path / "model", "llama", num_key_value_heads=2)
     with pytest.raises(ConfigError, match="layer 0: KV group"):
-        assemble(resolve_model(str(model)), plans_for(gemma, UNEVEN), tmp_path / "out")
+        assemble(resolve_model(str(model)), plans_for(llama, UNEVEN), tmp_path / "out")
     with pytest.raises(OutputError):
         assemble(resolve_model(str(model)), plans_for(model, EVEN), model)
 

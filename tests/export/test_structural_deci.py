@@ -81,7 +81,14 @@ def test_the_decilm_layout_written_at_once_is_the_exported_one(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("family", "overrides", "part"), [("qwen3", {}, "norms of queries"), ("mistral", {"sliding_window": 8}, "sliding")]
+    ("family", "overrides", "part"),
+    [
+        ("qwen3", {}, "norms of queries"),
+        ("mistral", {"sliding_window": 8}, "sliding"),
+        ("gemma2", {}, "no norms behind attention and FFN and no soft caps, which gemma2 needs"),
+        ("gemma3_text", {}, "no norms behind attention and FFN, which gemma3_text needs"),
+        ("phi3", {}, "no fused matrices, which phi3 needs"),
+    ],
 )
 def test_the_decilm_layout_refuses_what_it_cannot_hold(
     tmp_path: Path, family: str, overrides: dict[str, Any], part: str

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from crepe_deploy.cli import main
+from crepe_deploy import cli
 from crepe_deploy.errors import ConfigError, CrepeError, OutputError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pattern import NM
@@ -243,12 +241,9 @@ def test_outputs_are_not_taken_from_others(pico: Path, tokens: dict[str, Calibra
     assert (tmp_path / "found.json").read_text() == "mine"
 
 
-def crepe(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
-    monkeypatch.setattr(sys, "argv", ["crepe-deploy", *map(str, arguments)])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    return int(exit_info.value.code or 0)
+def crepe(*arguments: Any) -> int:
+    """The exit code of `crepe-deploy ARGUMENTS`."""
+    return cli.run([str(argument) for argument in arguments])
 
 
 SMALL = ["--calib-samples", 3, "--calib-length", 32, "--text-samples", 3, "--text-length", 32, "--evaluations", 12]
@@ -262,18 +257,18 @@ def test_the_command_searches_stops_and_resumes(
     arguments = ["search", pico, "--out", out, "--calib", texts["calib"], "--text", texts["search"], *SMALL]
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
-        assert crepe(patch, *arguments) == 75
+        assert crepe(*arguments) == 75
     assert "--resume goes on" in capsys.readouterr().err and not out.exists()
-    assert crepe(monkeypatch, *arguments) == 2
+    assert crepe(*arguments) == 2
     assert "holds an unfinished search" in capsys.readouterr().err
-    assert crepe(monkeypatch, *arguments, "--seed", 5, "--resume") == 2
+    assert crepe(*arguments, "--seed", 5, "--resume") == 2
     assert "is of another search" in capsys.readouterr().err
-    assert crepe(monkeypatch, *arguments, "--resume") == 0
+    assert crepe(*arguments, "--resume") == 0
     output = capsys.readouterr()
     assert "evaluations, best proxy so far" in output.err
     assert "RIA, a = 0.5: KL" in output.out
     pruned = ["prune", pico, "--out", tmp_path / "p", "--preset", out, "--calib", texts["calib"], *SMALL[:4]]
-    assert crepe(monkeypatch, *pruned) == 0
+    assert crepe(*pruned) == 0
 
 
 @pytest.mark.parametrize(
@@ -293,7 +288,7 @@ def test_the_command_refuses_what_cannot_work(
     (tmp_path / "wiki.test.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
     arguments = ["search", pico, "--out", "found.json", "--calib", texts["calib"], "--text", texts["search"], *SMALL]
-    assert crepe(monkeypatch, *arguments, *change) == 2
+    assert crepe(*arguments, *change) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "found.json").exists() and not (tmp_path / "found.json.journal").exists()
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
+from crepe_deploy.model.structure import SEPARATE
 from crepe_deploy.structural import layout
 from crepe_deploy.structural.layout import Widths
 from crepe_deploy.structural.slicing import in_layer, padded, sized
@@ -86,8 +87,8 @@ def test_padding_adds_zeros_around_every_head(widths: list[Widths], pick: int) -
     k = torch.randn(layer.kv_heads * HEAD_DIM, 5)
     keys = padded("self_attn.k_proj.weight", k, layer, target, HEAD_DIM)
     assert torch.equal(keys[: len(k)], k) and not keys[len(k) :].any()
-    assert keys.shape == sized("self_attn.k_proj.weight", (999, 5), target, HEAD_DIM)
-    assert grown.shape == sized("self_attn.q_proj.weight", (999, 5), target, HEAD_DIM)
+    assert keys.shape == sized("self_attn.k_proj.weight", (999, 5), target, HEAD_DIM, SEPARATE)
+    assert grown.shape == sized("self_attn.q_proj.weight", (999, 5), target, HEAD_DIM, SEPARATE)
 
 
 def test_names_belong_to_layers_or_to_none() -> None:
@@ -118,7 +119,7 @@ def test_a_uniform_qwen2_with_fewer_heads_is_written_as_llama() -> None:
         layout.uniform_content({**qwen, "use_sliding_window": True}, HEAD_DIM, [Widths(4, 2, 40)] * 3)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "crepe_llama", "nemotron-nas"])
+@pytest.mark.parametrize("name", ["opt", "gemma3", "crepe_llama", "nemotron-nas"])
 def test_other_families_are_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedModel, match=f"'{name}'"):
         layout.check_family({"model_type": name})

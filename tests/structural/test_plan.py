@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from crepe_deploy.errors import ConfigError, UnsupportedModel
 from crepe_deploy.structural.plan import Geometry, LayerPlan, head_features
-from tests.structural.random_plans import CONFIGS, SIZES, random_plans
+from tests.structural.random_plans import CONFIGS, family_config, random_plans
 
 GEOMETRY = Geometry(hidden=64, heads=8, kv_heads=4, head_dim=8, intermediate=96, layers=3)
 
@@ -32,7 +32,7 @@ def a_plan(**changes: Any) -> LayerPlan:
 @pytest.mark.parametrize("biases", [False, True])
 def test_parameters_are_those_of_the_model(family: str, biases: bool) -> None:
     options = {"attention_bias": biases, "mlp_bias": biases} if family == "llama" else {}
-    config = CONFIGS[family](**{**SIZES, **options})
+    config = family_config(family, **options)
     geometry = Geometry.from_config(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from crepe_deploy.errors import ConfigError, UnsupportedModel, VerifyError
 from crepe_deploy.model.decoder import Decoder
@@ -19,14 +19,16 @@ from crepe_deploy.structural.accumulate import level_shares, mean_weight
 from crepe_deploy.structural.allocate import best, flap_allocation, flap_scores
 from crepe_deploy.structural.build import Builder
 from crepe_deploy.structural.evolve import Rules, brood, evolve, ladders, selection, staged
-from crepe_deploy.structural.fitness import Judge, cache_bytes, dense_reference, top_k_divergence
+from crepe_deploy.structural.fitness import FitnessJudge, cache_bytes, dense_reference, top_k_divergence
 from crepe_deploy.structural.levels import Level, LocalRules
 from crepe_deploy.structural.narrow import narrowed, output_specs, require_family
 from crepe_deploy.structural.plan import Geometry
 from crepe_deploy.structural.stages import iteration_levels
+from crepe_deploy.structural.stored import StoredPlans
 from crepe_deploy.structural.supernet import Store, planned_bytes
 from crepe_deploy.structural.units import Allocation, Units, Width, even, plan_budget
 from tests.pico import VOCAB, make_pico, make_pico_llama
+from tests.structural.random_plans import CONFIGS, make_model
 
 LAYERS = 3
 
@@ -88,7 +90,7 @@ def test_the_judge_agrees_with_masked_models_and_shares_prefixes(pico: Path, tok
     rungs = ladders(units, start, 1, 1)
     children = brood(start, rungs, 6, random.Random(0))
     candidates = [units.widths(each) for each in (start, *children)]
-    judge = Judge(decoder, units.geometry, dense_reference(decoder, tokens, "logits", 32), store)
+    judge = FitnessJudge(decoder, units.geometry, dense_reference(decoder, tokens, "logits", 32), store)
     values = judge(candidates, [0, 2, 3])
     dense = AutoModelForCausalLM.from_pretrained(str(pico), dtype=torch.float32).eval()
     for widths, value in zip(candidates, values, strict=True):
@@ -110,7 +112,7 @@ def test_hidden_states_as_fitness_are_zero_for_the_dense_model_alone(
     Builder(decoder, units.geometry, tokens, LocalRules(), lambda _: None, lambda: None).build(
         iteration_levels(units, full, 0), store, "none"
     )
-    judge = Judge(decoder, units.geometry, dense_reference(decoder, tokens, "hidden", 1), store)
+    judge = FitnessJudge(decoder, units.geometry, dense_reference(decoder, tokens, "hidden", 1), store)
     narrow = Allocation((4, 4, 3), (8,) * LAYERS)
     dense, less = judge([units.widths(full), units.widths(narrow)], [0, 1])
     assert dense == pytest.approx(0, abs=1e-9) and less > 1e-3
@@ -140,32 +142,33 @@ def test_memory_is_planned_as_it_is_taken(pico: Path, tokens: Tensor) -> None:
         cache_bytes(decoder, tokens, "perplexity", 10)
 
 
-def test_a_narrowed_block_computes_what_the_masked_one_does_and_comes_back(tmp_path: Path, tokens: Tensor) -> None:
-    config = Qwen2Config(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=False,
-    )  # fmt: skip
-    folder = make_pico(tmp_path / "qwen", config)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_narrowed_block_computes_what_the_masked_one_does_and_comes_back(
+    tmp_path: Path, tokens: Tensor, family: str
+) -> None:
+    folder = make_model(tmp_path / family, family, intermediate_size=64, num_key_value_heads=2)
     decoder = Decoder(folder)
     units = units_of(decoder)
     store = Store(tmp_path / "levels")
-    start = Allocation((1, 1), (3, 2))
+    start = Allocation((1, 1, 2), (3, 2, 4))
     Builder(decoder, units.geometry, tokens, LocalRules(), lambda _: None, lambda: None).build(
         iteration_levels(units, start, 0), store, "expectation"
     )
     widths = units.widths(start)
-    judge = Judge(decoder, units.geometry, dense_reference(decoder, tokens, "logits", 64), store)
+    judge = FitnessJudge(decoder, units.geometry, dense_reference(decoder, tokens, "logits", 64), store)
     dense = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
     expected = explicit_fitness(dense, masked_model(folder, store, widths), tokens, 64)
     assert judge([widths], range(4))[0] == pytest.approx(expected, rel=1e-3)
-    from crepe_deploy.structural.stored import StoredPlans
-
     with decoder.block(0) as (block, _):
         before = {name: parameter.data_ptr() for name, parameter in block.named_parameters()}
+        state = dict(vars(block.self_attn))
         with narrowed(block, StoredPlans(store, widths)[0], units.geometry):
-            assert block.self_attn.q_proj.bias.shape == (32,) and block.self_attn.k_proj.weight.shape == (8, 64)
+            assert block.self_attn.o_proj.weight.shape == (64, 32) and block.mlp.down_proj.weight.shape == (64, 48)
+            rows = {"qkv_proj": 48} if family == "phi3" else {"q_proj": 32, "k_proj": 8, "v_proj": 8}
+            for name, size in rows.items():
+                assert {part.shape[0] for part in block.self_attn.get_submodule(name).parameters()} == {size}
         assert {name: parameter.data_ptr() for name, parameter in block.named_parameters()} == before
-        assert block.self_attn.num_key_value_groups == 4
+        assert vars(block.self_attn) == state and block.self_attn.num_key_value_groups == 4
 
 
 def test_the_mean_weight_gives_the_mean_output() -> None:
