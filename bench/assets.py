@@ -245,9 +245,9 @@ def _ensure_file(path: Path, source: PackagedFile, say: Say) -> None:
 
 
 def _check_sha256(path: Path, source: PackagedFile) -> None:
-    if (found := sha256_file(path)) != source.sha256:
+    if (actual := sha256_file(path)) != source.sha256:
         raise CheckpointError(
-            f"{path} is not the file expected from {source.requirement}: sha256 {found} instead of {source.sha256}; "
+            f"{path} is not the file expected from {source.requirement}: sha256 {actual} instead of {source.sha256}; "
             f"delete it and try again"
         )
 

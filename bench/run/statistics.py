@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtr, stdtrit  # Student's t, its distribution and its quantile
 
-from .metrics import METRICS, rounds_of
+from .metrics import METRICS, common_rounds, rounds_of
 from .result import Interval, Series
 
 RESAMPLES: Final = 2000
@@ -76,10 +76,10 @@ class Estimate:
 
 def log_mean(values: Sequence[float], seed: int = 0) -> Estimate:
     """The mean of the logarithms of independent values. Raises ValueError for none, or any that is not positive."""
-    found = np.asarray(values, dtype=np.float64)
-    if not found.size or not np.isfinite(found).all() or found.min() <= 0:
+    samples = np.asarray(values, dtype=np.float64)
+    if not samples.size or not np.isfinite(samples).all() or samples.min() <= 0:
         raise ValueError("a ratio needs positive, finite samples, at least one")
-    logs = np.log(found)
+    logs = np.log(samples)
     mean = float(logs.mean())
     if len(logs) < 2:
         return Estimate(mean, 0.0, 0.0, 0)
@@ -111,12 +111,12 @@ def paired_ratio(
 
 def quantile(values: Sequence[float], level: float, seed: int = 0) -> Interval:
     """The quantile of independent samples with its bootstrap interval. Raises ValueError for no samples."""
-    found = np.asarray(values, dtype=np.float64)
-    if not found.size:
+    samples = np.asarray(values, dtype=np.float64)
+    if not samples.size:
         raise ValueError("no samples")
-    interval = bootstrap(found, lambda draws: np.asarray(np.quantile(draws, level, axis=-1)), seed)
+    interval = bootstrap(samples, lambda draws: np.asarray(np.quantile(draws, level, axis=-1)), seed)
     low, high = interval or (None, None)
-    return Interval(value=float(np.quantile(found, level)), low=low, high=high)
+    return Interval(value=float(np.quantile(samples, level)), low=low, high=high)
 
 
 def pooled_quantile(rounds: Sequence[Sequence[float]], at: float, level: float = LEVEL, seed: int = 0) -> Interval:
@@ -161,11 +161,9 @@ def noise_floor(first: Series, second: Series) -> dict[str, float]:
         raise ValueError(f"series of two points do not pair: {first.point} and {second.point}")
     floors = {}
     for name, metric in METRICS.items():
-        arms = [rounds_of(series, metric) for series in (first, second)]
-        common = sorted(arms[0].keys() & arms[1].keys())
-        if len(common) >= 2:
-            estimate = paired_estimate([arms[0][index] for index in common], [arms[1][index] for index in common])
-            floors[f"{first.point}/{name}"] = half_width(estimate)
+        pairs = common_rounds(rounds_of(first, metric), rounds_of(second, metric))
+        if len(pairs[0]) >= 2:
+            floors[f"{first.point}/{name}"] = half_width(paired_estimate(*pairs))
     return floors
 
 

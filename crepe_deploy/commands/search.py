@@ -103,7 +103,7 @@ def lines(out: Path, document: dict[str, Any]) -> list[str]:
     params = " ".join(f"{name}={value}" for name, value in document["params"].items())
     return [
         f"{out}: {document['method']} {params}",
-        f"on the search text, after {provenance['evaluations']} evaluations and {provenance['judged']} verdicts "
+        f"on the search text, after {provenance['evaluations']} evaluations and {provenance['judged']} judged settings "
         f"in {provenance['seconds']} s:",
         *shown,
     ]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate import Stream, exact_products, shared_inputs
+from .calibrate import Stream, bf16_products, shared_inputs
 from .decoder import LinearSpec, is_linear
 from .families import Residual, family_of
 from .stats import Stats
@@ -59,7 +59,7 @@ class _Sums:
             power = x.square().sum(0)
             self.power = power if self.power is None else self.power.add_(power)
             x, d = (rows * scale.reshape(-1, 1) for rows in (x, d))
-        with exact_products(pruned.dtype if scale is None else torch.float32):
+        with bf16_products(pruned.dtype == torch.bfloat16 and scale is None):
             self.gram.addmm_(x.T, x)
             self.cross.addmm_(d.T, x)
             if residual is not None:  # may round what is left of a residual; a sum over all tokens does not feel it
@@ -171,8 +171,7 @@ class Pair:
     @classmethod
     def start(cls, stream: Stream, config: Any) -> Pair:
         """Both sides in front of the first block, where they are equal; config: transformers' of the model."""
-        twin = Stream(list(stream.hidden), stream.calls)
-        return cls(Side(stream), Side(twin), residuals_of(config))
+        return cls(Side(stream), Side(stream.twin()), residuals_of(config))
 
     def groups(
         self, block: nn.Module, index: int, linears: list[LinearSpec], targets: list[LinearSpec]

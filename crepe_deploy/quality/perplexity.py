@@ -159,7 +159,7 @@ def evaluate(
     reference = load_model(against, dtype, place) if against is not None else None
     if reference is not None:
         _check_same_vocabulary(model, reference)
-    window = min([window, *(context_length(each) or window for each in (model, reference) if each is not None)])
+    window = min([window, *(context_length(one) or window for one in (model, reference) if one is not None)])
     windows = plan_windows(ids, window, stride, max_tokens, mode, tokenizer.bos_token_id)
     scores = _score_all(model, reference, windows, progress)
     return QualityReport(
@@ -231,13 +231,13 @@ def plan_windows(
     if bos == "start":
         ids = torch.cat([leading, ids])
     ids = ids[:max_tokens]
-    each = leading if bos == "window" else leading[:0]
-    inner = window - len(each)
+    front = leading if bos == "window" else leading[:0]
+    inner = window - len(front)
     step = inner if stride is None else stride
-    spans = window_spans(ids.numel(), inner, step, score_first=len(each) > 0)
+    spans = window_spans(ids.numel(), inner, step, score_first=len(front) > 0)
     return Windows(
-        sequences=[torch.cat([each, ids[span.start : span.end]]) for span in spans],
-        first_scored=[span.score_from - span.start + len(each) for span in spans],
+        sequences=[torch.cat([front, ids[span.start : span.end]]) for span in spans],
+        first_scored=[span.score_from - span.start + len(front) for span in spans],
         stride=step,
         tokens=spans[-1].end,
     )
@@ -258,7 +258,7 @@ def _check_same_tokenizer(tokenizer: Any, other: Any, text: Text) -> None:
 
 
 def _check_same_vocabulary(model: Any, reference: Any) -> None:
-    sizes = [int(each.config.get_text_config().vocab_size) for each in (model, reference)]
+    sizes = [int(one.config.get_text_config().vocab_size) for one in (model, reference)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"the two models give logits for {sizes[0]} and {sizes[1]} tokens and cannot be compared; "

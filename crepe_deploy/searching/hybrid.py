@@ -1,4 +1,4 @@
-"""PHO, hybrid: proxies filter, the losses of the masked model decide.
+"""PHO, hybrid: proxies filter, the masked model decides.
 
 1. Fit: a Latin hypercube of settings and the anchors are judged. Spearman's correlation of every proxy with the KL to
    the dense model is measured; it fits the sign of proxies that have none and, with --proxy auto, chooses the filter:

@@ -136,5 +136,5 @@ def test_half_an_entry_is_said(tmp_path: Path, model: Path, text: Path, monkeypa
     assert manifest.metrics["limits"] == [
         "--permute fold: values are not reordered, for their order in 'toy_decoder' is not known"
     ]
-    with pytest.raises(ConfigError, match=r"reorders the inputs of digest\.narrow, and none of them is to be pruned"):
+    with pytest.raises(ConfigError, match=r"reorders the inputs of digest\.narrow, and none is to be pruned"):
         run(model, tmp_path / "other", text, permute="fold", include="gather")

@@ -116,7 +116,7 @@ def test_the_result_is_a_preset_that_no_anchor_beats(
     document = run(pico, out, tokens)
     assert json.loads(out.read_text()) == document
     facts = document["provenance"]
-    assert facts["result"]["kl"] <= min(each["kl"] for each in facts["anchors"].values())
+    assert facts["result"]["kl"] <= min(anchor["kl"] for anchor in facts["anchors"].values())
     assert set(facts["anchors"]) == set(anchors())
     assert [chosen["fitted_on"] for chosen in facts["filters"]] == [8, 9]
     assert set(facts["spearman_with_kl"]) == {*facts["proxies"], "fitted"}
@@ -131,7 +131,7 @@ def test_the_result_is_a_preset_that_no_anchor_beats(
 def test_hill_climbing_loses_to_no_anchor_either(pico: Path, tokens: dict[str, CalibrationSet], tmp_path: Path) -> None:
     config = replace(CONFIG, optimizer="hill-climb", evaluations=6)
     facts = run(pico, tmp_path / "found.json", tokens, config)["provenance"]
-    assert facts["result"]["perplexity"] <= min(each["perplexity"] for each in facts["anchors"].values())
+    assert facts["result"]["perplexity"] <= min(anchor["perplexity"] for anchor in facts["anchors"].values())
     assert facts["filters"] == [] and facts["evaluations"] in (6, 7)
 
 
@@ -199,18 +199,18 @@ class Counter:
 def test_two_threads_find_what_one_finds(pico: Path, tokens: dict[str, CalibrationSet], tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     config = replace(CONFIG, evaluations=12, finalists=1)
-    found = [
-        run(pico, folder / "found.json", tokens, replace(config, workers=workers))
+    presets = [
+        run(pico, folder / "presets.json", tokens, replace(config, workers=workers))
         for folder, workers in ((tmp_path, 1), (tmp_path / "a", 2))
     ]
-    assert comparable(found[0]) == comparable(found[1])
+    assert comparable(presets[0]) == comparable(presets[1])
 
 
 def test_time_up_still_decides(pico: Path, tokens: dict[str, CalibrationSet], tmp_path: Path) -> None:
     config = replace(CONFIG, evaluations=100_000, minutes=1e-6)
     facts = run(pico, tmp_path / "found.json", tokens, config)["provenance"]
     assert facts["evaluations"] <= 24
-    assert facts["result"]["kl"] <= min(each["kl"] for each in facts["anchors"].values())
+    assert facts["result"]["kl"] <= min(anchor["kl"] for anchor in facts["anchors"].values())
 
 
 @pytest.mark.parametrize(
