@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ParityError
-from ..model.decoder import Decoder, load_config
+from ..model.architecture import load_config
+from ..model.decoder import Decoder
 from ..packed.config import packed_config
 from ..progress import Progress, silent
 from ..pruning.config import PruneConfig

@@ -80,6 +80,11 @@ def family_of(model_type: str) -> Family:
     return FAMILIES.get(model_type, Family())
 
 
+def covered() -> list[str]:
+    """The model types whose pruning, reloading and steps the tests cover."""
+    return [name for name, family in FAMILIES.items() if family.last_norm]
+
+
 def known(capability: str) -> str:
     """The model types that have a capability, a field of `Family`, for a message."""
     return ", ".join(name for name, family in FAMILIES.items() if getattr(family, capability))
@@ -160,6 +165,8 @@ _STOCK: Final = {
         folds=(Fold("mlp.c_proj", ("mlp.c_fc",)), Fold("attn.c_proj", ("attn.c_attn",), "values last")),
         last_norm="transformer.ln_f",
     ),
+    # Known, and tested, for nothing but their need of BOS.
+    **dict.fromkeys(("gemma3n_text", "gemma4_text", "recurrent_gemma", "vaultgemma"), Family(bos=True)),
 }
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from click.testing import CliRunner
 from crepe_deploy.exporting.pipeline import export_checkpoint
 from torch import Tensor
 
+from crepe_deploy.cli import cli
 from crepe_deploy.errors import ConfigError, UnsupportedModel
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.families import FAMILIES
@@ -138,3 +140,11 @@ def test_half_an_entry_is_said(tmp_path: Path, model: Path, text: Path, monkeypa
     ]
     with pytest.raises(ConfigError, match=r"reorders the inputs of digest\.narrow, and none is to be pruned"):
         run(model, tmp_path / "other", text, permute="fold", include="gather")
+
+
+def test_the_command_prints_what_was_halved(tmp_path: Path, model: Path, text: Path) -> None:
+    arguments = ["prune", str(model), "--out", str(tmp_path / "out"), "--method", "ria", "--reconstruct", "exact"]
+    arguments += ["--calib", str(text), "--calib-samples", "4", "--calib-length", "32"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    assert "what the residual stream of 'toy_decoder' has lost is not made up for" in result.output

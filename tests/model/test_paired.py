@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,24 @@ def test_every_family_is_paired(tmp_path: Path, text: Path, family: str) -> None
         logits = walk_logits(Decoder(tmp_path / feed), calibration.tokens)
         distance[feed] = float((logits - dense).square().mean())
     assert distance["both"] < distance["dense"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "opt", "gpt_neox", *VARIANTS])
+def test_correcting_the_stream_brings_the_logits_closer(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = make_pico(tmp_path / "m", {**CONFIGS, **VARIANTS}[name])
+    calibration = windows(model, text, samples=16, length=48)
+    dense, distance = walk_logits(Decoder(model), calibration.tokens), {}
+    config = prune_config("ria", NM(2, 4), feed="both", reconstruct="exact")
+    kind = Decoder(model).config.model_type
+    for what in ("whole", "halved"):
+        if what == "halved":
+            monkeypatch.setitem(FAMILIES, kind, replace(FAMILIES[kind], residuals=()))
+        manifest = prune(resolve_model(str(model)), tmp_path / what, config, calibration)
+        assert ("limits" in manifest.metrics) == (what == "halved")
+        distance[what] = float((walk_logits(Decoder(tmp_path / what), calibration.tokens) - dense).square().mean())
+    assert distance["whole"] < distance["halved"]
 
 
 def test_both_without_reconstruction_is_refused(tmp_path: Path, text: Path) -> None:
