@@ -12,7 +12,7 @@ from crepe_deploy.errors import OutputError
 from crepe_deploy.store.files import disk_errors
 
 JOURNAL: Final = "journal.jsonl"
-OWN: Final = (JOURNAL, "iteration-*", "splits", "shared", "final")  # the names that a search gives what it keeps there
+OWN: Final = (JOURNAL, "iteration-*", "split", "shared", "final")  # the names that a search gives what it keeps there
 
 
 def work_folder(out: Path) -> Path:
