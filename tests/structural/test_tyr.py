@@ -271,7 +271,7 @@ def test_a_disk_that_is_too_small_is_refused_before_it_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=files.DISK_MARGIN_BYTES + 1_000_000)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
     code, _, err = command(capsys, pico, text, tmp_path / "out")
     assert code == 1 and "GB free" in err and "out.work" in err
     assert list(tmp_path.iterdir()) == []
