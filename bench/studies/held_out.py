@@ -20,7 +20,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from ...model.calibrate import exact_products
+from ...model.calibrate import bf16_products
 from ...model.stats import Stats
 from ...pattern import NM
 from ...pruning.methods.ria import RIA
@@ -56,7 +56,7 @@ def gram_matrices(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, dict[
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].flatten(0, -2)
-            with exact_products(rows.dtype):
+            with bf16_products(rows.dtype == torch.bfloat16):
                 sums[name] = sums.get(name, torch.zeros(rows.shape[1], rows.shape[1])) + rows.float().T @ rows.float()
 
         return hook
