@@ -29,8 +29,8 @@ def doctor(retune: bool = False) -> dict[str, Any]:
     from crepe_deploy.packed.cuda import dispatch as cuda_dispatch
 
     if retune:
-        dispatch.forget()
-        cuda_dispatch.forget()
+        dispatch.TUNER.forget()
+        cuda_dispatch.TUNER.forget()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -50,7 +50,7 @@ def _cuda(torch: Any) -> dict[str, Any] | None:
     major, minor = torch.cuda.get_device_capability()
     return {
         "triton": _version("triton"),
-        "measurements": str(dispatch.cache_path()),
+        "measurements": str(dispatch.TUNER.path()),
         "choices": dispatch.describe(),
         "device": torch.cuda.get_device_name(),
         "capability": f"{major}.{minor}",

@@ -279,13 +279,13 @@ def test_stopping_leaves_nothing(tmp_path: Path, calib: Path, stop: signal.Signa
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(stop, signal.SIG_DFL),  # shells ignore SIGINT for what runs in the background
     ) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 3600
         while not (tmp_path / "out.partial" / "pruned.partial" / "model.safetensors").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(stop)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=3600)
     assert process.returncode == EXIT_INTERRUPTED
     assert "nothing was left behind" in error
     assert "Traceback" not in error

@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from crepe_deploy.exporting.pipeline import prune_and_export
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.structural import assemble
 
+from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.store.sources import resolve_model
+from crepe_deploy.structural.plan import Geometry
 from tests.pico import make_pico_llama
+from tests.structural.random_plans import Kept, make_model, random_plans
+
+KEPT: tuple[Kept, ...] = ((4, 2, 256), (2, 2, 64), (3, 1, 96), (1, 1, 200))
 
 
 def exports(folder: Path, pattern: str, dtype: torch.dtype, allocate: str | None = None) -> dict[str, Path]:
@@ -18,3 +24,13 @@ def exports(folder: Path, pattern: str, dtype: torch.dtype, allocate: str | None
     config = prune_config("magnitude", pattern, allocate=allocate)
     prune_and_export(resolve_model(str(model)), folder / "out", config, None, formats=("dense", "packed"))
     return {name: folder / "out" / name for name in ("dense", "packed")}
+
+
+def narrowed(folder: Path) -> dict[str, Path]:
+    """One random Llama with heads of 32, pruned to other widths in each layer: "per-layer" and the "deci" layout."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
+    model = make_model(folder / "model", "llama", torch.float32, **sizes)
+    plans = random_plans(Geometry.from_config(Decoder(model).config), KEPT)
+    assemble(resolve_model(str(model)), plans, folder / "per-layer")
+    export_checkpoint(folder / "per-layer", folder / "deci", "deci")
+    return {name: folder / name for name in ("per-layer", "deci")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -50,8 +51,8 @@ def with_options(pair: tuple[Path, Path], engine: str = "fake", **options: Any) 
 def test_the_childs_times_are_the_engines(pair: tuple[Path, Path]) -> None:
     run, packed = candidate_of(with_options(pair, step_s=0.02, prefill_token_s=0.01), "packed")
     (request,) = packed.series[0].visits[0].requests
-    assert request.ttft_s is not None and 0.08 <= request.ttft_s < 0.3
-    assert len(request.itl_s) == 3 and all(0.02 <= gap < 0.2 for gap in request.itl_s)
+    assert request.ttft_s is not None and 0.08 <= request.ttft_s < 8
+    assert len(request.itl_s) == 3 and all(0.02 <= gap < 2 for gap in request.itl_s)
     assert request.latency_s == pytest.approx(request.ttft_s + sum(request.itl_s))
     assert failures(run) == []
     assert packed.load_s[0] > 0 and (packed.memory.peak_bytes or 0) >= (packed.memory.loaded_bytes or 1) > 0
@@ -132,7 +133,8 @@ def test_a_server_that_does_not_start_is_named(pair: tuple[Path, Path]) -> None:
 
 
 def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(bench_command, [str(argument) for argument in arguments])
+    words = [str(argument) for argument in arguments]
+    return CliRunner().invoke(bench_command, words, obj=shlex.join(["crepe-deploy", "bench", *words]))
 
 
 def test_the_command_writes_a_run_and_fails_where_requests_failed(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -142,6 +144,7 @@ def test_the_command_writes_a_run_and_fails_where_requests_failed(pair: tuple[Pa
     done = invoke(config, "--rounds", 2, "--out", out)
     assert done.exit_code == 0, done.output
     assert "time per output token, ms" in done.stdout and load_run(out).name == "test"
+    assert load_run(out).command == f"crepe-deploy bench {config} --rounds 2 --out {out}"
     config.write_text(json.dumps(with_options(pair, fail_every=1).model_dump(mode="json")))
     again = invoke(config, "--rounds", 2, "--out", out, "--overwrite")
     assert isinstance(again.exception, CrepeError) and "4 requests failed" in str(again.exception)
