@@ -115,6 +115,7 @@ def _report(manifest: Manifest, exports: dict[str, Any]) -> dict[str, Any]:
         "pruned_tensors": manifest.metrics["pruned_tensors"],
         "mean_layer_error": manifest.metrics["mean_layer_error"],
         "rescale": manifest.metrics.get("rescale"),
+        "limits": manifest.metrics.get("limits", []),
         "parity": manifest.metrics["parity"],
         "seconds": manifest.metrics["seconds"],
         "versions": manifest.versions,

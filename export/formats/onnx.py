@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from ...model.decoder import load_config
+from ...model.architecture import load_config
 from ...pattern import Pattern
 from ...store.checkpoint import CheckpointReader
 from ...store.companions import copy_companions
