@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, CrepeError, MissingExtra
+from ..progress import Say
 from ..store.files import write_text
 from ..store.gguf import PROVENANCE, convert_gguf
 from ..store.manifest import sha256_file
@@ -37,8 +38,6 @@ DEFAULT_DIR = Path(".cache/assets")
 SPLITS = ("train", "valid", "test")
 HEADING_MAX_WORDS = 6
 DOCUMENT_MIN_WORDS = 30
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ bench_command.add_command(init_ci_command)
 @click.option("--json", "as_json", is_flag=True, help="Print the run, or with --gate the verdict, as JSON.")
 @click.pass_obj
 def run_command(
-    typed: str, targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None,
+    typed: str, /, targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None,
     max_rounds: int | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Measure the scenario CONFIG, or the model folders DIR..., and write the run as JSON.

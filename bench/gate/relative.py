@@ -9,7 +9,7 @@ from typing import Final
 
 from ..run.metrics import common_rounds
 from ..run.result import Interval
-from ..run.statistics import Estimate, detectable, holm, log_mean, paired_estimate
+from ..run.statistics import LogMean, detectable, holm, log_mean, paired_log_mean
 from .arms import PRUNED, Cell, Gate, Key
 from .budgets import Relative
 from .checks import MIN_ROUNDS, Pair, matching, too_few, unmeasured
@@ -28,7 +28,7 @@ class _Asked:
     key: Key
     budget: Relative
     comparison: Comparison
-    estimate: Estimate
+    estimate: LogMean
     rounds: int
     measured: float
     noise: float | None
@@ -103,15 +103,15 @@ def _ask(pair: Pair, key: Key, budget: Relative, gate: Gate, foreign: bool) -> R
     return _Asked(pair, key, budget, comparison, estimate, rounds, measured, noise)
 
 
-def slowdown(base: Cell, new: Cell, comparison: Comparison) -> tuple[Estimate, int]:
+def slowdown(base: Cell, new: Cell, comparison: Comparison) -> tuple[LogMean, int]:
     """How much worse `new` is than `base`, and the fewest rounds of either. Raises ValueError for too few samples."""
     if comparison == PAIRED:
         arms = common_rounds(new.rounds, base.rounds)
-        estimate, rounds = paired_estimate(*arms), len(arms[0])
+        estimate, rounds = paired_log_mean(*arms), len(arms[0])
     elif comparison == RATIOS:
         assert new.control is not None and base.control is not None
         mine, theirs = common_rounds(new.rounds, new.control), common_rounds(base.rounds, base.control)
-        estimate, rounds = paired_estimate(*mine).over(paired_estimate(*theirs)), min(len(mine[0]), len(theirs[0]))
+        estimate, rounds = paired_log_mean(*mine).over(paired_log_mean(*theirs)), min(len(mine[0]), len(theirs[0]))
     else:
         values = [list(cell.rounds.values()) for cell in (new, base)]
         estimate, rounds = log_mean(values[0]).over(log_mean(values[1])), min(map(len, values))

@@ -18,7 +18,7 @@ PRUNED_FROM: Final = 0.05
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairedRatio:
     """A metric of a candidate over the baseline's at one point: ratio over shared rounds, or why there is none."""
 
     metric: str
@@ -36,7 +36,7 @@ class Entry:
     candidate: Candidate
     kind: Kind
     baseline: bool
-    pairs: dict[tuple[str, str], Pair]
+    pairs: dict[tuple[str, str], PairedRatio]
     weights: float | None
     same_engine: bool
 
@@ -121,19 +121,19 @@ def _entry(index: int, candidate: Candidate, baseline: Candidate, run: Run) -> E
     return Entry(index, candidate, kind_of(candidate), is_baseline, pairs, weights, candidate.engine == baseline.engine)
 
 
-def pair(candidate: Candidate, baseline: Candidate, point: str, name: str) -> Pair:
+def pair(candidate: Candidate, baseline: Candidate, point: str, name: str) -> PairedRatio:
     """One metric at one point, over the rounds that both have."""
     measured = [one.series_at(point) for one in (candidate, baseline)]
     if not all(series.visits for series in measured):
-        return Pair(name, point, None, 0, "not measured at this point")
+        return PairedRatio(name, point, None, 0, "not measured at this point")
     left, right = common_rounds(*(rounds_of(series, METRICS[name]) for series in measured))
     if not left:
-        return Pair(name, point, None, 0, "no round in which both answered")
+        return PairedRatio(name, point, None, 0, "no round in which both answered")
     try:
         ratio = paired_ratio(left, right)
     except ValueError as error:
-        return Pair(name, point, None, len(left), str(error))
-    return Pair(name, point, ratio, len(left))
+        return PairedRatio(name, point, None, len(left), str(error))
+    return PairedRatio(name, point, ratio, len(left))
 
 
 def in_flight(point: Point) -> int:

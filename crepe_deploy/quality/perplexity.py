@@ -6,7 +6,6 @@ Folders are loaded by stock transformers, never with remote code. The maths is i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from crepe_deploy.errors import CheckpointError, ConfigError, NumericalError
 from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.model.decoder import COMPUTE_DTYPES
+from crepe_deploy.progress import Progress
 from crepe_deploy.texts import Text, load_text, load_tokenizer, tokenize, wants_bos_each_window
 
 from .scoring import (
@@ -36,8 +36,6 @@ from .scoring import (
 
 BOS_MODES = ("auto", "none", "start", "window")
 LOGIT_ROWS = 16  # few enough to stay in a CPU cache as float32: twice as fast as 256
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def evaluate(
     The text is tokenised once as a whole; `window` is clipped to the models' contexts, `stride` defaults to the
     window. dtype "auto" is each checkpoint's own. bos "auto": "window" for Gemma, "start" where the tokenizer itself
     puts one, else "none". device "auto": CUDA where there is one. `seed` is the bootstrap's. Both models are in
-    memory together; logits go to float32 in chunks of 256 rows. `progress` is told windows done and in all.
+    memory together; logits go to float32 a few rows at a time. `progress` is told windows done and in all.
     Raises CheckpointError, CalibrationError, ConfigError (models that cannot be compared) and NumericalError.
     """
     started = time.monotonic()

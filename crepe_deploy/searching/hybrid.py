@@ -23,6 +23,8 @@ import numpy as np
 from scipy import stats
 from scipy.stats import qmc
 
+from crepe_deploy.progress import Say
+
 from .evaluate import Evaluator
 from .losses import Losses
 from .optimise import Evaluate, Expired, Ranking, Report, cma_es, quiet, to_unit
@@ -121,7 +123,7 @@ def pho(
     evaluations: int,
     seed: int,
     expired: Callable[[int], Expired],
-    say: Callable[[str], None],
+    say: Say,
     report: Report = quiet,
 ) -> SearchResult:
     """Run the steps of the module's docstring; `evaluations` and `finalists` are shared out over the rounds.

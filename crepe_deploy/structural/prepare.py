@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.phases import Phases
 from crepe_deploy.progress import Say, Show
 from crepe_deploy.store.checkpoint import read_json
-from crepe_deploy.store.files import disk_errors, require_disk
+from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.journal import Journal, open_journal
 from crepe_deploy.store.sources import Model, describe_source
@@ -27,8 +26,8 @@ from .narrow import require_family
 from .plan import Geometry
 from .supernet import LayerLevels, Store, planned_bytes
 from .units import Budget, Units, Width, even, plan_budget, split_budgets, splits
+from .work import JOURNAL, make_work_folder, work_folder
 
-JOURNAL = "journal.jsonl"
 MOST_LEVELS = 9
 FEW_GROUPS = 4  # with fewer KV groups a layer loses a third or more of its attention at a time, which measured worse
 
@@ -70,11 +69,6 @@ class Run:
         return Store(self.work / name)
 
 
-def work_folder(out: Path) -> Path:
-    """Where a run for `out` keeps its journal and its supernet until it is done."""
-    return out.with_name(out.name + ".work")
-
-
 def prepare_run(
     model: Model, out: Path, config: TyrConfig, calibration: CalibrationSet, *,
     resume: bool, overwrite: bool, show: Show, say: Say,
@@ -106,10 +100,7 @@ def prepare_run(
         "config": asdict(config), "what": "structural pruning from judged splits",
     }  # fmt: skip
     if not resume:
-        with disk_errors(work):
-            if overwrite:
-                shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True, exist_ok=True)
+        make_work_folder(work, overwrite=overwrite)
     journal = open_journal(work / JOURNAL, identity, resume=resume, overwrite=overwrite)
     return Run(config, decoder, geometry, units, budgets, shared, calibration, work, journal, show, say)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from crepe_deploy.cli import run
 from crepe_deploy.errors import EXIT_RESUMABLE
-from crepe_deploy.store import writing
+from crepe_deploy.store import files
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.structural import build, evolve, stages
@@ -270,8 +270,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_a_disk_that_is_too_small_is_refused_before_it_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=writing.DISK_MARGIN_BYTES + 1_000_000)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=files.DISK_MARGIN_BYTES + 1_000_000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
     code, _, err = command(capsys, pico, text, tmp_path / "out")
     assert code == 1 and "GB free" in err and "out.work" in err
     assert list(tmp_path.iterdir()) == []

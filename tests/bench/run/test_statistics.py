@@ -86,9 +86,9 @@ def test_p_values_of_an_unchanged_candidate_are_uniform() -> None:
 def test_constants_have_no_width_and_one_sample_no_interval() -> None:
     constant = statistics.paired_ratio([3.0] * 5, [2.0] * 5)
     assert (constant.low, constant.value, constant.high) == pytest.approx((1.5, 1.5, 1.5), rel=1e-12)
-    estimate = statistics.paired_estimate([3.0] * 5, [2.0] * 5)
+    estimate = statistics.paired_log_mean([3.0] * 5, [2.0] * 5)
     assert estimate.p_above(1.4) == 0 and estimate.p_above(1.6) == 1
-    one = statistics.paired_estimate([3.0], [2.0])
+    one = statistics.paired_log_mean([3.0], [2.0])
     assert one.interval().model_dump() == {"value": pytest.approx(1.5), "low": None, "high": None}
     assert one.p_above(1.0) == 1
     assert one.over(estimate).interval().low is None
@@ -187,7 +187,7 @@ def test_holm_on_the_textbook_example_and_its_family_wise_error() -> None:
 @pytest.mark.parametrize("freedom", [1, 2.5, 4, 30, math.inf])
 @pytest.mark.parametrize("p", [0.8, 0.975, 0.99975])
 def test_intervals_and_p_values_are_students(p: float, freedom: float) -> None:
-    estimate = statistics.Estimate(0.3, 0.1, 0.2, freedom)
+    estimate = statistics.LogMean(0.3, 0.1, 0.2, freedom)
     t = stats.t.ppf(p, freedom)
     interval = estimate.interval(2 * p - 1)
     assert interval.low == pytest.approx(math.exp(0.3 - 0.1 * t), rel=1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -132,7 +133,8 @@ def test_a_server_that_does_not_start_is_named(pair: tuple[Path, Path]) -> None:
 
 
 def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(bench_command, [str(argument) for argument in arguments])
+    words = [str(argument) for argument in arguments]
+    return CliRunner().invoke(bench_command, words, obj=shlex.join(["crepe-deploy", "bench", *words]))
 
 
 def test_the_command_writes_a_run_and_fails_where_requests_failed(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -142,6 +144,7 @@ def test_the_command_writes_a_run_and_fails_where_requests_failed(pair: tuple[Pa
     done = invoke(config, "--rounds", 2, "--out", out)
     assert done.exit_code == 0, done.output
     assert "time per output token, ms" in done.stdout and load_run(out).name == "test"
+    assert load_run(out).command == f"crepe-deploy bench {config} --rounds 2 --out {out}"
     config.write_text(json.dumps(with_options(pair, fail_every=1).model_dump(mode="json")))
     again = invoke(config, "--rounds", 2, "--out", out, "--overwrite")
     assert isinstance(again.exception, CrepeError) and "4 requests failed" in str(again.exception)
