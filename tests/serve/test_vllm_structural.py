@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,18 +19,27 @@ from tests.structural.random_plans import Kept, make_model, random_plans
 
 TOKENS = 32
 KEPT: tuple[Kept, ...] = ((4, 2, 256), (2, 2, 64), (3, 1, 96), (1, 1, 200))
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
+# vLLM's Gemma 2 has no output layer but the tied one, and transformers' SDPA leaves the soft cap on scores out.
+GEMMA = {"tie_word_embeddings": True, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
+OWN: dict[str, dict[str, Any]] = {"gemma2": {**GEMMA, "attn_logit_softcapping": None}, "gemma3_text": GEMMA, "phi3": {}}
 STOCK = {"VLLM_PLUGINS": "lora_filesystem_resolver"}
 pytestmark = [needs_vllm, pytest.mark.vllm]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One random Llama with heads of 32 that vLLM's CPU attention serves, pruned unevenly, in both layouts."""
-    root = tmp_path_factory.mktemp("structural")
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
-    model = make_model(root / "model", "llama", torch.float32, **sizes)
+def per_layer(root: Path, family: str) -> Path:
+    """A random model with heads of 32 that vLLM's CPU attention serves, pruned unevenly."""
+    model = make_model(root / "model", family, torch.float32, **SIZES, **OWN.get(family, {}))
     plans = random_plans(Geometry.from_config(Decoder(model).config), KEPT)
     assemble(resolve_model(str(model)), plans, root / "per-layer")
+    return root / "per-layer"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One random Llama in both layouts."""
+    root = tmp_path_factory.mktemp("structural")
+    per_layer(root, "llama")
     export_checkpoint(root / "per-layer", root / "deci", "deci")
     return {name: root / name for name in ("per-layer", "deci")}
 
@@ -50,6 +60,15 @@ def test_vllm_says_what_transformers_says(layout: str, folders: dict[str, Path],
     assert lines, done.stderr[-4000:]
     assert json.loads(lines[0].removeprefix("TOKENS ")) == expected
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_vllm_says_what_transformers_says_of_other_families(tmp_path: Path, family: str) -> None:
+    folder = per_layer(tmp_path, family)
+    done = python(str(GENERATE), str(folder), "1", json.dumps(PROMPTS), str(TOKENS))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert lines, done.stderr[-4000:]
+    assert json.loads(lines[0].removeprefix("TOKENS ")) == transformers_tokens(folder, TOKENS)
 
 
 def test_vllm_without_the_plugin_refuses_widths_per_layer(folders: dict[str, Path]) -> None:
