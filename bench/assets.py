@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, CrepeError, MissingExtra
+from ..progress import Say
 from ..store.files import write_text
 from ..store.gguf import PROVENANCE, convert_gguf
 from ..store.manifest import sha256_file
@@ -37,8 +38,6 @@ DEFAULT_DIR = Path(".cache/assets")
 SPLITS = ("train", "valid", "test")
 HEADING_MAX_WORDS = 6
 DOCUMENT_MIN_WORDS = 30
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -245,9 +244,9 @@ def _ensure_file(path: Path, source: PackagedFile, say: Say) -> None:
 
 
 def _check_sha256(path: Path, source: PackagedFile) -> None:
-    if (found := sha256_file(path)) != source.sha256:
+    if (actual := sha256_file(path)) != source.sha256:
         raise CheckpointError(
-            f"{path} is not the file expected from {source.requirement}: sha256 {found} instead of {source.sha256}; "
+            f"{path} is not the file expected from {source.requirement}: sha256 {actual} instead of {source.sha256}; "
             f"delete it and try again"
         )
 

@@ -62,19 +62,19 @@ def bench(
         return session.run(qualities), verdict
 
 
-def measure_qualities(scenario: Scenario, spec: QualitySpec, *, quiet: bool = False) -> Qualities:
+def measure_qualities(scenario: Scenario, asked: QualitySpec, *, quiet: bool = False) -> Qualities:
     """Quality of every candidate that transformers can load, in processes that end before timing begins."""
-    base = scenario.arms()[0]
-    arms = [arm for arm in scenario.arms() if not is_again(arm, scenario) and loadable(arm.folder)]
-    found: Qualities = {}
-    for index, arm in enumerate(arms):
+    base = scenario.specs()[0]
+    measured = [spec for spec in scenario.specs() if not is_again(spec, scenario) and loadable(spec.folder)]
+    qualities: Qualities = {}
+    for index, spec in enumerate(measured):
         if not quiet:
-            print(f"quality of '{arm.name}' ({index + 1} of {len(arms)})", file=sys.stderr, flush=True)
-        against = base.folder if arm.name != base.name and loadable(base.folder) else None
-        found[arm.name] = measure_quality(
-            arm.folder, against, spec.text, window=spec.window, max_tokens=spec.max_tokens, dtype=str(arm.dtype)
+            print(f"quality of '{spec.name}' ({index + 1} of {len(measured)})", file=sys.stderr, flush=True)
+        against = base.folder if spec.name != base.name and loadable(base.folder) else None
+        qualities[spec.name] = measure_quality(
+            spec.folder, against, asked.text, window=asked.window, max_tokens=asked.max_tokens, dtype=str(spec.dtype)
         )
-    return found
+    return qualities
 
 
 def loadable(folder: Path) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 import click
 
 from ..errors import ServeError
+from ..store.files import write_json, write_text
 from .assets import DEFAULT_DIR, MODEL_NAME, ensure_assets
 from .run.processes import crepe_deploy
 from .run.result import load_run
@@ -81,8 +82,8 @@ def add_decode_speed(result: dict[str, Any], out: Path, assets_dir: Path) -> Non
     run = load_run(path)
     by_folder = {Path(candidate.folder).resolve(): candidate for candidate in run.candidates}
     for row, folder in zip(rows, folders, strict=True):
-        found = gain(run, by_folder[folder.resolve()], run.workload.points[0].name, "tpot_s")
-        row["decode_gain"] = found and found.model_dump()
+        speed = gain(run, by_folder[folder.resolve()], run.workload.points[0].name, "tpot_s")
+        row["decode_gain"] = speed and speed.model_dump()
     result["decoding"] = " ".join(DECODING) + f", {run.environment.threads} threads"
 
 
@@ -201,9 +202,8 @@ def main(out: Path, assets_dir: Path, json_path: Path | None, serve: bool) -> No
     print_table(result)
     click.echo(markdown(result).split("\n\n")[-1])
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        json_path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+        write_json(json_path, result)
+        write_text(json_path.with_suffix(".md"), markdown(result))
     click.echo(f"done in {time.perf_counter() - start:.0f} s; the checkpoints are in {out}/", err=True)
 
 

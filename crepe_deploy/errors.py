@@ -25,7 +25,10 @@ means stopped but resumable.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+EXIT_RESUMABLE: Final = 75
+EXIT_INTERRUPTED: Final = 130
 
 
 class CrepeError(Exception):

@@ -12,7 +12,7 @@ from typing import Final
 
 # transformers' module -> ours that registers something there.
 REGISTERS: Final = {
-    "transformers.quantizers.auto": "crepe_deploy.packed.quantizer",
+    "transformers.quantizers.auto": "crepe_deploy.packed.hf_quantizer",
     "transformers.models.auto.configuration_auto": "crepe_deploy.structural.hf_auto",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 LINE_EVERY_S = 10.0
@@ -17,8 +17,22 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int) -> None: ...
 
 
+Show = Callable[[str], AbstractContextManager[Progress]]  # wraps a long step, named by a label; `progress` is one
+Say = Callable[[str], None]  # receives one line for a person
+
+
 def silent(done: int, total: int) -> None:
     """Progress that shows nothing."""
+
+
+@contextmanager
+def hidden(label: str) -> Iterator[Progress]:
+    """Show nothing."""
+    yield silent
+
+
+def unsaid(line: str) -> None:
+    """Say nothing."""
 
 
 def ticker(step: Progress, total: int) -> Callable[[], None]:

@@ -101,10 +101,10 @@ def _above_threshold(values: Array, keep: int) -> tuple[Mask, Array] | None:
 
 def _keep_largest(values: Array, keep: int) -> Mask:
     """The `keep` largest of each row (rows, width), equal values from the left."""
-    found = _above_threshold(values, keep)
-    if found is None:
+    above = _above_threshold(values, keep)
+    if above is None:
         return np.full(values.shape, keep > 0)
-    mask, threshold = found
+    mask, threshold = above
     if np.count_nonzero(mask) < keep * len(values):  # at most `keep` per row exceed it, so the total tells
         missing = keep - np.count_nonzero(mask, axis=1)
         rows = np.flatnonzero(missing)

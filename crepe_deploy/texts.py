@@ -142,7 +142,7 @@ def wants_bos_each_window(tokenizer: Any) -> bool:
 
 
 def calibration_windows(
-    source: str | Path | Sequence[str | Path],
+    source: str | Path | Text | Sequence[str | Path],
     tokenizer: Any,
     samples: int = 128,
     length: int = 2048,
@@ -159,7 +159,7 @@ def calibration_windows(
     """
     if samples < 1 or length < 2:
         raise ConfigError(f"{samples} calibration samples of {length} tokens: at least 1 sample of 2 tokens is needed")
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, Path, Text)):
         return _windows(source, tokenizer, samples, length, seed, field)
     names = [str(one) for one in source]
     if not names or len(set(names)) < len(names):
@@ -190,10 +190,15 @@ def _mixed(sets: list[CalibrationSet]) -> CalibrationSet:
     )
 
 
-def _windows(source: str | Path, tokenizer: Any, samples: int, length: int, seed: int, field: str) -> CalibrationSet:
+def _windows(
+    source: str | Path | Text, tokenizer: Any, samples: int, length: int, seed: int, field: str
+) -> CalibrationSet:
     bos = wants_bos_each_window(tokenizer)
     body = length - 1 if bos else length
-    text = load_text(source, field, max_chars=max(MIN_CHARS, CHARS_PER_TOKEN * samples * body))
+    if isinstance(source, Text):
+        text = source
+    else:
+        text = load_text(source, field, max_chars=max(MIN_CHARS, CHARS_PER_TOKEN * samples * body))
     ids, rule = _enough_tokens(tokenizer, text, samples * body)
     windows = draw_windows(ids, samples, body, seed)
     if bos:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, ParityError
 from ..model.decoder import Decoder
 from ..packed.config import COLUMN_MULTIPLE, PackedConfig, packed_config
-from ..packed.format import DTYPES, MASK_SUFFIX, VALUES_SUFFIX, mask_from_weight, pack, unpack, validate
+from ..packed.format import BITS, DTYPES, MASK_SUFFIX, VALUES_SUFFIX, mask_from_weight, pack, unpack, validate
 from ..pattern import Pattern, parse_record
 from ..progress import Progress, silent, ticker
 from ..store.checkpoint import CheckpointReader, read_json
@@ -30,7 +30,6 @@ from .card import write_card
 from .greedy import GREEDY_TOKENS, greedy_of
 
 GUARD_SHAPE = (0,)
-_BITS = {2: torch.int16, 4: torch.int32}
 
 Tick = Callable[[], None]
 
@@ -198,7 +197,7 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     """Equal in dtype, shape and every bit, signs of zeros included."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    kind = _BITS[first.element_size()]
+    kind = BITS[first.element_size()]
     return torch.equal(first.contiguous().view(kind), second.contiguous().view(kind))
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
+EXAMPLES: Final = """\b
+Examples:
+  crepe-deploy serve out/packed
+  crepe-deploy serve out/packed --port 0 --json --max-model-len 4096 --enforce-eager
+  crepe-deploy serve out/onnx --threads 4 --served-model-name llama
+"""
 
-@click.command("serve", context_settings={"ignore_unknown_options": True})
+
+@click.command("serve", context_settings={"ignore_unknown_options": True}, epilog=EXAMPLES)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Anything but this machine needs --api-key.")

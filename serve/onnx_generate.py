@@ -32,12 +32,12 @@ class Sampling:
         for name, value in given.items():
             if not isinstance(value, kinds[name]) or (isinstance(value, bool) and name != "ignore_eos"):
                 raise ConfigError(f"'{name}' is {value!r}, which is no {kinds[name][-1].__name__}")
-        found = cls(**given)
-        if found.max_tokens < 1 or not 0 <= found.temperature <= 2 or not 0 < found.top_p <= 1:
+        sampling = cls(**given)
+        if sampling.max_tokens < 1 or not 0 <= sampling.temperature <= 2 or not 0 < sampling.top_p <= 1:
             raise ConfigError("max_tokens is at least 1, temperature from 0 to 2, top_p above 0 and at most 1")
-        if found.seed is not None and found.seed < 0:
+        if sampling.seed is not None and sampling.seed < 0:
             raise ConfigError("seed is 0 or more")
-        return found
+        return sampling
 
 
 def generate(

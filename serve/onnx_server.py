@@ -97,9 +97,9 @@ class Model:
     def _chat(self, messages: Any) -> list[int]:
         if self.tokenizer.chat_template is None:
             raise ConfigError("this model has no chat template: use /v1/completions")
-        if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages) or not messages:
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages) or not messages:
             raise ConfigError("messages: a list of objects with role and content is read")
-        if not all(isinstance(each.get(key), str) for each in messages for key in ("role", "content")):
+        if not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
             raise ConfigError("messages: role and content are strings here")
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]

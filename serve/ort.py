@@ -140,10 +140,10 @@ class Graph:
         places = np.maximum(self.mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
         arrays = {"input_ids": ids, "attention_mask": self.mask, "position_ids": np.ascontiguousarray(places)}
         feed = {name: ort.OrtValue.ortvalue_from_numpy(arrays[name]) for name in arrays if name in self.inputs}
-        found = self.session.run_with_ort_values(self.outputs, feed | self.past)
+        results = self.session.run_with_ort_values(self.outputs, feed | self.past)
         self.past = {name.replace("present", "past_key_values"): value for name, value in
-                     zip(self.outputs[1:], found[1:], strict=True)}  # fmt: skip
-        return np.asarray(found[0].numpy(), np.float32)
+                     zip(self.outputs[1:], results[1:], strict=True)}  # fmt: skip
+        return np.asarray(results[0].numpy(), np.float32)
 
 
 class Generator:
@@ -202,5 +202,5 @@ def greedy(runner: Runner, prompts: Prompts, count: int) -> tuple[list[list[int]
     logits = [runner.start(prompts)]
     while len(logits) < count:
         logits.append(runner.step(logits[-1].argmax(-1).tolist()))
-    tokens = np.stack([found.argmax(-1) for found in logits], axis=1)
+    tokens = np.stack([step.argmax(-1) for step in logits], axis=1)
     return tokens.tolist(), logits

@@ -48,16 +48,16 @@ def compare(greedy: dict[str, Any], dtype: str, ask: Ask) -> Agreement:
     prompt, expected, margins = list(greedy["prompt_token_ids"]), greedy["token_ids"], greedy["margins"]
     place, ties = 0, []
     while place < len(expected):
-        found = ask([*prompt, *expected[:place]], len(expected) - place)
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected[place:], found, strict=False))
+        served = ask([*prompt, *expected[:place]], len(expected) - place)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected[place:], served, strict=False))
         step = sum(1 for _ in same)
         place += step
         if place == len(expected):
             break
-        if step == len(found) or margins[place] > ROUNDING.get(dtype, 0.0):
+        if step == len(served) or margins[place] > ROUNDING.get(dtype, 0.0):
             raise ServeError(
                 f"the server's answer is not this checkpoint's: token {place + 1} of the recorded prompt differs "
-                f"(expected {expected[place : place + 4]}, got {list(found[step : step + 4])}), though the best logit "
+                f"(expected {expected[place : place + 4]}, got {list(served[step : step + 4])}), though the best logit "
                 f"leads by {margins[place]:g} and {dtype} is compared within {ROUNDING.get(dtype, 0.0):g}"
             )
         ties.append(margins[place])

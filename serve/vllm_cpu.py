@@ -28,13 +28,13 @@ def make_usable() -> list[str]:
         return []  # CUDA vLLM under its own name, or none: nothing to mend
     done = []
     wanted = cpu_version(packaged)
-    found = _version(NAME)
-    if found is None:
+    installed = _version(NAME)
+    if installed is None:
         folder = write_metadata(_site_packages(), wanted)
         done.append(f"added {folder.name}, metadata only, so that vLLM finds its version {wanted}")
-    elif found != wanted:
+    elif installed != wanted:
         raise ServeError(
-            f"{NAME} {found} and {REPACKAGED} {packaged} are both installed and overwrite each other: "
+            f"{NAME} {installed} and {REPACKAGED} {packaged} are both installed and overwrite each other: "
             f"uninstall both, then install one"
         )
     broken = [name for name in CUDA_COMPANIONS if _is_cuda_build(name)]

@@ -14,7 +14,7 @@ def register() -> None:
     """Make our quantization method and architectures known to this vLLM process; may be called more than once."""
     request_amx()
     try:
-        from . import vllm_quant  # noqa: F401  (importing it registers it)
+        from . import vllm_packed  # noqa: F401  (importing it registers it)
     except ImportError as error:
         _LOG.warning("this vLLM is not one that crepe-deploy knows; it cannot serve packed checkpoints: %s", error)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -17,35 +18,101 @@ OUTER = {"exporting": "export", "serve": "serve", "bench": "bench"}  # the name 
 FOLDERS = {"crepe_deploy": ROOT / "crepe_deploy"} | {
     f"crepe_deploy.{name}": ROOT / folder for name, folder in OUTER.items()
 }
+HEAVY = {"torch", "transformers", "numpy", "pydantic", "scipy"}
 SOURCES = sorted(path for folder in FOLDERS.values() for path in folder.rglob("*.py"))
 
 
-def imported(path: Path, top: str) -> Iterator[tuple[str, ast.AST]]:
-    """Absolute names imported anywhere in a file of the package that starts with `top`."""
-    relative = path.relative_to(FOLDERS[top]).parent.parts
-    package = [*top.split("."), *relative]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+# The modules that put the program together from everything below; nothing imports them.
+ASSEMBLING = {"crepe_deploy", "crepe_deploy.__main__", "crepe_deploy.cli"}
+MODULES = {
+    ".".join([top, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"): path
+    for top, folder in FOLDERS.items()
+    for path in folder.rglob("*.py")
+}
+# A folder and the one inside it that may import each other.
+MUTUAL = {
+    frozenset({"crepe_deploy.packed", "crepe_deploy.packed.cuda"}),  # cuda/ is `packed` on another device
+    frozenset({"crepe_deploy.exporting", "crepe_deploy.exporting.onnx"}),
+    frozenset({"crepe_deploy.model", "crepe_deploy.structural"}),
+}
+
+
+def folder_of(module: str) -> str:
+    """The package that a module lies in; a package's `__init__` lies in itself."""
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+def room_of(module: str) -> str:
+    """A folder, or a module directly in `crepe_deploy`: errors, pattern and the like are rooms of their own."""
+    return module if folder_of(module) == "crepe_deploy" else folder_of(module)
+
+
+def imported(module: str) -> Iterator[tuple[str, bool]]:
+    """(absolute name, whether when the module is imported) of everything that a module of ours imports."""
+    package = folder_of(module).split(".")
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node) for alias in node.names)
+            yield from ((alias.name, node in tree.body) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((f"{module}.{alias.name}", node) for alias in node.names)
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((f"{name}.{alias.name}", node in tree.body) for alias in node.names)
 
 
-def test_the_core_knows_nothing_of_export_serve_and_bench() -> None:
-    for path in sorted((ROOT / "crepe_deploy").rglob("*.py")):
-        for name, _ in imported(path, "crepe_deploy"):
-            outward = name.startswith(tuple(f"crepe_deploy.{outer}" for outer in OUTER))
-            assert not outward or path.name == "cli.py", f"{path} imports {name}"
+def modules_imported(module: str) -> Iterator[tuple[str, bool]]:
+    """(module of ours, whether when the module is imported)."""
+    for name, at_once in imported(module):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        if name:
+            yield name, at_once
 
 
-def test_the_command_line_imports_the_outer_parts_inside_functions_only() -> None:
-    tree = ast.parse((ROOT / "crepe_deploy" / "cli.py").read_text(encoding="utf-8"))
-    heavy = {*OUTER, "torch", "transformers"}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
-            assert (node.module or "").split(".")[0] not in heavy
+def is_outer(module: str) -> bool:
+    """Whether a module lies in the folder export, serve or bench."""
+    return module.split(".")[1:2] != [] and module.split(".")[1] in OUTER
+
+
+def test_the_core_imports_the_outer_folders_in_commands_and_the_api_only() -> None:
+    for module in MODULES:
+        if is_outer(module):
+            continue
+        for other, at_once in modules_imported(module):
+            allowed = module == "crepe_deploy.cli" or module.startswith(("crepe_deploy.api.", "crepe_deploy.commands."))
+            assert not is_outer(other) or (allowed and not at_once), f"{module} imports {other}"
+
+
+def test_the_command_line_imports_nothing_heavy_at_once() -> None:
+    for module in MODULES:
+        if module in ASSEMBLING or ".commands" in module or module.endswith("serve.command"):
+            heavy = [name for name, at_once in imported(module) if at_once and name.split(".")[0] in HEAVY]
+            assert heavy == [], module
+
+
+def test_no_two_folders_import_each_other() -> None:
+    edges = {
+        (room_of(module), room_of(other))
+        for module in MODULES
+        if module not in ASSEMBLING
+        for other, _ in modules_imported(module)
+        if room_of(module) != room_of(other)
+    }
+    mutual = {frozenset(edge) for edge in edges if edge[::-1] in edges}
+    assert mutual <= MUTUAL
+
+
+def test_every_folder_says_what_lives_there_and_what_may_come_in() -> None:
+    for module, path in MODULES.items():
+        if path.name == "__init__.py":
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            assert len(re.findall(r"[.;:](?=\s|$)", text)) >= 2, f"{module} has no docstring of two sentences"
+
+
+def test_exit_codes_stand_in_one_place() -> None:
+    for module, path in MODULES.items():
+        if module != "crepe_deploy.errors":
+            assert not re.search(r"^\s*(EXIT_\w+|exit_code)\b.*= *\d+", path.read_text(encoding="utf-8"), re.M), module
 
 
 def test_every_package_is_listed() -> None:

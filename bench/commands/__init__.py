@@ -1,4 +1,4 @@
-"""The commands `bench`, `gate`, `report` and `bench init-ci`, each beside what it prints.
+"""The commands `bench`, `gate`, `report` and `bench init-ci`: options in, one call, what to print out.
 
-May import run, gate and report, inside functions only; nothing else imports it.
+May import run, gate, report and benchmark, inside functions only; nothing but the command line imports it.
 """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +16,13 @@ if TYPE_CHECKING:
     from ..run.scenario import Scenario
 
 DEFAULT_POINTS: Final = "1x64+32,4x64+32,1x512+1*2"
+EXAMPLES: Final = """\b
+Examples:
+  crepe-deploy bench models/llama out/packed
+  crepe-deploy bench configs/bench-smollm2.yaml --rounds 12 --aa --out run.json
+  crepe-deploy bench run models/llama out/packed --text wiki.test.txt --engine transformers
+  crepe-deploy bench configs/bench-ci.yaml --gate configs/budgets.yaml --max-rounds 20
+"""
 
 
 class _RunByDefault(click.Group):
@@ -30,7 +35,7 @@ class _RunByDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group("bench", cls=_RunByDefault, invoke_without_command=False)
+@click.group("bench", cls=_RunByDefault, invoke_without_command=False, epilog=EXAMPLES)
 def bench_command() -> None:
     """Measure checkpoints side by side: latency, throughput, memory and quality, in one run."""
 
@@ -38,7 +43,7 @@ def bench_command() -> None:
 bench_command.add_command(init_ci_command)
 
 
-@bench_command.command("run")
+@bench_command.command("run", epilog=EXAMPLES)
 @click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | DIR...")
 @click.option("--baseline", default=None, help="The dense folder; with CONFIG, a candidate's name. Default: the first.")
 @click.option("--engine", default=None, help="vllm or transformers, for candidates that name none.")
@@ -66,9 +71,10 @@ bench_command.add_command(init_ci_command)
 )
 @click.option("--max-rounds", type=click.IntRange(1), default=None, help="With --gate: add rounds while undecided.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run, or with --gate the verdict, as JSON.")
+@click.pass_obj
 def run_command(
-    targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None, max_rounds: int | None,
-    as_json: bool, **options: Any,
+    typed: str, /, targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None,
+    max_rounds: int | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Measure the scenario CONFIG, or the model folders DIR..., and write the run as JSON.
 
@@ -85,7 +91,7 @@ def run_command(
     scenario = build_scenario(targets, **options)
     path = check_output_file(out if out is not None else Path(f"{scenario.name}.json"), overwrite=overwrite)
     gating = _gating(budgets, max_rounds, scenario.rounds)
-    run, verdict = bench(scenario, shlex.join(["crepe-deploy", *sys.argv[1:]]), gating=gating)
+    run, verdict = bench(scenario, typed, gating=gating)
     save_run(run, path)
     if not as_json:
         click.echo("\n".join([*summary_lines(run), f"written: {path}"]))

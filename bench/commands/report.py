@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Final
 
 import click
 
+EXAMPLES: Final = """\b
+Examples:
+  crepe-deploy report run.json --out report
+  crepe-deploy report runs/monday.json runs/tuesday.json --out report --overwrite --max-perplexity-ratio 1.05
+"""
 
-@click.command("report")
+
+@click.command("report", epilog=EXAMPLES)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; it appears whole or not.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it holds an earlier report and nothing else.")

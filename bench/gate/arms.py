@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from ..run.metrics import METRICS, errors, gaps, rounds_of, succeeded, time_per_token
-from ..run.result import Candidate, Quality, Run, Series, Visit
+from ..run.metrics import METRICS, SAMPLES, errors, rounds_of, succeeded
+from ..run.result import Candidate, Quality, Run, Series
 from .budgets import MEMORY_NAMES
 
 Gate = Literal["pruned against dense", "this commit against the last"]
@@ -54,44 +54,31 @@ class Arm:
 
 def arm(run: Run, name: str, gate: Gate) -> Arm:
     """One candidate of a run. Raises ConfigError for an unknown name."""
-    found = run.candidate(name)
+    candidate = run.candidate(name)
     control = run.candidate(run.baseline) if gate == COMMITS and name != run.baseline else None
     return Arm(
         name=name,
-        cells=_cells(found, control),
+        cells=_cells(candidate, control),
         facts={
             "host": run.environment.host.identity() | {"threads": run.environment.threads},
             "workload": run.workload.model_dump(),
-            "model": _model(found, control, gate),
+            "model": _model(candidate, control, gate),
         },
-        failures=tuple(failure for series in found.series for failure in _failures(series, run, name)),
-        requests=_requests(found),
-        memory=_memory(found),
+        failures=tuple(failure for series in candidate.series for failure in _failures(series, run, name)),
+        requests=_requests(candidate),
+        memory=_memory(candidate),
         control_memory=None if control is None else _memory(control),
-        quality=found.quality,
+        quality=candidate.quality,
         noise=run.noise,
-        versions=run.environment.versions | {"weights": found.model_sha256},
-        engine=found.engine,
+        versions=run.environment.versions | {"weights": candidate.model_sha256},
+        engine=candidate.engine,
     )
 
 
-def time_per_request(visit: Visit) -> list[float]:
-    """Seconds per output token of each request."""
-    return [value for request in succeeded(visit) if (value := time_per_token(request)) is not None]
-
-
-SAMPLES: Final[dict[str, Callable[[Visit], list[float]]]] = {
-    "ttft_s": lambda visit: [r.ttft_s for r in succeeded(visit) if r.ttft_s is not None],
-    "tpot_s": time_per_request,
-    "itl_s": gaps,
-    "latency_s": lambda visit: [r.latency_s for r in succeeded(visit) if r.latency_s is not None],
-}
-
-
-def _cells(found: Candidate, control: Candidate | None) -> dict[Key, Cell]:
+def _cells(candidate: Candidate, control: Candidate | None) -> dict[Key, Cell]:
     controls = {} if control is None else {series.point: series for series in control.series}
     cells = {}
-    for series in found.series:
+    for series in candidate.series:
         for name, metric in METRICS.items():
             beside = rounds_of(controls[series.point], metric) if series.point in controls else None
             if rounds := rounds_of(series, metric):
@@ -99,9 +86,9 @@ def _cells(found: Candidate, control: Candidate | None) -> dict[Key, Cell]:
     return cells
 
 
-def _requests(found: Candidate) -> dict[Key, list[list[float]]]:
+def _requests(candidate: Candidate) -> dict[Key, list[list[float]]]:
     requests = {}
-    for series in found.series:
+    for series in candidate.series:
         for name, samples in SAMPLES.items():
             rounds: dict[int, list[float]] = {}
             for visit in series.visits:
@@ -111,13 +98,13 @@ def _requests(found: Candidate) -> dict[Key, list[list[float]]]:
     return requests
 
 
-def _model(found: Candidate, control: Candidate | None, gate: Gate) -> dict[str, Any]:
+def _model(candidate: Candidate, control: Candidate | None, gate: Gate) -> dict[str, Any]:
     """What makes two candidates the same thing. Their weights may differ between commits: pruning may have changed."""
     if gate == PRUNED:
         return {}
-    kind = {name: getattr(found, name) for name in ("engine", "method", "pattern", "format")}
+    kind = {name: getattr(candidate, name) for name in ("engine", "method", "pattern", "format")}
     if control is None:
-        return kind | {"weights": found.model_sha256}
+        return kind | {"weights": candidate.model_sha256}
     return kind | {"baseline weights": control.model_sha256, "baseline engine": control.engine}
 
 
@@ -131,13 +118,13 @@ def _failures(series: Series, run: Run, name: str) -> list[Failure]:
     point = run.point(series.point)
     done = [request for visit in series.visits for request in succeeded(visit)]
     for what, asked in (("output", point.output_tokens), ("prompt", point.prompt_tokens)):
-        other = [found for request in done if (found := getattr(request, f"{what}_tokens")) != asked]
+        other = [length for request in done if (length := getattr(request, f"{what}_tokens")) != asked]
         if other:
             text = f"{len(other)} of {len(done)} requests to {name} had {other[0]} {what} tokens instead of {asked}"
             failures.append(("lengths", series.point, text))
     return failures
 
 
-def _memory(found: Candidate) -> dict[str, float]:
-    values = {name: getattr(found.memory, f"{name}_bytes") for name in MEMORY_NAMES}
+def _memory(candidate: Candidate) -> dict[str, float]:
+    values = {name: getattr(candidate.memory, f"{name}_bytes") for name in MEMORY_NAMES}
     return {name: float(value) for name, value in values.items() if value is not None}

@@ -32,9 +32,9 @@ def comparable(pair: Pair, host_mismatch: HostMismatch) -> list[Row]:
         "model": "; compare the same model in both",
     }
     for check, hint in hints.items():
-        found = [] if check == "host" and host_mismatch == "ratios" else differences(pair, check)
-        if found:
-            reason = f"{check} differs: {'; '.join(found)}{hint}"
+        differing = [] if check == "host" and host_mismatch == "ratios" else differences(pair, check)
+        if differing:
+            reason = f"{check} differs: {'; '.join(differing)}{hint}"
             rows.append(Row(candidate=name, check=check, metric=check, status="INVALID", reason=reason))
     return rows
 
@@ -72,7 +72,7 @@ def objectives(pairs: Sequence[Pair], budgets: Budgets, level: float) -> list[Ro
 def _objective(arm: Arm, objective: Objective, key: Key, level: float, corrected: float) -> Row:
     if objective.max is not None:
         rounds, limit, sign = len(arm.requests[key]), objective.max, 1
-        wide, wider = (pooled_quantile(arm.requests[key], objective.quantile, each) for each in (level, corrected))
+        wide, wider = (pooled_quantile(arm.requests[key], objective.quantile, share) for share in (level, corrected))
         name = f"{key[1]} p{100 * objective.quantile:g}"
     else:
         assert objective.min is not None
@@ -146,10 +146,10 @@ def _quality(pair: Pair, name: str, limit: float, gate: Gate) -> Row:
     if gate != PRUNED and base is not None and name == "perplexity_ratio":
         value, what = Interval(value=new.perplexity.value / base.perplexity.value), "on the same text"
     else:
-        found: Interval | None = getattr(new, name)
-        if found is None:
+        figure: Interval | None = getattr(new, name)
+        if figure is None:
             return row.model_copy(update={"reason": f"there is a budget for it, and {name} was not measured"})
-        value, what = found, "against the run's baseline"
+        value, what = figure, "against the run's baseline"
     sign = -1 if name == "same_top" else 1
     status = _within(value, limit, sign)
     reason = f"{'at most' if sign > 0 else 'at least'} {limit:g} allowed {what}"

@@ -35,7 +35,7 @@ class Interleaved:
 
     def more(self, count: int) -> None:
         """Measure `count` further rounds."""
-        done = max((len(found) for found in self.rounds.values()), default=0)
+        done = max((len(rounds) for rounds in self.rounds.values()), default=0)
         for index in range(done, done + count):
             visits: dict[str, list[float]] = {name: [] for name in self.works}
             for name in [*self.works, *reversed(list(self.works))] * self.turns:

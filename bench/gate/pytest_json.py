@@ -56,15 +56,15 @@ def parse_saved(document: dict[str, Any], path: Path) -> Saved:
     """What such a document holds. Raises ConfigError for no benchmarks, no raw timings, or impossible ones."""
     machine = document["machine_info"]
     cpu = machine.get("cpu", {})
-    found = document["benchmarks"]
-    if not isinstance(found, list) or not found:
+    benchmarks = document["benchmarks"]
+    if not isinstance(benchmarks, list) or not benchmarks:
         raise ConfigError(f"{path} holds no benchmark: was anything selected when it was written?")
     return Saved(
         path=path,
         host={"cpu": cpu.get("brand_raw"), "cores": cpu.get("count"), "machine": machine.get("machine")},
         python=str(machine.get("python_version")),
         commit=document.get("commit_info", {}).get("id"),
-        timings={str(entry.get("fullname")): _timings(entry, path) for entry in found},
+        timings={str(entry.get("fullname")): _timings(entry, path) for entry in benchmarks},
     )
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from ..run.metrics import common_rounds
 from ..run.result import Interval
-from ..run.statistics import Estimate, detectable, holm, log_mean, paired_estimate
-from .arms import PRUNED, Cell, Gate, Key, Rounds
+from ..run.statistics import LogMean, detectable, holm, log_mean, paired_log_mean
+from .arms import PRUNED, Cell, Gate, Key
 from .budgets import Relative
 from .checks import MIN_ROUNDS, Pair, matching, too_few, unmeasured
 from .verdict import Comparison, Row, Status
@@ -27,7 +28,7 @@ class _Asked:
     key: Key
     budget: Relative
     comparison: Comparison
-    estimate: Estimate
+    estimate: LogMean
     rounds: int
     measured: float
     noise: float | None
@@ -50,11 +51,11 @@ def latencies(
     rows: list[Row] = []
     asked: dict[str, _Asked] = {}
     for index, pair in enumerate(pairs):
-        for found in _relative(pair, budgets, gate, foreign):
-            if isinstance(found, Row):
-                rows.append(found)
+        for item in _relative(pair, budgets, gate, foreign):
+            if isinstance(item, Row):
+                rows.append(item)
             else:
-                asked[f"{index}/{'/'.join(found.key)}"] = found
+                asked[f"{index}/{'/'.join(item.key)}"] = item
     p_values = holm({name: one.estimate.p_above(one.limit) for name, one in asked.items()})
     return rows + [_latency(one, p_values[name], level) for name, one in asked.items()]
 
@@ -102,15 +103,15 @@ def _ask(pair: Pair, key: Key, budget: Relative, gate: Gate, foreign: bool) -> R
     return _Asked(pair, key, budget, comparison, estimate, rounds, measured, noise)
 
 
-def slowdown(base: Cell, new: Cell, comparison: Comparison) -> tuple[Estimate, int]:
+def slowdown(base: Cell, new: Cell, comparison: Comparison) -> tuple[LogMean, int]:
     """How much worse `new` is than `base`, and the fewest rounds of either. Raises ValueError for too few samples."""
     if comparison == PAIRED:
-        arms = _common(new.rounds, base.rounds)
-        estimate, rounds = paired_estimate(*arms), len(arms[0])
+        arms = common_rounds(new.rounds, base.rounds)
+        estimate, rounds = paired_log_mean(*arms), len(arms[0])
     elif comparison == RATIOS:
         assert new.control is not None and base.control is not None
-        mine, theirs = _common(new.rounds, new.control), _common(base.rounds, base.control)
-        estimate, rounds = paired_estimate(*mine).over(paired_estimate(*theirs)), min(len(mine[0]), len(theirs[0]))
+        mine, theirs = common_rounds(new.rounds, new.control), common_rounds(base.rounds, base.control)
+        estimate, rounds = paired_log_mean(*mine).over(paired_log_mean(*theirs)), min(len(mine[0]), len(theirs[0]))
     else:
         values = [list(cell.rounds.values()) for cell in (new, base)]
         estimate, rounds = log_mean(values[0]).over(log_mean(values[1])), min(map(len, values))
@@ -159,21 +160,16 @@ def _comparison(pair: Pair, cells: tuple[Cell, Cell], gate: Gate) -> Comparison:
 
 def _noise(pair: Pair, key: Key, comparison: Comparison) -> float | None:
     """Half-width of what two equal candidates differ by; a ratio of two runs' ratios has two runs' noise."""
-    found = [arm.noise["/".join(key)] for arm in pair if arm.noise and "/".join(key) in arm.noise]
-    if not found:
+    widths = [arm.noise["/".join(key)] for arm in pair if arm.noise and "/".join(key) in arm.noise]
+    if not widths:
         return None
-    return math.hypot(found[0], found[-1]) if comparison == RATIOS else max(found)
+    return math.hypot(widths[0], widths[-1]) if comparison == RATIOS else max(widths)
 
 
 def _below_noise(budget: float, noise: float, gate: Gate) -> bool:
     """Between commits no change is the rule, so a budget must exceed the noise. A demanded gain, and against dense
     "no slower", are decided by the interval alone."""
     return math.log1p(budget) < noise and (budget > 0 if gate == PRUNED else budget >= 0)
-
-
-def _common(first: Rounds, second: Rounds) -> tuple[list[float], list[float]]:
-    shared = sorted(first.keys() & second.keys())
-    return [first[index] for index in shared], [second[index] for index in shared]
 
 
 def _round_up(value: float) -> float:

@@ -104,10 +104,10 @@ def cells(row: Row) -> tuple[str, ...]:
     """A row as text, in the order of COLUMNS."""
     unit = {"memory": "bytes"}.get(row.check, _unit(row))
     reason = f"{row.reason}; {row.comparison}" if row.comparison else row.reason
-    found = "" if row.value is None else _interval(row)
+    ratio = "" if row.value is None else _interval(row)
     limit = "" if row.limit is None else _number(row.limit, row.unit)
     figures = ("" if value is None else _number(value, unit) for value in (row.baseline, row.measured))
-    return (row.candidate, row.check, row.place, *figures, found, limit, reason)
+    return (row.candidate, row.check, row.place, *figures, ratio, limit, reason)
 
 
 def conditions(verdict: Verdict) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ...errors import ConfigError, CrepeError
+from ...errors import EXIT_RESUMABLE, ConfigError, CrepeError
 from ...packed.cuda import dispatch
 from ...store.files import write_json
 from .layers import measure_shape
@@ -32,7 +32,6 @@ from .timing import copy_bandwidth, product_rate
 from .work import REAL, REHEARSAL, Plan
 
 STAGES = ("machine", "layers", "model")
-RESUMABLE = 75
 Unit = tuple[str, str, Callable[[], Any]]
 
 
@@ -66,7 +65,7 @@ def measure(options: argparse.Namespace) -> int:
             continue
         if time.monotonic() - began > 60 * options.minutes:
             print(f"stopped before {stage} {name}; the same command goes on from here", file=sys.stderr)
-            return RESUMABLE
+            return EXIT_RESUMABLE
         start = time.monotonic()
         results[stage][name] = unit()
         write_json(options.out, results)

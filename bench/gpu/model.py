@@ -38,7 +38,7 @@ def measure_model(variant: str, plan: Plan) -> dict[str, Any]:
     calls = {"prefill": [prefill], "decode": [decode]}
     times = interleaved(calls, plan)
     size = sum(t.numel() * t.element_size() for t in tensors(model))
-    return {"ms": {name: 1e-3 * found["median"] for name, found in times.items()}, "resident_bytes": size}
+    return {"ms": {name: 1e-3 * row["median"] for name, row in times.items()}, "resident_bytes": size}
 
 
 def build(variant: str, plan: Plan) -> tuple[Any, Any]:
@@ -86,5 +86,5 @@ def move(model: nn.Module, device: str) -> None:
 
 def tensors(model: nn.Module) -> list[torch.Tensor]:
     """All parameters and buffers; cuSPARSELt's tensor holds the values too, which then count once."""
-    found = [*model.parameters(), *model.buffers()]
-    return list({t.untyped_storage().data_ptr(): t for t in sorted(found, key=lambda t: t.numel())}.values())
+    held = [*model.parameters(), *model.buffers()]
+    return list({t.untyped_storage().data_ptr(): t for t in sorted(held, key=lambda t: t.numel())}.values())

@@ -36,15 +36,15 @@ def device_line(device: dict[str, Any]) -> str:
 
 def layer_table(layers: dict[str, list[dict[str, Any]]]) -> str:
     """Ratio over dense by batch; a wrong result is marked."""
-    found: dict[tuple[str, str], dict[int, str]] = {}
+    table: dict[tuple[str, str], dict[int, str]] = {}
     for name, rows in layers.items():
         for row in rows:
             cell = f"{row['over_dense']:.2f} ({row['of_copy_bandwidth']:.0%})" + ("" if row["correct"] else " WRONG")
-            found.setdefault((name.rpartition("/")[0], row["pattern"]), {})[row["batch"]] = cell
-    batches = sorted({batch for cells in found.values() for batch in cells})
+            table.setdefault((name.rpartition("/")[0], row["pattern"]), {})[row["batch"]] = cell
+    batches = sorted({batch for cells in table.values() for batch in cells})
     lines = ["| layer | pattern | " + " | ".join(f"batch {batch}" for batch in batches) + " |"]
     lines.append("|---|---|" + "---:|" * len(batches))
-    for (layer, pattern), cells in found.items():
+    for (layer, pattern), cells in table.items():
         lines.append(f"| {layer} | {pattern} | " + " | ".join(cells.get(batch, "") for batch in batches) + " |")
     return "\n".join(lines)
 

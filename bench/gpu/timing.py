@@ -43,7 +43,7 @@ def interleaved(variants: Mapping[str, Sequence[Call]], plan: Plan) -> dict[str,
             took = seconds(run, plan) / len(variants[name])
             if turn or not plan.rounds:  # the first turn warms up
                 times[name].append(1e6 * took)
-    return {name: {"median": statistics.median(found), "best": min(found)} for name, found in times.items()}
+    return {name: {"median": statistics.median(us), "best": min(us)} for name, us in times.items()}
 
 
 def seconds(run: Call, plan: Plan) -> float:

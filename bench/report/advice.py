@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final, Literal
 
 from ..run.result import Interval
-from .compare import Arm, Comparison, Kind
+from .compare import Comparison, Entry, Kind
 from .numbers import digits, interval, percent
 
 MAX_PERPLEXITY_RATIO: Final = 1.10
@@ -43,10 +44,10 @@ class Advice:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Appraisal:
     """A candidate under the rules: which one it fails, if any, and its cost (the lower, the better)."""
 
-    arm: Arm
+    entry: Entry
     speed: Interval | None
     perplexity: Interval | None
     out: Fault | None
@@ -56,28 +57,28 @@ class Judged:
 def advise(comparison: Comparison, limit: float = MAX_PERPLEXITY_RATIO) -> Advice:
     """Apply the rules to every candidate; the answer is the kind of the cheapest that stays."""
     rules = _rules(comparison, limit)
-    judged = [_judge(arm, comparison, limit) for arm in comparison.others if arm.kind != "dense"]
-    if not judged:
+    appraisals = [_appraise(entry, comparison, limit) for entry in comparison.others if entry.kind != "dense"]
+    if not appraisals:
         reason = "No candidate here is pruned or quantised, so there is nothing to choose from."
         return Advice("undecided", _WORDS["undecided"], (reason,), rules)
-    staying = sorted((found for found in judged if found.out is None), key=lambda found: found.cost)
+    staying = sorted((appraisal for appraisal in appraisals if appraisal.out is None), key=attrgetter("cost"))
     reasons = [_praise(staying[0], comparison)] if staying else []
-    reasons += [_compare_kinds(staying[0], found) for found in _best_of_other_kinds(staying)]
-    reasons += _outs(judged, limit)
-    reasons += _unmeasured(judged)
+    reasons += [_compare_kinds(staying[0], appraisal) for appraisal in _best_of_other_kinds(staying)]
+    reasons += _outs(appraisals, limit)
+    reasons += _unmeasured(appraisals)
     answer: Answer
     if staying:
-        answer = _ANSWERS[staying[0].arm.kind]
+        answer = _ANSWERS[staying[0].entry.kind]
     else:
-        answer = "undecided" if all(found.perplexity is None for found in judged) else "neither"
-    chosen = staying[0].arm.name if staying else None
+        answer = "undecided" if all(appraisal.perplexity is None for appraisal in appraisals) else "neither"
+    chosen = staying[0].entry.name if staying else None
     return Advice(answer, _WORDS[answer], tuple(reasons), rules, chosen)
 
 
-def _judge(arm: Arm, comparison: Comparison, limit: float) -> Judged:
-    speed = _speed(arm, comparison)
-    perplexity = arm.perplexity_ratio()
-    smaller = arm.weights is not None and arm.weights <= SMALLER
+def _appraise(entry: Entry, comparison: Comparison, limit: float) -> Appraisal:
+    speed = _speed(entry, comparison)
+    perplexity = entry.perplexity_ratio()
+    smaller = entry.weights is not None and entry.weights <= SMALLER
     point = comparison.headline
     floor = 1.0 if point is None else math.exp(comparison.noise(point.name, "decode_tokens_per_s"))
     faster = speed is not None and speed.low is not None and speed.low > floor
@@ -89,37 +90,37 @@ def _judge(arm: Arm, comparison: Comparison, limit: float) -> Judged:
     elif not smaller and not faster:
         out = "no gain"
     time = 1.0 if speed is None else 1 / speed.value
-    return Judged(arm, speed, perplexity, out, math.sqrt((arm.weights or 1.0) * time))
+    return Appraisal(entry, speed, perplexity, out, math.sqrt((entry.weights or 1.0) * time))
 
 
-def _speed(arm: Arm, comparison: Comparison) -> Interval | None:
+def _speed(entry: Entry, comparison: Comparison) -> Interval | None:
     point = comparison.headline
-    return None if point is None else arm.ratio(point.name, "decode_tokens_per_s")
+    return None if point is None else entry.ratio(point.name, "decode_tokens_per_s")
 
 
-def _upper(found: Interval) -> float:
-    return found.value if found.high is None else found.high
+def _upper(ratio: Interval) -> float:
+    return ratio.value if ratio.high is None else ratio.high
 
 
-def _name(found: Judged) -> str:
-    return f"“{found.arm.name}” ({found.arm.kind})"
+def _name(appraisal: Appraisal) -> str:
+    return f"“{appraisal.entry.name}” ({appraisal.entry.kind})"
 
 
-def _praise(found: Judged, comparison: Comparison) -> str:
-    weights = "unknown bytes" if found.arm.weights is None else f"{percent(found.arm.weights)} of its bytes"
-    text = f"{_name(found)} keeps perplexity at {interval(found.perplexity, '×')} the baseline's with {weights}"
-    if found.speed is not None and comparison.headline is not None:
-        text += f" and decodes at {interval(found.speed, '×')} its speed ({comparison.headline.name})"
-    if not found.arm.same_engine:
-        text += f"; it ran in {found.arm.candidate.engine}, so part of that is the engine's doing"
+def _praise(appraisal: Appraisal, comparison: Comparison) -> str:
+    weights = "unknown bytes" if appraisal.entry.weights is None else f"{percent(appraisal.entry.weights)} of its bytes"
+    text = f"{_name(appraisal)} keeps perplexity at {interval(appraisal.perplexity, '×')} the baseline's with {weights}"
+    if appraisal.speed is not None and comparison.headline is not None:
+        text += f" and decodes at {interval(appraisal.speed, '×')} its speed ({comparison.headline.name})"
+    if not appraisal.entry.same_engine:
+        text += f"; it ran in {appraisal.entry.candidate.engine}, so part of that is the engine's doing"
     return text + "."
 
 
-def _compare_kinds(best: Judged, other: Judged) -> str:
+def _compare_kinds(best: Appraisal, other: Appraisal) -> str:
     return f"{_name(other)} also qualifies, at {digits(other.cost / best.cost)}× the cost that the rules count."
 
 
-def _outs(judged: list[Judged], limit: float) -> list[str]:
+def _outs(appraisals: list[Appraisal], limit: float) -> list[str]:
     """One sentence for each rule that put candidates out, naming them."""
     reasons: dict[Fault, str] = {
         "worse": f"Over the perplexity limit of {digits(limit)}×",
@@ -129,27 +130,27 @@ def _outs(judged: list[Judged], limit: float) -> list[str]:
     said = []
     for fault, reason in reasons.items():
         names = [
-            _name(found) + (f" at {interval(found.perplexity, '×')}" if fault == "worse" else "")
-            for found in judged
-            if found.out == fault
+            _name(appraisal) + (f" at {interval(appraisal.perplexity, '×')}" if fault == "worse" else "")
+            for appraisal in appraisals
+            if appraisal.out == fault
         ]
         said += [f"{reason}: {'; '.join(names)}."] if names else []
     return said
 
 
-def _best_of_other_kinds(staying: list[Judged]) -> list[Judged]:
-    seen = {staying[0].arm.kind} if staying else set()
-    found = []
-    for judged in staying:
-        if judged.arm.kind not in seen:
-            seen.add(judged.arm.kind)
-            found.append(judged)
-    return found
+def _best_of_other_kinds(staying: list[Appraisal]) -> list[Appraisal]:
+    seen = {staying[0].entry.kind} if staying else set()
+    best = []
+    for appraisal in staying:
+        if appraisal.entry.kind not in seen:
+            seen.add(appraisal.entry.kind)
+            best.append(appraisal)
+    return best
 
 
-def _unmeasured(judged: list[Judged]) -> list[str]:
+def _unmeasured(appraisals: list[Appraisal]) -> list[str]:
     kinds: tuple[Kind, ...] = ("pruned", "quantised", "pruned and quantised")
-    missing = [kind for kind in kinds if all(found.arm.kind != kind for found in judged)]
+    missing = [kind for kind in kinds if all(appraisal.entry.kind != kind for appraisal in appraisals)]
     return [f"Not measured here, so not ruled out: a {kind} candidate." for kind in missing]
 
 

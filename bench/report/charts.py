@@ -9,7 +9,7 @@ import numpy as np
 
 from ..run.metrics import METRICS, by_round
 from ..run.result import Interval, Point
-from .compare import Arm, Comparison, in_flight, series_at
+from .compare import Comparison, Entry, in_flight
 from .content import Figure
 from .numbers import digits, interval, si
 from .samples import LATENCIES, Pool, pool
@@ -22,7 +22,7 @@ CURVE_STEPS = 200
 class Spot:
     """One candidate in a trade-off: x and y as ratios to the baseline, with intervals where there are any."""
 
-    arm: Arm
+    entry: Entry
     x: Interval
     y: Interval
 
@@ -58,13 +58,13 @@ def trade_off(spots: Sequence[Spot], words: Words, higher_x: bool) -> Figure | N
         axes.plot([s.x.value for s in best], [s.y.value for s in best], color=INK, linewidth=1, linestyle=":", zorder=1)
         handles = []
         for spot in spots:
-            style = look(spot.arm)
+            style = look(spot.entry)
             handles.append(
                 axes.errorbar(
                     spot.x.value,
                     spot.y.value,
-                    xerr=_arms_of(spot.x),
-                    yerr=_arms_of(spot.y),
+                    xerr=_error_bars(spot.x),
+                    yerr=_error_bars(spot.y),
                     fmt=style.marker,
                     color=style.colour,
                     markersize=8,
@@ -75,47 +75,47 @@ def trade_off(spots: Sequence[Spot], words: Words, higher_x: bool) -> Figure | N
         ratio_axis(axes, "x", _ends([spot.x for spot in spots]))
         ratio_axis(axes, "y", _ends([spot.y for spot in spots]))
         axes.set(xlabel=words.x, ylabel=words.y)
-        legend_below(drawn, handles, [look(spot.arm).label for spot in spots])
+        legend_below(drawn, handles, [look(spot.entry).label for spot in spots])
         svg, png = render(drawn, words.name, words.title, words.conditions)
-    names = ", ".join(f"“{spot.arm.name}”" for spot in best)
-    spots_said = "; ".join(f"“{s.arm.name}” at {interval(s.x, '×')} and {interval(s.y, '×')}" for s in spots)
+    names = ", ".join(f"“{spot.entry.name}”" for spot in best)
+    spots_said = "; ".join(f"“{s.entry.name}” at {interval(s.x, '×')} and {interval(s.y, '×')}" for s in spots)
     alternative = f"{words.x} against {words.y}: {spots_said}. On the frontier (dotted line): {names}."
     return Figure(words.name, words.title, alternative, words.conditions, words.table, svg, png)
 
 
-def _arms_of(found: Interval) -> list[list[float]] | None:
-    if found.low is None or found.high is None:
+def _error_bars(ratio: Interval) -> list[list[float]] | None:
+    if ratio.low is None or ratio.high is None:
         return None
-    return [[max(found.value - found.low, 0.0)], [max(found.high - found.value, 0.0)]]
+    return [[max(ratio.value - ratio.low, 0.0)], [max(ratio.high - ratio.value, 0.0)]]
 
 
 def _ends(intervals: Sequence[Interval]) -> list[float]:
-    return [end for found in intervals for end in (found.value, found.low, found.high) if end is not None]
+    return [end for ratio in intervals for end in (ratio.value, ratio.low, ratio.high) if end is not None]
 
 
 def load_curve(comparison: Comparison, points: Sequence[Point], words: Words) -> Figure | None:
     """Time per token against throughput, one curve a candidate, over points that differ in sequences at once only."""
-    curves = {arm.index: curve(arm, points) for arm in comparison.arms}
-    shown = [arm for arm in comparison.arms if len(curves[arm.index]) > 1]
+    curves = {entry.index: curve(entry, points) for entry in comparison.entries}
+    shown = [entry for entry in comparison.entries if len(curves[entry.index]) > 1]
     if not shown:
         return None
     with drawing(height=4.2) as (drawn, [axes]):
         handles = []
-        for arm in shown:
-            style = look(arm)
-            xs = [x for _, x, _ in curves[arm.index]]
-            ys = [1e3 * y for _, _, y in curves[arm.index]]
+        for entry in shown:
+            style = look(entry)
+            xs = [x for _, x, _ in curves[entry.index]]
+            ys = [1e3 * y for _, _, y in curves[entry.index]]
             line = axes.plot(xs, ys, color=style.colour, marker=style.marker, linestyle=style.dash, markersize=6)
             handles.append(line[0])
-            for load, x, y in curves[arm.index] if arm is shown[0] else []:
+            for load, x, y in curves[entry.index] if entry is shown[0] else []:
                 axes.annotate(str(load), (x, 1e3 * y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
         axes.set(xlabel=words.x, ylabel=words.y)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.margins(0.1)
-        legend_below(drawn, handles, [look(arm).label for arm in shown])
+        legend_below(drawn, handles, [look(entry).label for entry in shown])
         svg, png = render(drawn, words.name, words.title, words.conditions)
-    said = [f"“{arm.name}”: " + ", ".join(_said(*spot) for spot in curves[arm.index]) for arm in shown]
+    said = [f"“{entry.name}”: " + ", ".join(_said(*spot) for spot in curves[entry.index]) for entry in shown]
     return Figure(words.name, words.title, "; ".join(said) + ".", words.conditions, words.table, svg, png)
 
 
@@ -123,45 +123,43 @@ def _said(load: int, tokens_per_s: float, time_s: float) -> str:
     return f"{load} at once {digits(tokens_per_s)} tokens/s, {si(time_s, 's')}"
 
 
-def curve(arm: Arm, points: Sequence[Point]) -> list[tuple[int, float, float]]:
+def curve(entry: Entry, points: Sequence[Point]) -> list[tuple[int, float, float]]:
     """(sequences at once, output tokens/s, seconds per token) of a candidate at each point it was measured at."""
-    found = []
+    spots = []
     for point in sorted(points, key=in_flight):
-        series = series_at(arm.candidate, point.name)
-        if series is None:
-            continue
+        series = entry.candidate.series_at(point.name)
         speed = by_round(series, METRICS["output_tokens_per_s"])
         time = by_round(series, METRICS["tpot_s"])
         if speed and time:
-            found.append((in_flight(point), float(np.median(speed)), float(np.median(time))))
-    return found
+            spots.append((in_flight(point), float(np.median(speed)), float(np.median(time))))
+    return spots
 
 
 def distribution(comparison: Comparison, point: Point, kind: str, words: Words) -> Figure | None:
     """Cumulative distribution of one latency at one point, a curve a candidate; None where samples are too few."""
-    pools = {arm.index: pool(series_at(arm.candidate, point.name), LATENCIES[kind]) for arm in comparison.arms}
-    shown = [arm for arm in comparison.arms if pools[arm.index].values.size >= 10]
+    pools = {entry.index: pool(entry.candidate.series_at(point.name), LATENCIES[kind]) for entry in comparison.entries}
+    shown = [entry for entry in comparison.entries if pools[entry.index].values.size >= 10]
     if not shown:
         return None
     with drawing(height=4.0) as (drawn, [axes]):
         handles = []
-        for arm in shown:
-            style = look(arm)
-            xs, ys = steps(pools[arm.index])
+        for entry in shown:
+            style = look(entry)
+            xs, ys = steps(pools[entry.index])
             handles += axes.plot(
                 1e3 * xs, 100 * ys, color=style.colour, linestyle=style.dash, linewidth=1.6, marker=style.marker,
-                markevery=(0.1 + 0.02 * arm.index, 0.2), markersize=5,
+                markevery=(0.1 + 0.02 * entry.index, 0.2), markersize=5,
             )  # fmt: skip
-        everything = np.concatenate([pools[arm.index].values for arm in shown])
+        everything = np.concatenate([pools[entry.index].values for entry in shown])
         if everything.min() > 0 and everything.max() / everything.min() > 20:
             log_axis(axes)
         axes.set(xlabel=words.x, ylabel=words.y, ylim=(0, 102))
-        legend_below(drawn, handles, [look(arm).label for arm in shown])
+        legend_below(drawn, handles, [look(entry).label for entry in shown])
         svg, png = render(drawn, words.name, words.title, words.conditions)
     said = [
-        f"“{arm.name}” median {si(float(np.median(pools[arm.index].values)), 's')}, "
-        f"90 % within {si(float(np.quantile(pools[arm.index].values, 0.9)), 's')}"
-        for arm in shown
+        f"“{entry.name}” median {si(float(np.median(pools[entry.index].values)), 's')}, "
+        f"90 % within {si(float(np.quantile(pools[entry.index].values, 0.9)), 's')}"
+        for entry in shown
     ]
     return Figure(words.name, words.title, "; ".join(said) + ".", words.conditions, words.table, svg, png)
 
@@ -176,7 +174,10 @@ def steps(samples: Pool) -> tuple[np.ndarray, np.ndarray]:
 def forest(comparison: Comparison, metric: str, words: Words) -> Figure | None:
     """Paired ratios of one metric with intervals, by point and candidate; the noise floor shaded where known."""
     groups = [
-        (point, [(arm, ratio) for arm in comparison.others if (ratio := arm.ratio(point.name, metric)) is not None])
+        (
+            point,
+            [(entry, ratio) for entry in comparison.others if (ratio := entry.ratio(point.name, metric)) is not None],
+        )
         for point in comparison.run.workload.points
     ]
     groups = [(point, pairs) for point, pairs in groups if pairs]
@@ -193,11 +194,11 @@ def forest(comparison: Comparison, metric: str, words: Words) -> Figure | None:
                 axes.fill_betweenx(
                     [place + 0.4, place + len(pairs) + 0.6], float(np.exp(-noise)), float(np.exp(noise)), color=BAND
                 )
-            for arm, ratio in pairs:
+            for entry, ratio in pairs:
                 place += 1
-                style = look(arm)
+                style = look(entry)
                 axes.errorbar(
-                    ratio.value, place, xerr=_arms_of(ratio), fmt=style.marker, color=style.colour, markersize=6,
+                    ratio.value, place, xerr=_error_bars(ratio), fmt=style.marker, color=style.colour, markersize=6,
                     elinewidth=1.6, capsize=3,
                 )  # fmt: skip
                 ticks.append((place, style.label, False))
@@ -214,7 +215,7 @@ def forest(comparison: Comparison, metric: str, words: Words) -> Figure | None:
         axes.set_xlabel(words.x)
         svg, png = render(drawn, words.name, words.title, words.conditions)
     said = [
-        f"{point.name}: " + ", ".join(f"“{arm.name}” {interval(ratio, '×')}" for arm, ratio in pairs)
+        f"{point.name}: " + ", ".join(f"“{entry.name}” {interval(ratio, '×')}" for entry, ratio in pairs)
         for point, pairs in groups
     ]
     return Figure(words.name, words.title, "; ".join(said) + ".", words.conditions, words.table, svg, png)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
-from ..run.metrics import METRICS, errors, rounds_of
-from ..run.result import Candidate, Interval, Point, Run, Series
+from ..run.metrics import METRICS, common_rounds, errors, rounds_of
+from ..run.result import Candidate, Interval, Point, Run
 from ..run.statistics import paired_ratio
 
 Kind = Literal["dense", "pruned", "quantised", "pruned and quantised"]
@@ -18,7 +18,7 @@ PRUNED_FROM: Final = 0.05
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairedRatio:
     """A metric of a candidate over the baseline's at one point: ratio over shared rounds, or why there is none."""
 
     metric: str
@@ -29,14 +29,14 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Entry:
     """A candidate with its place in the run (for colour and marker) and its comparisons with the baseline."""
 
     index: int
     candidate: Candidate
     kind: Kind
     baseline: bool
-    pairs: dict[tuple[str, str], Pair]
+    pairs: dict[tuple[str, str], PairedRatio]
     weights: float | None
     same_engine: bool
 
@@ -61,18 +61,18 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run and its arms. `headline`: the point that stands for decoding speed; `loaded`: the one with most at once."""
+    """A run and its entries. `headline`: the point that stands for decoding speed; `loaded`: that with most at once."""
 
     run: Run
-    arms: tuple[Arm, ...]
+    entries: tuple[Entry, ...]
 
     @cached_property
-    def baseline(self) -> Arm:
-        return next(arm for arm in self.arms if arm.baseline)
+    def baseline(self) -> Entry:
+        return next(entry for entry in self.entries if entry.baseline)
 
     @property
-    def others(self) -> tuple[Arm, ...]:
-        return tuple(arm for arm in self.arms if not arm.baseline)
+    def others(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if not entry.baseline)
 
     @cached_property
     def headline(self) -> Point | None:
@@ -82,8 +82,8 @@ class Comparison:
     @cached_property
     def loaded(self) -> Point | None:
         """The decoding point with the most sequences at once; None where that is the headline."""
-        found = max(self._decoding(), key=in_flight, default=None)
-        return None if found is None or self.headline is None or in_flight(found) == in_flight(self.headline) else found
+        most = max(self._decoding(), key=in_flight, default=None)
+        return None if most is None or self.headline is None or in_flight(most) == in_flight(self.headline) else most
 
     @cached_property
     def prompt(self) -> Point | None:
@@ -99,21 +99,17 @@ class Comparison:
         return [point for point in self.run.workload.points if self._known(point, "decode_tokens_per_s")]
 
     def _known(self, point: Point, metric: str) -> bool:
-        return any(
-            rounds_of(series, METRICS[metric])
-            for arm in self.arms
-            if (series := series_at(arm.candidate, point.name)) is not None
-        )
+        return any(rounds_of(entry.candidate.series_at(point.name), METRICS[metric]) for entry in self.entries)
 
 
 def compare(run: Run) -> Comparison:
     """Every candidate of a run against its baseline, metric by metric and point by point."""
     baseline = run.candidate(run.baseline)
     ordered = [baseline, *(candidate for candidate in run.candidates if candidate.name != run.baseline)]
-    return Comparison(run, tuple(_arm(index, candidate, baseline, run) for index, candidate in enumerate(ordered)))
+    return Comparison(run, tuple(_entry(index, candidate, baseline, run) for index, candidate in enumerate(ordered)))
 
 
-def _arm(index: int, candidate: Candidate, baseline: Candidate, run: Run) -> Arm:
+def _entry(index: int, candidate: Candidate, baseline: Candidate, run: Run) -> Entry:
     is_baseline = candidate.name == baseline.name
     pairs = {} if is_baseline else {
         (point.name, name): pair(candidate, baseline, point.name, name)
@@ -122,28 +118,22 @@ def _arm(index: int, candidate: Candidate, baseline: Candidate, run: Run) -> Arm
     }  # fmt: skip
     whole = baseline.memory.weights_bytes
     weights = candidate.memory.weights_bytes / whole if whole > 0 else None
-    return Arm(index, candidate, kind_of(candidate), is_baseline, pairs, weights, candidate.engine == baseline.engine)
+    return Entry(index, candidate, kind_of(candidate), is_baseline, pairs, weights, candidate.engine == baseline.engine)
 
 
-def pair(candidate: Candidate, baseline: Candidate, point: str, name: str) -> Pair:
+def pair(candidate: Candidate, baseline: Candidate, point: str, name: str) -> PairedRatio:
     """One metric at one point, over the rounds that both have."""
-    arms = [series_at(found, point) for found in (candidate, baseline)]
-    if arms[0] is None or arms[1] is None:
-        return Pair(name, point, None, 0, "not measured at this point")
-    left, right = (rounds_of(series, METRICS[name]) for series in arms if series is not None)
-    shared = sorted(left.keys() & right.keys())
-    if not shared:
-        return Pair(name, point, None, 0, "no round in which both answered")
+    measured = [one.series_at(point) for one in (candidate, baseline)]
+    if not all(series.visits for series in measured):
+        return PairedRatio(name, point, None, 0, "not measured at this point")
+    left, right = common_rounds(*(rounds_of(series, METRICS[name]) for series in measured))
+    if not left:
+        return PairedRatio(name, point, None, 0, "no round in which both answered")
     try:
-        ratio = paired_ratio([left[index] for index in shared], [right[index] for index in shared])
+        ratio = paired_ratio(left, right)
     except ValueError as error:
-        return Pair(name, point, None, len(shared), str(error))
-    return Pair(name, point, ratio, len(shared))
-
-
-def series_at(candidate: Candidate, point: str) -> Series | None:
-    """A candidate's series at a point, if it was measured there."""
-    return next((series for series in candidate.series if series.point == point), None)
+        return PairedRatio(name, point, None, len(left), str(error))
+    return PairedRatio(name, point, ratio, len(left))
 
 
 def in_flight(point: Point) -> int:
@@ -163,6 +153,6 @@ def kind_of(candidate: Candidate) -> Kind:
     return "quantised" if quantised else "dense"
 
 
-def failed_requests(arm: Arm) -> int:
+def failed_requests(entry: Entry) -> int:
     """How many of a candidate's requests failed."""
-    return sum(len(errors(series)) for series in arm.candidate.series)
+    return sum(len(errors(series)) for series in entry.candidate.series)

@@ -105,15 +105,15 @@ def fraction(value: float | None) -> Cell:
     return Cell(percent(value), value)
 
 
-def estimate(found: Interval | None, suffix: str = "") -> Cell:
+def estimate(figure: Interval | None, suffix: str = "") -> Cell:
     """A cell with a figure and its interval."""
-    return Cell(interval(found, suffix), None if found is None else found.value)
+    return Cell(interval(figure, suffix), None if figure is None else figure.value)
 
 
 def is_numeric(table: Table, column: int) -> bool:
     """Whether every known cell of a column carries a number, and at least one does."""
     cells = [row[column] for row in table.rows if not row[column].empty]
-    return bool(cells) and all(found.value is not None for found in cells)
+    return bool(cells) and all(own.value is not None for own in cells)
 
 
 def without_empty_columns(table: Table) -> Table:

@@ -44,7 +44,7 @@ def load_groups(paths: Sequence[Path]) -> list[Group]:
     groups: dict[str, list[Source]] = {}
     for source in sources.values():
         groups.setdefault(comparable_key(source.run), []).append(source)
-    return [Group(tuple(sorted(found, key=lambda source: source.run.created))) for found in groups.values()]
+    return [Group(tuple(sorted(members, key=lambda source: source.run.created))) for members in groups.values()]
 
 
 def comparable_key(run: Run) -> str:

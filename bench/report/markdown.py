@@ -53,7 +53,7 @@ def table_lines(table: Table) -> list[str]:
     """A GitHub table with its caption above and its conditions below."""
     rule = ["---:" if is_numeric(table, i) else "---" for i in range(len(table.columns))]
     lines = [f"**{escape(table.caption)}**", "", _row([escape(column) for column in table.columns]), _row(rule)]
-    lines += [_row([escape(found.text) for found in row]) for row in table.rows]
+    lines += [_row([escape(own.text) for own in row]) for row in table.rows]
     return [*lines, "", f"*{escape(table.conditions)}*"] if table.conditions else lines
 
 

@@ -38,18 +38,18 @@ def _scale(value: float, unit: str) -> tuple[float, str]:
     if unit not in {"s", "B"} or value == 0 or not math.isfinite(value):
         return 1.0, ""
     rounded = abs(float(f"{value:.2e}"))
-    prefixes = [found for found in _PREFIXES if unit == "s" or found[0] >= 1]
-    return next((found for found in prefixes if rounded >= found[0]), prefixes[-1])
+    prefixes = [prefix for prefix in _PREFIXES if unit == "s" or prefix[0] >= 1]
+    return next((prefix for prefix in prefixes if rounded >= prefix[0]), prefixes[-1])
 
 
-def interval(found: Interval | None, suffix: str = "", count: int = 3) -> str:
+def interval(figure: Interval | None, suffix: str = "", count: int = 3) -> str:
     """A figure and its interval, such as "1.55× [1.40, 1.73]"; without one where too few rounds were taken."""
-    if found is None:
+    if figure is None:
         return MISSING
-    text = digits(found.value, count) + suffix
-    if found.low is None or found.high is None:
+    text = digits(figure.value, count) + suffix
+    if figure.low is None or figure.high is None:
         return text
-    return f"{text} [{digits(found.low, count)}, {digits(found.high, count)}]"
+    return f"{text} [{digits(figure.low, count)}, {digits(figure.high, count)}]"
 
 
 def percent(value: float | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ..run.result import Interval, Quality
 from .charts import Spot, Words, trade_off
-from .compare import Arm
+from .compare import Entry
 from .content import Section, Table, cell, estimate, without_empty_columns
 from .scene import Scene
 
@@ -18,7 +18,7 @@ def trade_offs(scene: Scene) -> Section:
     """Quality against weight bytes and against decode speed."""
     headline = scene.comparison.headline
     memory = trade_off(
-        _spots(scene, lambda arm: None if arm.weights is None else Interval(value=arm.weights)),
+        _spots(scene, lambda entry: None if entry.weights is None else Interval(value=entry.weights)),
         Words(
             scene.name("quality-memory"), "Quality against weight bytes: lower left is better",
             "weight bytes over the baseline's", "perplexity over the baseline's", scene.machine, scene.name("summary"),
@@ -29,7 +29,7 @@ def trade_offs(scene: Scene) -> Section:
     if headline is not None:
         point = headline.name
         speed = trade_off(
-            _spots(scene, lambda arm: arm.ratio(point, "decode_tokens_per_s")),
+            _spots(scene, lambda entry: entry.ratio(point, "decode_tokens_per_s")),
             Words(
                 scene.name("quality-speed"), "Quality against decode speed: lower right is better",
                 "decode speed over the baseline's", "perplexity over the baseline's", scene.at(headline),
@@ -43,31 +43,33 @@ def trade_offs(scene: Scene) -> Section:
     return Section(scene.name("trade-offs"), "What is traded", text if figures else (), figures, (), missing)
 
 
-def _spots(scene: Scene, x_of: Callable[[Arm], Interval | None]) -> list[Spot]:
-    found = []
-    for arm in scene.comparison.arms:
-        x, y = x_of(arm), arm.perplexity_ratio()
+def _spots(scene: Scene, x_of: Callable[[Entry], Interval | None]) -> list[Spot]:
+    spots = []
+    for entry in scene.comparison.entries:
+        x, y = x_of(entry), entry.perplexity_ratio()
         if x is not None and y is not None:
-            found.append(Spot(arm, x, y))
-    return found
+            spots.append(Spot(entry, x, y))
+    return spots
 
 
 def quality(scene: Scene) -> Section:
     """Perplexity, KL divergence and top-token agreement, each with its convention."""
-    measured = [(arm, arm.candidate.quality) for arm in scene.comparison.arms if arm.candidate.quality is not None]
+    measured = [
+        (entry, entry.candidate.quality) for entry in scene.comparison.entries if entry.candidate.quality is not None
+    ]
     title = "Quality"
     if not measured:
         return Section(scene.name("quality"), title, missing="Quality was not measured in this run.")
     conventions: list[str] = []
     rows = []
-    for arm, found in measured:
-        told = convention(found)
+    for entry, own in measured:
+        told = convention(own)
         if told not in conventions:
             conventions.append(told)
-        figures = (found.perplexity, arm.perplexity_ratio(), found.kl_mean, found.kl_p99, found.same_top)
+        figures = (own.perplexity, entry.perplexity_ratio(), own.kl_mean, own.kl_p99, own.same_top)
         suffixes = ("", "×", "", "", "")
         cells = [estimate(figure, suffix) for figure, suffix in zip(figures, suffixes, strict=True)]
-        rows.append((cell(arm.name), *cells, cell(f"({conventions.index(told) + 1})")))
+        rows.append((cell(entry.name), *cells, cell(f"({conventions.index(told) + 1})")))
     table = Table(
         scene.name("quality-table"),
         "Perplexity and divergence from the baseline, with 95 % bootstrap intervals over windows of text",

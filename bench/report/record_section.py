@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 
 from ..run.metrics import METRICS, by_round, errors
 from ..run.result import Interval, Run, workload_sha256
 from .bars import history as history_figure
 from .charts import Words
-from .compare import Arm, Comparison, compare, series_at
+from .compare import Comparison, Entry, compare
 from .content import Cell, Section, Table, cell, estimate, fraction, quantity, without_empty_columns
 from .loading import Source
 from .numbers import count, plural, si
@@ -27,13 +28,13 @@ def history(scene: Scene) -> Section:
     headline = scene.comparison.headline
     rows = []
     for label, comparison in zip(labels, comparisons, strict=True):
-        for arm in comparison.arms:
-            ratio = _ratio(comparison, arm.name, headline.name) if headline is not None else None
-            time = _time(arm, headline.name) if headline is not None else None
+        for entry in comparison.entries:
+            ratio = _ratio(comparison, entry.name, headline.name) if headline is not None else None
+            time = _time(entry, headline.name) if headline is not None else None
             rows.append(
                 (
-                    cell(label), cell(arm.name), estimate(ratio, "×"), quantity(time, "s"),
-                    quantity(arm.candidate.memory.weights_bytes, "B"), estimate(arm.perplexity_ratio(), "×"),
+                    cell(label), cell(entry.name), estimate(ratio, "×"), quantity(time, "s"),
+                    quantity(entry.candidate.memory.weights_bytes, "B"), estimate(entry.perplexity_ratio(), "×"),
                 )
             )  # fmt: skip
     columns = ("Run", "Candidate", "Decode speed ×", "Time per output token", "Weight files", "Perplexity ×")
@@ -44,8 +45,8 @@ def history(scene: Scene) -> Section:
     figure = None
     if headline is not None:
         lines = [
-            (arm, [_ratio(comparison, arm.name, headline.name) for comparison in comparisons])
-            for arm in scene.comparison.others
+            (entry, [_ratio(comparison, entry.name, headline.name) for comparison in comparisons])
+            for entry in scene.comparison.others
         ]
         words = Words(
             scene.name("history-figure"), "Decode speed over runs: higher is better", "run",
@@ -62,34 +63,33 @@ def _label(source: Source) -> str:
 
 
 def _ratio(comparison: Comparison, name: str, point: str) -> Interval | None:
-    arm = next((arm for arm in comparison.arms if arm.name == name), None)
-    return None if arm is None or arm.baseline else arm.ratio(point, "decode_tokens_per_s")
+    entry = next((entry for entry in comparison.entries if entry.name == name), None)
+    return None if entry is None or entry.baseline else entry.ratio(point, "decode_tokens_per_s")
 
 
-def _time(arm: Arm, point: str) -> float | None:
-    series = series_at(arm.candidate, point)
-    values = sorted(by_round(series, METRICS["tpot_s"])) if series is not None else []
-    return values[len(values) // 2] if values else None
+def _time(entry: Entry, point: str) -> float | None:
+    values = by_round(entry.candidate.series_at(point), METRICS["tpot_s"])
+    return statistics.median(values) if values else None
 
 
 def failures(scene: Scene) -> Section:
     """Failed requests, and comparisons that could not be made."""
     title = "Errors"
     rows = []
-    for arm in scene.comparison.arms:
-        for series in arm.candidate.series:
+    for entry in scene.comparison.entries:
+        for series in entry.candidate.series:
             total = sum(len(visit.requests) for visit in series.visits)
             for message, number in Counter(errors(series)).most_common():
                 rows.append(
                     (
-                        cell(arm.name), cell(series.point), Cell(count(number), number), Cell(count(total), total),
+                        cell(entry.name), cell(series.point), Cell(count(number), number), Cell(count(total), total),
                         fraction(number / total), cell(message[:300]),
                     )
                 )  # fmt: skip
     missing = [
-        f"“{arm.name}” could not be compared at {point}: {next(iter(reasons))}."
-        for arm in scene.comparison.others
-        for point, reasons in _reasons(arm).items()
+        f"“{entry.name}” could not be compared at {point}: {next(iter(reasons))}."
+        for entry in scene.comparison.others
+        for point, reasons in _reasons(entry).items()
     ]
     if not rows:
         return Section(scene.name("errors"), title, ("No request failed.", *missing))
@@ -99,13 +99,13 @@ def failures(scene: Scene) -> Section:
     return Section(scene.name("errors"), title, tuple(missing), (), (table,))
 
 
-def _reasons(arm: Arm) -> dict[str, set[str]]:
+def _reasons(entry: Entry) -> dict[str, set[str]]:
     """Why no metric at all could be compared at a point, by point."""
-    points = {pair.point for pair in arm.pairs.values()}
+    points = {pair.point for pair in entry.pairs.values()}
     return {
-        point: {pair.reason for pair in arm.pairs.values() if pair.point == point and pair.reason is not None}
+        point: {pair.reason for pair in entry.pairs.values() if pair.point == point and pair.reason is not None}
         for point in sorted(points)
-        if all(pair.ratio is None for pair in arm.pairs.values() if pair.point == point)
+        if all(pair.ratio is None for pair in entry.pairs.values() if pair.point == point)
     }
 
 
@@ -117,14 +117,21 @@ def conditions(scene: Scene) -> Section:
 
 def _candidates(scene: Scene) -> Table:
     rows = []
-    for arm in scene.comparison.arms:
-        found = arm.candidate
+    for entry in scene.comparison.entries:
+        candidate = entry.candidate
         notes = "; ".join(
-            f"{key}: {_plain(value)}" for key, value in found.notes.items() if value not in ({}, [], "", None)
+            f"{key}: {_plain(value)}" for key, value in candidate.notes.items() if value not in ({}, [], "", None)
         )
-        texts = (found.kind, found.engine, found.method, found.pattern, found.format, found.folder)
-        cells = [cell(text or "–") for text in (*texts, found.model_sha256[:12], notes)]
-        rows.append((cell(found.name), *cells))
+        texts = (
+            candidate.kind,
+            candidate.engine,
+            candidate.method,
+            candidate.pattern,
+            candidate.format,
+            candidate.folder,
+        )
+        cells = [cell(text or "–") for text in (*texts, candidate.model_sha256[:12], notes)]
+        rows.append((cell(candidate.name), *cells))
     columns = ("Candidate", "Kind", "Engine", "Method", "Pattern", "Format", "Folder", "Model sha256", "Notes")
     return without_empty_columns(
         Table(scene.name("candidates"), "What each candidate is", columns, tuple(rows), scene.machine)

@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..run.metrics import gaps, succeeded
-from ..run.result import Interval, Request, Series, Visit
+from ..run.metrics import SAMPLES
+from ..run.result import Interval, Series, Visit
 
 RESAMPLES: Final = 400
 LEVELS: Final[dict[str, float]] = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -29,25 +29,10 @@ class Latency:
     of: Callable[[Visit], list[float]]
 
 
-def _ttft(visit: Visit) -> list[float]:
-    return [request.ttft_s for request in succeeded(visit) if request.ttft_s is not None]
-
-
-def _tpot(visit: Visit) -> list[float]:
-    found = [_per_token(request) for request in succeeded(visit)]
-    return [time for time in found if time is not None]
-
-
-def _per_token(request: Request) -> float | None:
-    if request.latency_s is None or request.ttft_s is None or request.output_tokens < 2:
-        return None
-    return (request.latency_s - request.ttft_s) / (request.output_tokens - 1)
-
-
 LATENCIES: Final[dict[str, Latency]] = {
-    "ttft": Latency("TTFT", "time to first token: from sending the prompt to the first new token", _ttft),
-    "tpot": Latency("TPOT", "time per output token after the first, a mean for each request", _tpot),
-    "itl": Latency("ITL", "inter-token latency: the gap between two tokens of one answer", gaps),
+    "ttft": Latency("TTFT", "time to first token: from sending the prompt to the first new token", SAMPLES["ttft_s"]),
+    "tpot": Latency("TPOT", "time per output token after the first, a mean for each request", SAMPLES["tpot_s"]),
+    "itl": Latency("ITL", "inter-token latency: the gap between two tokens of one answer", SAMPLES["itl_s"]),
 }
 
 
@@ -63,9 +48,9 @@ class Pool:
         return len(np.unique(self.rounds))
 
 
-def pool(series: Series | None, latency: Latency) -> Pool:
-    """Every sample of a series; empty where there is none."""
-    pairs = [] if series is None else [(time, visit.round) for visit in series.visits for time in latency.of(visit)]
+def pool(series: Series, latency: Latency) -> Pool:
+    """Every sample of a series."""
+    pairs = [(time, visit.round) for visit in series.visits for time in latency.of(visit)]
     values = np.asarray([time for time, _ in pairs], dtype=np.float64)
     indices = np.asarray([index for _, index in pairs], dtype=np.int64)
     order = np.argsort(values, kind="stable")

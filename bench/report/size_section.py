@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 from ..run.result import Layer
 from .bars import Stack, block_bars, by_block, memory_stack
 from .charts import Words
-from .compare import Arm
+from .compare import Entry
 from .content import Cell, Figure, Section, Table, cell, fraction, quantity, without_empty_columns
 from .numbers import MISSING, count
 from .scene import Scene
@@ -15,7 +16,7 @@ from .scene import Scene
 
 def memory(scene: Scene) -> Section:
     """Weights, KV cache at the stated context and the rest of the peak; and how many more tokens the cache can hold."""
-    stacks = [_stack(arm, scene.context) for arm in scene.comparison.arms]
+    stacks = [_stack(entry, scene.context) for entry in scene.comparison.entries]
     context = f"KV cache for {count(scene.context)} tokens"
     kind = "allocated on the GPU" if scene.run.environment.host.gpu else "resident"
     words = Words(
@@ -41,37 +42,36 @@ def memory(scene: Scene) -> Section:
     return Section(scene.name("memory-section"), "Memory", text, figures, (without_empty_columns(table),))
 
 
-def _stack(arm: Arm, context: int) -> Stack:
-    found = arm.candidate.memory
-    cache = None if found.kv_token_bytes is None else found.kv_token_bytes * context
-    rest = None if found.peak_bytes is None else found.peak_bytes - found.weights_bytes - (cache or 0)
-    return Stack(arm, found.weights_bytes, cache, rest if rest is None or rest >= 0 else None)
+def _stack(entry: Entry, context: int) -> Stack:
+    usage = entry.candidate.memory
+    cache = None if usage.kv_token_bytes is None else usage.kv_token_bytes * context
+    rest = None if usage.peak_bytes is None else usage.peak_bytes - usage.weights_bytes - (cache or 0)
+    return Stack(entry, usage.weights_bytes, cache, rest if rest is None or rest >= 0 else None)
 
 
 def _memory_row(stack: Stack, scene: Scene) -> tuple[Cell, ...]:
-    arm = stack.arm
-    found = arm.candidate.memory
+    entry = stack.entry
+    usage = entry.candidate.memory
     gained = Cell(MISSING)
-    if found.kv_token_bytes and not arm.baseline:
-        saved = scene.comparison.baseline.candidate.memory.weights_bytes - found.weights_bytes
-        gained = Cell(count(saved // found.kv_token_bytes), saved // found.kv_token_bytes)
-    loads = sorted(arm.candidate.load_s)
-    sizes = (found.weights_bytes, found.linears_bytes, found.loaded_bytes, found.peak_bytes, found.kv_token_bytes)
+    if usage.kv_token_bytes and not entry.baseline:
+        saved = scene.comparison.baseline.candidate.memory.weights_bytes - usage.weights_bytes
+        gained = Cell(count(saved // usage.kv_token_bytes), saved // usage.kv_token_bytes)
+    sizes = (usage.weights_bytes, usage.linears_bytes, usage.loaded_bytes, usage.peak_bytes, usage.kv_token_bytes)
     return (
-        cell(arm.name),
+        cell(entry.name),
         *(quantity(size, "B") for size in (*sizes, stack.cache, stack.rest)),
         gained,
-        quantity(loads[len(loads) // 2] if loads else None, "s"),
+        quantity(statistics.median(entry.candidate.load_s) if entry.candidate.load_s else None, "s"),
     )
 
 
 def layers(scene: Scene) -> Section:
     """Zeros, error and width of the layers: bars by decoder block and a table of every layer."""
     title = "Layers"
-    arms = [arm for arm in scene.comparison.arms if arm.candidate.layers]
-    if not arms:
+    entries = [entry for entry in scene.comparison.entries if entry.candidate.layers]
+    if not entries:
         return Section(scene.name("layers"), title, missing="The run file holds no per-layer figures.")
-    pruned = [arm for arm in arms if not arm.baseline]
+    pruned = [entry for entry in entries if not entry.baseline]
     table = scene.name("layers-table")
     figures = [
         _bars(scene, pruned, lambda layer: layer.sparsity, ("sparsity", "Zeros by decoder block", "zeros (%)"), 100),
@@ -79,23 +79,23 @@ def layers(scene: Scene) -> Section:
         _widths(scene, pruned),
     ]
     text = ["Layer error: how far a layer's output on calibration text is from the unpruned layer's, relative to it."]
-    if all(layer.error is None for arm in arms for layer in arm.candidate.layers):
+    if all(layer.error is None for entry in entries for layer in entry.candidate.layers):
         text = ["The run file holds no layer errors."]
     if scene.comparison.baseline.candidate.layers and figures[2] is None:
         text.append("Every layer is as wide as the baseline's.")
-    full = [f"“{arm.name}”" for arm in arms if all(layer.sparsity == 0 for layer in arm.candidate.layers)]
+    full = [f"“{entry.name}”" for entry in entries if all(layer.sparsity == 0 for layer in entry.candidate.layers)]
     if full:
         text.append(f"Without counted zeros: {', '.join(full)}.")
-    tables = (_layer_table(scene, arms, table),)
+    tables = (_layer_table(scene, entries, table),)
     drawn = tuple(figure for figure in figures if figure is not None)
     return Section(scene.name("layers"), title, tuple(text), drawn, tables)
 
 
 def _bars(
-    scene: Scene, arms: list[Arm], of: Callable[[Layer], float | None], texts: tuple[str, str, str], scale: float
+    scene: Scene, entries: list[Entry], of: Callable[[Layer], float | None], texts: tuple[str, str, str], scale: float
 ) -> Figure | None:
-    values = [(arm, by_block(arm.candidate.layers, of)) for arm in arms]
-    values = [(arm, found) for arm, found in values if any(value > 0 for value in found.values())]
+    values = [(entry, by_block(entry.candidate.layers, of)) for entry in entries]
+    values = [(entry, blocks) for entry, blocks in values if any(value > 0 for value in blocks.values())]
     if not values:
         return None
     word, title, y = texts
@@ -106,29 +106,31 @@ def _bars(
     return block_bars(values, words, scale)
 
 
-def _widths(scene: Scene, arms: list[Arm]) -> Figure | None:
+def _widths(scene: Scene, entries: list[Entry]) -> Figure | None:
     shapes = {layer.name: layer.shape for layer in scene.comparison.baseline.candidate.layers}
-    if not any(shapes.get(layer.name, layer.shape) != layer.shape for arm in arms for layer in arm.candidate.layers):
+    if not any(
+        shapes.get(layer.name, layer.shape) != layer.shape for entry in entries for layer in entry.candidate.layers
+    ):
         return None
 
     def width(layer: Layer) -> float | None:
         whole = shapes.get(layer.name)
         return None if whole is None else layer.shape[0] * layer.shape[1] / (whole[0] * whole[1])
 
-    return _bars(scene, arms, width, ("width", "Width by decoder block", "weights kept (%)"), 100)
+    return _bars(scene, entries, width, ("width", "Width by decoder block", "weights kept (%)"), 100)
 
 
-def _layer_table(scene: Scene, arms: list[Arm], name: str) -> Table:
-    records = {arm.index: {layer.name: layer for layer in arm.candidate.layers} for arm in arms}
-    names = list(dict.fromkeys(layer.name for arm in arms for layer in arm.candidate.layers))
+def _layer_table(scene: Scene, entries: list[Entry], name: str) -> Table:
+    records = {entry.index: {layer.name: layer for layer in entry.candidate.layers} for entry in entries}
+    names = list(dict.fromkeys(layer.name for entry in entries for layer in entry.candidate.layers))
     columns = ["Layer"]
-    for arm in arms:
-        columns += [f"{arm.name}: shape", f"{arm.name}: zeros", f"{arm.name}: error"]
+    for entry in entries:
+        columns += [f"{entry.name}: shape", f"{entry.name}: zeros", f"{entry.name}: error"]
     rows = []
     for layer_name in names:
         row = [cell(layer_name)]
-        for arm in arms:
-            layer = records[arm.index].get(layer_name)
+        for entry in entries:
+            layer = records[entry.index].get(layer_name)
             if layer is None:
                 row += [Cell(MISSING)] * 3
                 continue

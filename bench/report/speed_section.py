@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+
 from ..run.metrics import METRICS, by_round
 from ..run.result import Interval, Point
 from .charts import Words, distribution, forest, load_curve
-from .compare import in_flight, series_at
+from .compare import in_flight
 from .content import Cell, Figure, Section, Table, cell, estimate, quantity, without_empty_columns
 from .numbers import MISSING, capital, count, digits, si
 from .samples import LATENCIES, LEVELS, pool, summarise
@@ -23,7 +25,7 @@ def latency(scene: Scene) -> Section:
         for i, point in enumerate(points)
         if (figure := _distribution(scene, kind, point, i)) is not None
     )
-    glosses = " ".join(f"{found.title}: {found.gloss}." for found in LATENCIES.values())
+    glosses = " ".join(f"{kind.title}: {kind.gloss}." for kind in LATENCIES.values())
     text = (
         f"{glosses} p50, p90, p99: 50, 90 and 99 % of the samples are at most this; shown only where there are samples "
         "beyond it. All successful requests of all rounds together; failed ones count nowhere.",
@@ -35,13 +37,13 @@ def latency(scene: Scene) -> Section:
 def _percentiles(scene: Scene, kind: str) -> Table | None:
     rows = []
     for point in scene.run.workload.points:
-        for arm in scene.comparison.arms:
-            samples = pool(series_at(arm.candidate, point.name), LATENCIES[kind])
-            found = summarise(samples)
-            if found:
-                cells = [_time(found.get(name)) for name in ("mean", *LEVELS)]
+        for entry in scene.comparison.entries:
+            samples = pool(entry.candidate.series_at(point.name), LATENCIES[kind])
+            intervals = summarise(samples)
+            if intervals:
+                cells = [_time(intervals.get(name)) for name in ("mean", *LEVELS)]
                 counts = [Cell(count(n), n) for n in (samples.values.size, samples.round_count)]
-                rows.append((cell(arm.name), cell(point.name), *cells, *counts))
+                rows.append((cell(entry.name), cell(point.name), *cells, *counts))
     if not rows:
         return None
     columns = ("Candidate", "Point", "mean", *LEVELS, "Samples", "Rounds")
@@ -51,19 +53,19 @@ def _percentiles(scene: Scene, kind: str) -> Table | None:
     return without_empty_columns(table)
 
 
-def _time(found: Interval | None) -> Cell:
-    if found is None:
+def _time(figure: Interval | None) -> Cell:
+    if figure is None:
         return Cell(MISSING)
-    return Cell(si(found.value, "s", found.low, found.high), found.value)
+    return Cell(si(figure.value, "s", figure.low, figure.high), figure.value)
 
 
 def _distribution_points(scene: Scene) -> dict[str, list[Point]]:
     comparison = scene.comparison
     pairs = {"itl": (comparison.headline, comparison.loaded), "ttft": (comparison.prompt, comparison.loaded)}
-    found: dict[str, list[Point]] = {}
+    distinct: dict[str, list[Point]] = {}
     for kind, points in pairs.items():
-        found[kind] = list({point.name: point for point in points if point is not None}.values())
-    return found
+        distinct[kind] = list({point.name: point for point in points if point is not None}.values())
+    return distinct
 
 
 def _distribution(scene: Scene, kind: str, point: Point, index: int) -> Figure | None:
@@ -82,7 +84,7 @@ def load(scene: Scene) -> Section:
         key = (point.prompt_tokens, point.output_tokens, point.concurrency is not None)
         sets.setdefault(key, []).append(point)
     figures = []
-    for i, points in enumerate(found for found in sets.values() if len({in_flight(p) for p in found}) > 1):
+    for i, points in enumerate(group for group in sets.values() if len({in_flight(p) for p in group}) > 1):
         one, served = points[0], points[0].concurrency is not None
         kind = "requests in flight" if served else "batch"
         words = Words(
@@ -106,38 +108,32 @@ def _load_table(scene: Scene) -> Table:
     names = ("output_tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s", "tpot_s", "latency_s")
     rows = []
     for point in scene.run.workload.points:
-        for arm in scene.comparison.arms:
-            series = series_at(arm.candidate, point.name)
-            values = [None if series is None else _median(by_round(series, METRICS[name])) for name in names]
+        for entry in scene.comparison.entries:
+            rounds = [by_round(entry.candidate.series_at(point.name), METRICS[name]) for name in names]
+            values = [statistics.median(figures) if figures else None for figures in rounds]
             if any(value is not None for value in values):
                 cells = [quantity(value, METRICS[name].unit) for value, name in zip(values, names, strict=True)]
-                rows.append((cell(arm.name), cell(point.name), Cell(count(in_flight(point)), in_flight(point)), *cells))
+                rows.append(
+                    (cell(entry.name), cell(point.name), Cell(count(in_flight(point)), in_flight(point)), *cells)
+                )
     columns = ("Candidate", "Point", "At once", *(capital(METRICS[name].title) for name in names))
     table = Table(scene.name("load-table"), "Absolute speed, median over rounds", columns, tuple(rows), scene.machine)
     return without_empty_columns(table)
-
-
-def _median(values: list[float]) -> float | None:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    if not ordered:
-        return None
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def differences(scene: Scene) -> Section:
     """Every metric's paired ratio to the baseline, as forest plots and as one table."""
     title = "Paired differences"
     rows = []
-    for arm in scene.comparison.others:
-        for pair in arm.pairs.values():
+    for entry in scene.comparison.others:
+        for pair in entry.pairs.values():
             if pair.ratio is None:
                 continue
             metric = METRICS[pair.metric]
             noise = scene.comparison.noise(pair.point, pair.metric)
             rows.append(
                 (
-                    cell(arm.name), cell(pair.point), cell(capital(metric.title)), estimate(pair.ratio, "×"),
+                    cell(entry.name), cell(pair.point), cell(capital(metric.title)), estimate(pair.ratio, "×"),
                     cell(f"{metric.better} is better"), Cell(count(pair.rounds), pair.rounds),
                     Cell(MISSING) if not noise else Cell(f"±{digits(100 * noise)} %", noise),
                 )
@@ -161,9 +157,9 @@ def differences(scene: Scene) -> Section:
 
 
 def _forest(scene: Scene, metric: str, table: str) -> Figure | None:
-    found = METRICS[metric]
-    way = "left" if found.better == "lower" else "right"
-    title = f"{capital(found.title)}: {way} of the line is better"
+    shown = METRICS[metric]
+    way = "left" if shown.better == "lower" else "right"
+    title = f"{capital(shown.title)}: {way} of the line is better"
     words = Words(
         scene.name(f"forest-{metric.replace('_', '-')}"), title, "ratio to the baseline", "", scene.machine, table
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import MissingExtra
-from .compare import Arm
+from .compare import Entry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,11 +70,11 @@ class Look:
     label: str
 
 
-def look(arm: Arm) -> Look:
+def look(entry: Entry) -> Look:
     """A candidate's look, from its place in the run; the baseline is ink."""
-    i = arm.index
-    colour = INK if arm.baseline else LIGHT[(i - 1) % len(LIGHT)]
-    label = short(arm.name) + (" (baseline)" if arm.baseline else "")
+    i = entry.index
+    colour = INK if entry.baseline else LIGHT[(i - 1) % len(LIGHT)]
+    label = short(entry.name) + (" (baseline)" if entry.baseline else "")
     return Look(colour, _MARKERS[i % len(_MARKERS)], _DASHES[i % len(_DASHES)], _HATCHES[i % len(_HATCHES)], label)
 
 

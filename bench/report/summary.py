@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..run.result import Interval
-from .compare import Arm, Comparison, failed_requests
+from .compare import Comparison, Entry, failed_requests
 from .content import Cell, Table, cell, estimate, without_empty_columns
 from .numbers import digits, plural, si
 from .scene import Scene
@@ -23,9 +23,14 @@ def summary_table(scene: Scene) -> Table:
     columns = ["Candidate", "In words", "Weight files (lower is better)", "Perplexity × (lower is better)"]
     columns += [f"{title} × ({point.name}, {way})" for point, title, _, way in shown]
     rows = []
-    for arm in comparison.arms:
-        row = [cell(arm.name), cell(words(arm, comparison)), _weights(arm), estimate(arm.perplexity_ratio(), "×")]
-        row += [estimate(arm.ratio(point.name, metric), "×") for point, _, metric, _ in shown]
+    for entry in comparison.entries:
+        row = [
+            cell(entry.name),
+            cell(words(entry, comparison)),
+            _weights(entry),
+            estimate(entry.perplexity_ratio(), "×"),
+        ]
+        row += [estimate(entry.ratio(point.name, metric), "×") for point, _, metric, _ in shown]
         rows.append(tuple(row))
     caption = (
         f"Every candidate against the baseline “{scene.run.baseline}”, with 95 % intervals: "
@@ -35,23 +40,23 @@ def summary_table(scene: Scene) -> Table:
     return without_empty_columns(table)
 
 
-def _weights(arm: Arm) -> Cell:
-    size = arm.candidate.memory.weights_bytes
-    return Cell(si(size, "B") + (f" ({digits(arm.weights)}×)" if arm.weights is not None else ""), size)
+def _weights(entry: Entry) -> Cell:
+    size = entry.candidate.memory.weights_bytes
+    return Cell(si(size, "B") + (f" ({digits(entry.weights)}×)" if entry.weights is not None else ""), size)
 
 
-def words(arm: Arm, comparison: Comparison) -> str:
+def words(entry: Entry, comparison: Comparison) -> str:
     """What a candidate gained and lost, in words; a difference whose interval spans 1 is no clear difference."""
-    if arm.baseline:
+    if entry.baseline:
         return "the baseline"
-    said = [f"{arm.kind}: {_bytes(arm.weights)}"]
+    said = [f"{entry.kind}: {_bytes(entry.weights)}"]
     if comparison.headline is not None:
         point, metric = comparison.headline.name, "decode_tokens_per_s"
-        said.append(_speed(arm.ratio(point, metric), math.exp(comparison.noise(point, metric))))
-    said.append(_perplexity(arm.perplexity_ratio()))
-    if not arm.same_engine:
-        said.append(f"another engine than the baseline ({arm.candidate.engine})")
-    if failed := failed_requests(arm):
+        said.append(_speed(entry.ratio(point, metric), math.exp(comparison.noise(point, metric))))
+    said.append(_perplexity(entry.perplexity_ratio()))
+    if not entry.same_engine:
+        said.append(f"another engine than the baseline ({entry.candidate.engine})")
+    if failed := failed_requests(entry):
         said.append(f"{plural(failed, 'failed request')}")
     return ", ".join(said)
 

@@ -36,10 +36,10 @@ def model_sha256(folder: Path, manifest: Manifest | None) -> str:
     digest = hashlib.sha256()
     for path in weight_files(folder):
         name = path.relative_to(folder).as_posix()
-        found = sha256_file(path)
-        if manifest is not None and manifest.files.get(name, found) != found:
+        sha256 = sha256_file(path)
+        if manifest is not None and manifest.files.get(name, sha256) != sha256:
             raise VerifyError(f"{path} differs from its sha256 in the manifest: export it again before measuring it")
-        digest.update(f"{name}:{found}\n".encode())
+        digest.update(f"{name}:{sha256}\n".encode())
     return digest.hexdigest()
 
 

@@ -58,11 +58,11 @@ def record_host() -> Host:
 
 def library_versions() -> dict[str, str]:
     """Versions of everything that decides a speed, as far as it is installed."""
-    found = versions()
+    installed = versions()
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def clock_mhz() -> float | None:

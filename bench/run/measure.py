@@ -32,7 +32,7 @@ from .candidate import (
 from .environment import load_average, record_environment
 from .result import Candidate, Memory, Point, Quality, Run, Series, Visit
 from .scenario import AGAIN, CandidateSpec, Scenario
-from .served_worker import SERVED, ServedWorker
+from .served_worker import SERVED, Backend, ServedWorker
 from .statistics import noise_floor
 from .worker import OfflineWorker, Turn, Worker, offline_command
 
@@ -46,12 +46,12 @@ def check(scenario: Scenario) -> None:
     """Refuse what cannot be measured, before anything is loaded. Raises ConfigError, CheckpointError, MissingExtra."""
     points = [spec.point() for spec in scenario.points]
     vocabularies: dict[str, int | None] = {}
-    for arm in scenario.arms():
-        _require(arm)
-        _check_folder(arm, scenario)
+    for spec in scenario.specs():
+        _require(spec)
+        _check_folder(spec, scenario)
         for point in points:
-            _check_point(arm, point)
-        vocabularies[arm.name] = limits(arm.folder)[0]
+            _check_point(spec, point)
+        vocabularies[spec.name] = limits(spec.folder)[0]
     if None in vocabularies.values():
         raise ConfigError(f"config.json gives no vocab_size for {[n for n, size in vocabularies.items() if not size]}")
     if len(set(vocabularies.values())) > 1:
@@ -61,32 +61,32 @@ def check(scenario: Scenario) -> None:
         raise ConfigError(f"quality.text {scenario.quality.text} is no file{_remedy(scenario)}")
 
 
-def _check_folder(arm: CandidateSpec, scenario: Scenario) -> None:
-    if not (arm.folder / "config.json").is_file():
-        raise CheckpointError(f"candidate '{arm.name}': {arm.folder} is no model folder{_remedy(scenario)}")
-    if not weight_files(arm.folder):
-        raise CheckpointError(f"candidate '{arm.name}': {arm.folder} holds no weights{_remedy(scenario)}")
+def _check_folder(spec: CandidateSpec, scenario: Scenario) -> None:
+    if not (spec.folder / "config.json").is_file():
+        raise CheckpointError(f"candidate '{spec.name}': {spec.folder} is no model folder{_remedy(scenario)}")
+    if not weight_files(spec.folder):
+        raise CheckpointError(f"candidate '{spec.name}': {spec.folder} holds no weights{_remedy(scenario)}")
 
 
-def _require(arm: CandidateSpec) -> None:
-    name = str(arm.engine)
+def _require(spec: CandidateSpec) -> None:
+    name = str(spec.engine)
     if name == SERVED:
-        served_worker.require(arm.options)
+        served_worker.require(spec.options)
     elif name in ENGINES:
-        ENGINES[name].require(arm.options)
+        ENGINES[name].require(spec.options)
     else:
-        raise ConfigError(f"candidate '{arm.name}': no engine '{name}'; there are {', '.join([*ENGINES, SERVED])}")
+        raise ConfigError(f"candidate '{spec.name}': no engine '{name}'; there are {', '.join([*ENGINES, SERVED])}")
 
 
-def _check_point(arm: CandidateSpec, point: Point) -> None:
-    context, needed = limits(arm.folder)[1], point.prompt_tokens + point.output_tokens
+def _check_point(spec: CandidateSpec, point: Point) -> None:
+    context, needed = limits(spec.folder)[1], point.prompt_tokens + point.output_tokens
     if context is not None and needed > context:
-        raise ConfigError(f"point {point.name} needs {needed} tokens, and the context of '{arm.name}' holds {context}")
-    if arm.engine == SERVED and (point.concurrency is None or point.batch != 1):
-        raise ConfigError(f"point {point.name} is in lock step: engine {SERVED} of '{arm.name}' takes a concurrency")
-    if arm.engine != SERVED and point.concurrency is not None:
+        raise ConfigError(f"point {point.name} needs {needed} tokens, and the context of '{spec.name}' holds {context}")
+    if spec.engine == SERVED and (point.concurrency is None or point.batch != 1):
+        raise ConfigError(f"point {point.name} is in lock step: engine {SERVED} of '{spec.name}' takes a concurrency")
+    if spec.engine != SERVED and point.concurrency is not None:
         raise ConfigError(
-            f"point {point.name} has a concurrency: engine {arm.engine} of '{arm.name}' serves none, {SERVED} does"
+            f"point {point.name} has a concurrency: engine {spec.engine} of '{spec.name}' serves none, {SERVED} does"
         )
 
 
@@ -103,7 +103,7 @@ class Session:
 
     def __init__(self, scenario: Scenario, command: str, start: Start | None = None) -> None:
         self.scenario, self.command = scenario, command
-        self.arms = scenario.arms()
+        self.specs = scenario.specs()
         self.points = [spec.point() for spec in scenario.points]
         self.visits: dict[tuple[str, str], list[Visit]] = {}
         self.rounds = 0
@@ -123,13 +123,13 @@ class Session:
 
     def load(self, step: Progress = silent) -> None:
         """Read every candidate's files, then start one after the other. Raises VerifyError, CrepeError."""
-        for arm in self.arms:
-            self._facts[arm.name] = _facts(arm, self.scenario)
-        for index, arm in enumerate(self.arms):
-            worker = self._start(arm, self.scenario)
+        for spec in self.specs:
+            self._facts[spec.name] = _facts(spec, self.scenario)
+        for index, spec in enumerate(self.specs):
+            worker = self._start(spec, self.scenario)
             self._stack.callback(worker.close)
-            self._workers[arm.name] = worker
-            step(index + 1, len(self.arms))
+            self._workers[spec.name] = worker
+            step(index + 1, len(self.specs))
 
     def warm_up(self, step: Progress = silent) -> None:
         """Rounds of which nothing is kept."""
@@ -143,7 +143,7 @@ class Session:
         self.rounds += rounds
 
     def _turns(self, rounds: range, step: Progress) -> Iterator[tuple[str, Point, Visit]]:
-        vocabulary = int(limits(self.arms[0].folder)[0] or 0)
+        vocabulary = int(limits(self.specs[0].folder)[0] or 0)
         total, done = len(rounds) * len(self.points) * len(self._workers) * 2, 0
         for index in rounds:
             for point in self.points:
@@ -155,7 +155,9 @@ class Session:
 
     def run(self, qualities: Qualities | None = None) -> Run:
         """What was measured so far."""
-        candidates = [self._candidate(arm, (qualities or {}).get(arm.name.removesuffix(AGAIN))) for arm in self.arms]
+        candidates = [
+            self._candidate(spec, (qualities or {}).get(spec.name.removesuffix(AGAIN))) for spec in self.specs
+        ]
         threads = self.scenario.thread_count()
         return Run(
             name=self.scenario.name,
@@ -169,33 +171,33 @@ class Session:
             noise=self._noise(candidates) if self.scenario.aa else None,
         )
 
-    def _candidate(self, arm: CandidateSpec, quality: Quality | None) -> Candidate:
-        worker = self._workers[arm.name]
+    def _candidate(self, spec: CandidateSpec, quality: Quality | None) -> Candidate:
+        worker = self._workers[spec.name]
         return Candidate(
-            **self._facts[arm.name],
+            **self._facts[spec.name],
             quality=quality,
             load_s=[worker.ready["load_s"]],
-            memory=_memory(arm, worker),
-            series=[Series(point=point.name, visits=self.visits[arm.name, point.name]) for point in self.points],
-            notes=self._notes(arm, worker),
+            memory=_memory(spec, worker),
+            series=[Series(point=point.name, visits=self.visits[spec.name, point.name]) for point in self.points],
+            notes=self._notes(spec, worker),
         )
 
-    def _notes(self, arm: CandidateSpec, worker: Worker) -> dict[str, Any]:
+    def _notes(self, spec: CandidateSpec, worker: Worker) -> dict[str, Any]:
         notes: dict[str, Any] = {
             key: worker.ready[key] for key in ("dtype", "linears", "kernels") if key in worker.ready
         }
-        notes |= {"options": arm.options} if arm.options else {}
-        notes |= {"aa_of": self.scenario.baseline_name} if is_again(arm, self.scenario) else {}
-        if any(arm.folder.glob("*.safetensors")):
-            notes["step_bytes"] = step_bytes(arm.folder)
+        notes |= {"options": spec.options} if spec.options else {}
+        notes |= {"aa_of": self.scenario.baseline_name} if is_again(spec, self.scenario) else {}
+        if any(spec.folder.glob("*.safetensors")):
+            notes["step_bytes"] = step_bytes(spec.folder)
         return notes
 
     def _noise(self, candidates: list[Candidate]) -> dict[str, float]:
         first, again = candidates[:2]
-        found: dict[str, float] = {}
+        floors: dict[str, float] = {}
         for one, other in zip(first.series, again.series, strict=True):
-            found |= noise_floor(one, other)
-        return found
+            floors |= noise_floor(one, other)
+        return floors
 
 
 def order(names: Sequence[str], round: int) -> list[str]:
@@ -206,56 +208,58 @@ def order(names: Sequence[str], round: int) -> list[str]:
     return [*there, *reversed(there)]
 
 
-def is_again(arm: CandidateSpec, scenario: Scenario) -> bool:
-    """Whether it is the second arm of an A/A run."""
-    return scenario.aa and arm.name == scenario.baseline_name + AGAIN
+def is_again(spec: CandidateSpec, scenario: Scenario) -> bool:
+    """Whether it is the second spec of an A/A run."""
+    return scenario.aa and spec.name == scenario.baseline_name + AGAIN
 
 
-def _facts(arm: CandidateSpec, scenario: Scenario) -> dict[str, Any]:
-    known = describe_folder(arm.folder)
+def _facts(spec: CandidateSpec, scenario: Scenario) -> dict[str, Any]:
+    known = describe_folder(spec.folder)
     return {
         **known,
-        "name": arm.name,
-        "engine": arm.engine,
-        "folder": str(arm.folder),
-        "model_sha256": model_sha256(arm.folder, manifest_of(arm.folder)),
-        "kind": known["kind"] + (", measured again" if is_again(arm, scenario) else ""),
+        "name": spec.name,
+        "engine": spec.engine,
+        "folder": str(spec.folder),
+        "model_sha256": model_sha256(spec.folder, manifest_of(spec.folder)),
+        "kind": known["kind"] + (", measured again" if is_again(spec, scenario) else ""),
     }
 
 
-def _memory(arm: CandidateSpec, worker: Worker) -> Memory:
+def _memory(spec: CandidateSpec, worker: Worker) -> Memory:
     return Memory(
-        weights_bytes=weights_bytes(arm.folder),
+        weights_bytes=weights_bytes(spec.folder),
         linears_bytes=worker.ready.get("linear_bytes"),
         loaded_bytes=worker.ready.get("loaded_bytes"),
         peak_bytes=worker.peak_bytes(),
-        kv_token_bytes=kv_token_bytes(arm.folder, str(worker.ready.get("dtype"))),
+        kv_token_bytes=kv_token_bytes(spec.folder, str(worker.ready.get("dtype"))),
     )
 
 
-def start_worker(arm: CandidateSpec, scenario: Scenario) -> Worker:
-    """The candidate's process, loaded."""
-    found, variables = settings(arm, scenario), child_variables(scenario)
-    if arm.engine != SERVED:
-        return OfflineWorker(arm.name, offline_command(str(arm.engine), arm.folder, found), variables)
-    extra = ["--max-model-len", str(found.max_tokens), "--max-num-seqs", str(max(8, found.max_batch))]
-    dtype = ["--dtype", found.dtype] if found.dtype != "auto" else []
+def start_worker(spec: CandidateSpec, scenario: Scenario, backend: Backend | None = None) -> Worker:
+    """The candidate's process, loaded; `backend` serves it where it asks for a server."""
+    asked, variables = settings(spec, scenario), child_variables(scenario)
+    if spec.engine != SERVED:
+        return OfflineWorker(spec.name, offline_command(str(spec.engine), spec.folder, asked), variables)
+    extra = ["--max-model-len", str(asked.max_tokens), "--max-num-seqs", str(max(8, asked.max_batch))]
+    dtype = ["--dtype", asked.dtype] if asked.dtype != "auto" else []
     del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    return ServedWorker(arm.name, arm.folder, [*extra, "--block-size", "32", *dtype], arm.options, variables)
+    return ServedWorker(
+        spec.name, spec.folder, [*extra, "--block-size", "32", *dtype], spec.options, variables, backend or Backend()
+    )
 
 
-def settings(arm: CandidateSpec, scenario: Scenario) -> Settings:
+def settings(spec: CandidateSpec, scenario: Scenario) -> Settings:
     """How the engine is to be loaded: room for the longest sequence and the largest batch, and not more."""
     points = [spec.point() for spec in scenario.points]
     longest = max(point.prompt_tokens + point.output_tokens for point in points)
     rounded = 32 * math.ceil((longest + 1) / 32)
-    context = limits(arm.folder)[1]
+    context = limits(spec.folder)[1]
     return Settings(
         max_tokens=rounded if context is None else min(rounded, context),
         max_batch=max(point.concurrency or point.batch for point in points),
-        dtype=str(arm.dtype),
+        dtype=str(spec.dtype),
         threads=scenario.thread_count(),
-        options=arm.options,
+        options=spec.options,
     )
 
 
@@ -274,9 +278,9 @@ def child_variables(scenario: Scenario) -> dict[str, str]:
 
 
 def _cache_gib(scenario: Scenario) -> int:
-    arms = scenario.arms()
+    specs = scenario.specs()
     needed = [
-        (kv_token_bytes(arm.folder, "float32") or 0) * options.max_tokens * options.max_batch
-        for arm, options in ((arm, settings(arm, scenario)) for arm in arms)
+        (kv_token_bytes(spec.folder, "float32") or 0) * options.max_tokens * options.max_batch
+        for spec, options in ((spec, settings(spec, scenario)) for spec in specs)
     ]
     return max(1, math.ceil(max(needed) / _GIB))

@@ -6,9 +6,10 @@ visits, for samples within one visit are not independent. Failed requests count 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from functools import partial
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -55,25 +56,10 @@ def rounds_of(series: Series, metric: Metric) -> dict[int, float]:
     return {index: float(np.mean(rounds[index])) for index in sorted(rounds)}
 
 
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.median(known)) if known else None
-
-
-def _quantile(level: float) -> Callable[[Visit], float | None]:
-    def of(visit: Visit) -> float | None:
-        found = gaps(visit)
-        return float(np.quantile(found, level)) if found else None
-
-    return of
-
-
-def _ttft(visit: Visit) -> float | None:
-    return _median([request.ttft_s for request in succeeded(visit)])
-
-
-def _tpot(visit: Visit) -> float | None:
-    return _median([time_per_token(request) for request in succeeded(visit)])
+def common_rounds(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[list[float], list[float]]:
+    """The figures of two arms in the rounds that both have, in order: what is compared pairwise."""
+    shared = sorted(first.keys() & second.keys())
+    return [first[index] for index in shared], [second[index] for index in shared]
 
 
 def time_per_token(request: Request) -> float | None:
@@ -83,13 +69,26 @@ def time_per_token(request: Request) -> float | None:
     return (request.latency_s - request.ttft_s) / (request.output_tokens - 1)
 
 
-def _mean_gap(visit: Visit) -> float | None:
-    found = gaps(visit)
-    return float(np.mean(found)) if found else None
+SAMPLES: Final[dict[str, Callable[[Visit], list[float]]]] = {
+    "ttft_s": lambda visit: [r.ttft_s for r in succeeded(visit) if r.ttft_s is not None],
+    "tpot_s": lambda visit: [time for r in succeeded(visit) if (time := time_per_token(r)) is not None],
+    "itl_s": gaps,
+    "latency_s": lambda visit: [r.latency_s for r in succeeded(visit) if r.latency_s is not None],
+}
 
 
-def _latency(visit: Visit) -> float | None:
-    return _median([request.latency_s for request in succeeded(visit)])
+def _of_samples(name: str, statistic: Callable[[list[float]], Any]) -> Callable[[Visit], float | None]:
+    """A statistic of a visit's samples of this name."""
+
+    def of(visit: Visit) -> float | None:
+        samples = SAMPLES[name](visit)
+        return float(statistic(samples)) if samples else None
+
+    return of
+
+
+def _median(values: list[float]) -> float | None:
+    return float(np.median(values)) if values else None
 
 
 def _prefill(visit: Visit) -> float | None:
@@ -107,13 +106,13 @@ def _throughput(visit: Visit) -> float | None:
 
 
 METRICS: Final[dict[str, Metric]] = {
-    "ttft_s": Metric("s", "lower", "time to first token", _ttft),
-    "tpot_s": Metric("s", "lower", "time per output token", _tpot),
-    "itl_mean_s": Metric("s", "lower", "inter-token latency, mean", _mean_gap),
-    "itl_p50_s": Metric("s", "lower", "inter-token latency, p50", _quantile(0.5)),
-    "itl_p90_s": Metric("s", "lower", "inter-token latency, p90", _quantile(0.9)),
-    "itl_p99_s": Metric("s", "lower", "inter-token latency, p99", _quantile(0.99)),
-    "latency_s": Metric("s", "lower", "end-to-end latency", _latency),
+    "ttft_s": Metric("s", "lower", "time to first token", _of_samples("ttft_s", np.median)),
+    "tpot_s": Metric("s", "lower", "time per output token", _of_samples("tpot_s", np.median)),
+    "itl_mean_s": Metric("s", "lower", "inter-token latency, mean", _of_samples("itl_s", np.mean)),
+    "itl_p50_s": Metric("s", "lower", "inter-token latency, p50", _of_samples("itl_s", partial(np.quantile, q=0.5))),
+    "itl_p90_s": Metric("s", "lower", "inter-token latency, p90", _of_samples("itl_s", partial(np.quantile, q=0.9))),
+    "itl_p99_s": Metric("s", "lower", "inter-token latency, p99", _of_samples("itl_s", partial(np.quantile, q=0.99))),
+    "latency_s": Metric("s", "lower", "end-to-end latency", _of_samples("latency_s", np.median)),
     "prefill_tokens_per_s": Metric("tokens/s", "higher", "prefill", _prefill),
     "decode_tokens_per_s": Metric("tokens/s", "higher", "decode", _decode),
     "output_tokens_per_s": Metric("tokens/s", "higher", "output throughput", _throughput),

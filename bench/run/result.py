@@ -163,6 +163,10 @@ class Candidate(_Record):
     series: list[Series]
     notes: dict[str, Any] = Field(default_factory=dict)
 
+    def series_at(self, point: str) -> Series:
+        """What was measured at the point of this name; a series without visits where nothing was."""
+        return next((series for series in self.series if series.point == point), Series(point=point, visits=[]))
+
 
 class Run(_Record):
     """A whole benchmark. `baseline`: the name of the candidate that the others are compared with.
@@ -185,16 +189,16 @@ class Run(_Record):
 
     def candidate(self, name: str) -> Candidate:
         """The candidate of this name. Raises ConfigError naming those there are."""
-        for found in self.candidates:
-            if found.name == name:
-                return found
+        for candidate in self.candidates:
+            if candidate.name == name:
+                return candidate
         raise ConfigError(f"the run has no candidate '{name}'; it has {', '.join(c.name for c in self.candidates)}")
 
     def point(self, name: str) -> Point:
         """The workload point of this name. Raises ConfigError naming those there are."""
-        for found in self.workload.points:
-            if found.name == name:
-                return found
+        for point in self.workload.points:
+            if point.name == name:
+                return point
         raise ConfigError(f"the run has no point '{name}'; it has {', '.join(p.name for p in self.workload.points)}")
 
 

@@ -79,22 +79,22 @@ class Scenario(_Strict):
 
     @field_validator("candidates")
     @classmethod
-    def _distinct(cls, found: list[CandidateSpec]) -> list[CandidateSpec]:
-        _no_twins("candidate", [candidate.name for candidate in found])
-        return found
+    def _distinct(cls, candidates: list[CandidateSpec]) -> list[CandidateSpec]:
+        _no_twins("candidate", [candidate.name for candidate in candidates])
+        return candidates
 
     @field_validator("points")
     @classmethod
-    def _distinct_points(cls, found: list[PointSpec]) -> list[PointSpec]:
-        _no_twins("point", [spec.point().name for spec in found])
-        return found
+    def _distinct_points(cls, points: list[PointSpec]) -> list[PointSpec]:
+        _no_twins("point", [spec.point().name for spec in points])
+        return points
 
     @property
     def baseline_name(self) -> str:
         """The candidate that the others are compared with: the first unless one is named."""
         return self.baseline if self.baseline is not None else self.candidates[0].name
 
-    def arms(self) -> list[CandidateSpec]:
+    def specs(self) -> list[CandidateSpec]:
         """What is measured, the baseline first; twice for an A/A run. Engine and dtype are filled in."""
         filled = [
             candidate.model_copy(
@@ -178,9 +178,9 @@ def _parse_point(text: str) -> dict[str, Any]:
 
 
 def _from_here(root: Path, path: Path) -> Path:
-    found = (root / path).resolve()
+    place = (root / path).resolve()
     here = Path.cwd().resolve()
-    return found.relative_to(here) if found.is_relative_to(here) else found
+    return place.relative_to(here) if place.is_relative_to(here) else place
 
 
 def _no_twins(what: str, names: Sequence[str]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,24 +29,34 @@ def require(options: dict[str, Any]) -> None:
     check_options(SERVED, options, OPTIONS)
 
 
+@dataclass(frozen=True)
+class Backend:
+    """What a server is started with (its command), told to keep to (sampling), and asked for (one visit): vLLM's."""
+
+    command: Callable[[ServeOptions, int, Any], list[str]] = vllm_command
+    sampling: Callable[[Path], Any] = recorded_greedy
+    visit: Callable[..., Visit] = served_visit
+
+
 class ServedWorker:
     """vLLM's server in processes of its own, idle between turns. Options: `compiled` (default false: eager),
     `server_options`: a list of vLLM's own."""
 
     def __init__(
-        self, name: str, folder: Path, extra: list[str], options: dict[str, Any], variables: dict[str, str]
-    ) -> None:
-        self.name, self.folder = name, folder
+        self, name: str, folder: Path, extra: list[str], options: dict[str, Any], variables: dict[str, str],
+        backend: Backend,
+    ) -> None:  # fmt: skip
+        self.name, self.folder, self.backend = name, folder, backend
         eager = [] if options.get("compiled", False) else ["--enforce-eager"]
         own = [str(part) for part in options.get("server_options", ())]
         serve = ServeOptions(folder, _HOST, 0, extra=(*SERVER_OPTIONS, *eager, *extra, *own))
-        port, greedy = free_port(_HOST), recorded_greedy(folder)
+        port, greedy = free_port(_HOST), backend.sampling(folder)
         # env(1) sets what is this candidate's alone, and becomes the server.
         prefix = ["env", *(f"{key}={value}" for key, value in variables.items())]
         self._stack = ExitStack()
         try:
             self.server = self._stack.enter_context(
-                running([*prefix, *vllm_command(serve, port, greedy)], serve, port, greedy, lambda _line: None)
+                running([*prefix, *backend.command(serve, port, greedy)], serve, port, greedy, lambda _line: None)
             )
         except ServeError as error:
             raise CrepeError(f"candidate '{name}': {error}") from error
@@ -56,7 +67,7 @@ class ServedWorker:
         digest = hashlib.sha256(f"{turn.seed}/{turn.point.name}/{turn.round}".encode()).digest()
         seed = int.from_bytes(digest[:4], "big")
         try:
-            return served_visit(self.server, self.folder, turn.point, seed=seed, round=turn.round)
+            return self.backend.visit(self.server, self.folder, turn.point, seed=seed, round=turn.round)
         except ServeError as error:
             raise CrepeError(f"candidate '{self.name}': {error}") from error
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtr, stdtrit  # Student's t, its distribution and its quantile
 
-from .metrics import METRICS, rounds_of
+from .metrics import METRICS, common_rounds, rounds_of
 from .result import Interval, Series
 
 RESAMPLES: Final = 2000
@@ -31,7 +31,7 @@ Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class LogMean:
     """A mean of logarithms with its standard error on either side (they differ where the samples are skewed).
 
     `freedom` is infinite for what is known exactly, and 0 where one value says nothing about its spread.
@@ -59,38 +59,38 @@ class Estimate:
             return 0.0 if excess > 0 else 1.0
         return float(stdtr(self.freedom, -excess / self.below))
 
-    def inverse(self) -> Estimate:
+    def inverse(self) -> LogMean:
         """Of one over the ratio."""
-        return Estimate(-self.mean, self.above, self.below, self.freedom)
+        return LogMean(-self.mean, self.above, self.below, self.freedom)
 
-    def over(self, other: Estimate) -> Estimate:
+    def over(self, other: LogMean) -> LogMean:
         """Of the ratio of two independent ones, with Welch and Satterthwaite's degrees of freedom."""
         below, above = math.hypot(self.below, other.above), math.hypot(self.above, other.below)
         parts = [(max(part.below, part.above) ** 2, part.freedom) for part in (self, other)]
         if any(freedom < 1 for _, freedom in parts):
-            return Estimate(self.mean - other.mean, below, above, 0)
+            return LogMean(self.mean - other.mean, below, above, 0)
         share = sum(variance**2 / freedom for variance, freedom in parts)
         freedom = sum(variance for variance, _ in parts) ** 2 / share if share else math.inf
-        return Estimate(self.mean - other.mean, below, above, freedom)
+        return LogMean(self.mean - other.mean, below, above, freedom)
 
 
-def log_mean(values: Sequence[float], seed: int = 0) -> Estimate:
+def log_mean(values: Sequence[float], seed: int = 0) -> LogMean:
     """The mean of the logarithms of independent values. Raises ValueError for none, or any that is not positive."""
-    found = np.asarray(values, dtype=np.float64)
-    if not found.size or not np.isfinite(found).all() or found.min() <= 0:
+    samples = np.asarray(values, dtype=np.float64)
+    if not samples.size or not np.isfinite(samples).all() or samples.min() <= 0:
         raise ValueError("a ratio needs positive, finite samples, at least one")
-    logs = np.log(found)
+    logs = np.log(samples)
     mean = float(logs.mean())
     if len(logs) < 2:
-        return Estimate(mean, 0.0, 0.0, 0)
+        return LogMean(mean, 0.0, 0.0, 0)
     if logs.min() == logs.max():
-        return Estimate(mean, 0.0, 0.0, len(logs) - 1)
+        return LogMean(mean, 0.0, 0.0, len(logs) - 1)
     low, high = bootstrap(logs, lambda draws: np.asarray(draws.mean(-1)), seed) or (mean, mean)
     stretch = math.sqrt(len(logs) / (len(logs) - 1)) / _Z
-    return Estimate(mean, max(mean - low, 0.0) * stretch, max(high - mean, 0.0) * stretch, len(logs) - 1)
+    return LogMean(mean, max(mean - low, 0.0) * stretch, max(high - mean, 0.0) * stretch, len(logs) - 1)
 
 
-def paired_estimate(numerator: Sequence[float], denominator: Sequence[float], seed: int = 0) -> Estimate:
+def paired_log_mean(numerator: Sequence[float], denominator: Sequence[float], seed: int = 0) -> LogMean:
     """Of numerator / denominator, round by round. Raises ValueError for samples that do not pair."""
     if len(numerator) != len(denominator):
         raise ValueError(f"{len(numerator)} and {len(denominator)} samples do not pair")
@@ -106,17 +106,17 @@ def paired_ratio(
 
     Raises ValueError for samples that do not pair or are not positive.
     """
-    return paired_estimate(numerator, denominator, seed).interval(level)
+    return paired_log_mean(numerator, denominator, seed).interval(level)
 
 
 def quantile(values: Sequence[float], level: float, seed: int = 0) -> Interval:
     """The quantile of independent samples with its bootstrap interval. Raises ValueError for no samples."""
-    found = np.asarray(values, dtype=np.float64)
-    if not found.size:
+    samples = np.asarray(values, dtype=np.float64)
+    if not samples.size:
         raise ValueError("no samples")
-    interval = bootstrap(found, lambda draws: np.asarray(np.quantile(draws, level, axis=-1)), seed)
+    interval = bootstrap(samples, lambda draws: np.asarray(np.quantile(draws, level, axis=-1)), seed)
     low, high = interval or (None, None)
-    return Interval(value=float(np.quantile(found, level)), low=low, high=high)
+    return Interval(value=float(np.quantile(samples, level)), low=low, high=high)
 
 
 def pooled_quantile(rounds: Sequence[Sequence[float]], at: float, level: float = LEVEL, seed: int = 0) -> Interval:
@@ -161,15 +161,13 @@ def noise_floor(first: Series, second: Series) -> dict[str, float]:
         raise ValueError(f"series of two points do not pair: {first.point} and {second.point}")
     floors = {}
     for name, metric in METRICS.items():
-        arms = [rounds_of(series, metric) for series in (first, second)]
-        common = sorted(arms[0].keys() & arms[1].keys())
-        if len(common) >= 2:
-            estimate = paired_estimate([arms[0][index] for index in common], [arms[1][index] for index in common])
-            floors[f"{first.point}/{name}"] = half_width(estimate)
+        pairs = common_rounds(rounds_of(first, metric), rounds_of(second, metric))
+        if len(pairs[0]) >= 2:
+            floors[f"{first.point}/{name}"] = half_width(paired_log_mean(*pairs))
     return floors
 
 
-def half_width(estimate: Estimate, level: float = LEVEL) -> float:
+def half_width(estimate: LogMean, level: float = LEVEL) -> float:
     """Half the width of the interval, of the logarithm."""
     return float(stdtrit(estimate.freedom, (1 + level) / 2)) * (estimate.below + estimate.above) / 2
 

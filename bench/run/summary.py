@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterator
 from typing import Final
 
-from .metrics import METRICS, errors, rounds_of
-from .result import Candidate, Interval, Run, Series
+from .metrics import METRICS, common_rounds, errors, rounds_of
+from .result import Candidate, Interval, Run
 from .statistics import paired_ratio
 
 SHOWN: Final = ("ttft_s", "tpot_s", "itl_p99_s", "output_tokens_per_s")
@@ -44,29 +44,23 @@ def failures(run: Run) -> list[str]:
 def gain(run: Run, candidate: Candidate, point: str, metric: str) -> Interval | None:
     """How many times better than the baseline, above 1 means better; None where rounds are missing."""
     kind = METRICS[metric]
-    ours, base = (rounds_of(series_at(c, point), kind) for c in (candidate, run.candidate(run.baseline)))
-    common = sorted(ours.keys() & base.keys())
-    if not common or candidate.name == run.baseline:
+    arms = (rounds_of(one.series_at(point), kind) for one in (run.candidate(run.baseline), candidate))
+    before, after = common_rounds(*arms)
+    if not before or candidate.name == run.baseline:
         return None
-    before, after = [base[index] for index in common], [ours[index] for index in common]
     return paired_ratio(before, after) if kind.better == "lower" else paired_ratio(after, before)
-
-
-def series_at(candidate: Candidate, point: str) -> Series:
-    """The candidate's series at this point; an empty one where it has none."""
-    return next((series for series in candidate.series if series.point == point), Series(point=point, visits=[]))
 
 
 def _metric_lines(run: Run, point: str, name: str) -> Iterator[str]:
     metric = METRICS[name]
     scale, unit = _SCALE[metric.unit]
-    values = {c.name: rounds_of(series_at(c, point), metric) for c in run.candidates}
+    values = {c.name: rounds_of(c.series_at(point), metric) for c in run.candidates}
     if not any(values.values()):
         return
     yield f"{point}: {metric.title}, {unit}"
     for candidate in run.candidates:
-        found = values[candidate.name].values()
-        median = f"{scale * statistics.median(found):12.2f}" if found else f"{'-':>12}"
+        figures = values[candidate.name].values()
+        median = f"{scale * statistics.median(figures):12.2f}" if figures else f"{'-':>12}"
         yield f"  {candidate.name:<28}{median}   {_gain_text(gain(run, candidate, point, name))}".rstrip()
 
 

@@ -1,4 +1,4 @@
-"""The studies that made the numbers in the docs, a module each: `python -m crepe_deploy.bench.studies.NAME`.
+"""The studies that made the numbers in the docs, a module each, to be run with `python -m`.
 
 May import everything; nothing else imports it.
 """

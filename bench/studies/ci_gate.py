@@ -44,10 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
             write_text(BASELINE, json.dumps(kept(json.loads(measured.read_text(encoding="utf-8"))), indent=1) + "\n")
             return 0
         budgets = slowdown_budgets(options.max_slowdown, ("time_s",))
-        found = gate_files(BASELINE, measured, budgets, Options(host_mismatch="ratios"))
-        render.write(found, OUT / "junit.xml", OUT / "comment.md")
-        render.show(found, as_json=False)
-        raise_for(found)
+        verdict = gate_files(BASELINE, measured, budgets, Options(host_mismatch="ratios"))
+        render.write(verdict, OUT / "junit.xml", OUT / "comment.md")
+        render.show(verdict, as_json=False)
+        raise_for(verdict)
     except GateInconclusive as error:
         print(f"{error}; not a failure here")
     except CrepeError as error:

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
 from ...errors import ConfigError
 from ...store.checkpoint import read_json
 from ...store.files import write_json
@@ -71,7 +69,6 @@ class ResultsFile:
             self.content["commands"].append(command)
 
     def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.content)
 
     def once(self, name: str, measure: Callable[[], Any]) -> None:
@@ -82,14 +79,14 @@ class ResultsFile:
 
     def find(self, label: str, at: object, seed: int) -> Cell | None:
         """The cell, where it was measured."""
-        found: Cell | None = self.content["cells"].get(f"{label}|{at}|{seed}")
-        return found
+        cell: Cell | None = self.content["cells"].get(f"{label}|{at}|{seed}")
+        return cell
 
     def cell(self, label: str, at: object, seed: int, measure: Callable[[], Cell]) -> tuple[Cell, str]:
         """The cell, measured unless it is there, and in words how long that took."""
-        found = self.find(label, at, seed)
-        if found is not None:
-            return found, "measured before"
+        known = self.find(label, at, seed)
+        if known is not None:
+            return known, "measured before"
         made = self.content["cells"][f"{label}|{at}|{seed}"] = measure()
         self._save()
         return made, f"{made['seconds']} s"
@@ -101,10 +98,3 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     return "; ".join(
         f"{name}: {json.dumps(there.get(name))} there, {json.dumps(here.get(name))} here" for name in names
     )
-
-
-def publish(table: str, path: Path | None) -> None:
-    """Print a page, and write it where it is wanted."""
-    click.echo(table)
-    if path is not None:
-        path.write_text(table, encoding="utf-8")

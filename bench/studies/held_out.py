@@ -20,7 +20,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from ...model.calibrate import exact_products
+from ...model.calibrate import bf16_products
 from ...model.stats import Stats
 from ...pattern import NM
 from ...pruning.methods.ria import RIA
@@ -30,7 +30,8 @@ from ...select import select
 from ...store.files import write_json
 from ...store.manifest import versions
 from ...texts import calibration_windows, load_tokenizer
-from ..assets import DEFAULT_DIR, MODEL_NAME, ensure_assets
+from ..assets import MODEL_NAME, ensure_assets
+from .frame import assets_option, out_option, say
 
 PATTERN = NM(2, 4)
 LAYERS = [f"model.layers.{block}.{path}" for block in (4, 14, 24)
@@ -55,7 +56,7 @@ def gram_matrices(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, dict[
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].flatten(0, -2)
-            with exact_products(rows.dtype):
+            with bf16_products(rows.dtype == torch.bfloat16):
                 sums[name] = sums.get(name, torch.zeros(rows.shape[1], rows.shape[1])) + rows.float().T @ rows.float()
 
         return hook
@@ -114,11 +115,11 @@ def measure(assets_dir: Path, say: Any) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/results/held_out.json"), show_default=True)
-@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+@out_option("bench/results/held_out.json")
+@assets_option
 def main(out: Path, assets_dir: Path) -> None:
     """Measure all rows and write them."""
-    write_json(out, measure(assets_dir, lambda message: click.echo(message, err=True)))
+    write_json(out, measure(assets_dir, say))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from torch import Tensor
 from ...packed import dispatch, ops
 from ...packed.format import pack
 from ...packed.prepare import Prepared, prepare
+from ...store.files import write_text
 
 SHAPES: Final[dict[str, dict[str, tuple[int, int]]]] = {
     "Llama-3.1-8B": {
@@ -84,8 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             "conditions": conditions(options, [load, os.getloadavg()[0]]),
             "rows": rows,
         }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(as_text(report))
+        write_text(options.out, as_text(report))
     return 0
 
 

@@ -8,21 +8,19 @@ SmolLM2-135M-Instruct (dequantised Q4_1) in bf16, calibrated on 16 x 512 tokens 
 
 from __future__ import annotations
 
-import json
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ...pruning.config import FEEDS, prune_config
-from ...pruning.prune import prune
 from ...quality.perplexity import evaluate
+from ...store.files import write_json
 from ...store.manifest import versions
-from ...store.sources import resolve_model
 from ...texts import calibration_windows, load_tokenizer
-from ..assets import DEFAULT_DIR, MODEL_NAME, ensure_assets
+from ..assets import MODEL_NAME, ensure_assets
+from .frame import assets_option, out_option, pruned, publish, say
 
 PATTERNS = ("2:4", "4:8", "8:16", "16:32", "0.5/row", "0.5/matrix")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,18 +45,16 @@ def measure(assets_dir: Path, patterns: tuple[str, ...], feed: Any, seed: int, o
             continue
         for pattern in patterns:
             config = prune_config(name, pattern, params=params, feed=feed)
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "out"
-                prune(resolve_model(str(assets.model)), out, config, tokens)
+            with pruned(assets.model, config, tokens) as folder:
                 limit = WINDOW * WINDOWS
-                report = evaluate(out, text, window=WINDOW, max_tokens=limit, against=assets.model).to_dict()
+                report = evaluate(folder, text, window=WINDOW, max_tokens=limit, against=assets.model).to_dict()
             paired = report["paired"]
             rows.setdefault(label, {})[pattern] = {
                 "perplexity": report["perplexity"],
                 "kl_mean": paired["kl_mean"],
                 "perplexity_ratio": paired["perplexity_ratio"],
             }
-            click.echo(f"{label} {pattern}: perplexity {report['perplexity']['value']:.1f}", err=True)
+            say(f"{label} {pattern}: perplexity {report['perplexity']['value']:.1f}")
     return {
         "command": f"python -m crepe_deploy.bench.studies.ladder --patterns {','.join(patterns)} --feed {feed}"
         + f" --seed {seed}"
@@ -92,9 +88,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the results here as JSON.")
+@out_option()
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), default=None)
-@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+@assets_option
 @click.option("--patterns", default=",".join(PATTERNS), show_default=True)
 @click.option("--only", default="", metavar="REGEX", help="Measure only the rows whose label matches.")
 @click.option("--feed", type=click.Choice(FEEDS), default="auto", show_default=True)
@@ -104,11 +100,9 @@ def main(
 ) -> None:
     """Measure the ladder and print it."""
     result = measure(assets_dir, tuple(patterns.split(",")), feed, seed, only)
-    click.echo(markdown(result))
+    publish(markdown(result), markdown_path)
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if markdown_path is not None:
-        markdown_path.write_text(markdown(result), encoding="utf-8")
+        write_json(out, result)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,43 @@ from pathlib import Path
 import click
 
 from ...progress import progress
+from .frame import folder_option
+
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+
+
+def make_llama_1b(folder: Path) -> None:
+    """Write a random bf16 checkpoint of Llama-3.2-1B's shape, tensor by tensor, unless it is there."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from ...store.writing import CheckpointWriter, Planned
+
+    if (folder / "model.safetensors").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(**LLAMA_1B, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    plan = {name: Planned("model.safetensors", torch.bfloat16, shape) for name, shape in shapes.items()}
+    with CheckpointWriter(folder, plan) as writer:
+        for name, shape in shapes.items():
+            weight = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+            writer.write(name, weight if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16))
 
 
 def build(root: Path, patterns: Sequence[str]) -> list[Path]:
@@ -23,7 +60,6 @@ def build(root: Path, patterns: Sequence[str]) -> list[Path]:
     from ...pruning.config import prune_config
     from ...pruning.prune import prune
     from ...store.sources import resolve_model
-    from .pruning import make_llama_1b
 
     model = root / "model"
     folders: list[Path] = []
@@ -31,9 +67,7 @@ def build(root: Path, patterns: Sequence[str]) -> list[Path]:
         slug = pattern.replace(":", "of")
         pruned, packed = root / f"dense-{slug}", root / f"packed-{slug}"
         if not packed.is_dir() or not folders:
-            if not (model / "config.json").is_file():
-                model.mkdir(parents=True, exist_ok=True)
-                make_llama_1b(model)
+            make_llama_1b(model)
             if not pruned.is_dir():
                 with progress(f"pruning to {pattern}") as step:
                     prune(
@@ -47,7 +81,7 @@ def build(root: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 @click.command()
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("out/bench/llama-1b"), show_default=True)
+@folder_option("out/bench/llama-1b")
 @click.option("--patterns", default="2:4,16:32", show_default=True)
 def main(folder: Path, patterns: str) -> None:
     """Build the folders and print them."""

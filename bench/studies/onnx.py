@@ -9,9 +9,6 @@ Memory: peak resident of a whole export process, of a random checkpoint of Llama
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -23,10 +20,11 @@ import torch
 from ...quality.perplexity import plan_windows
 from ...quality.scoring import estimate, exp_mean, kl_per_token, mean, same_top_token, token_nll
 from ...serve.ort import Graph
-from ...store.manifest import load_manifest, versions
+from ...store.manifest import load_manifest
 from ...texts import load_text, load_tokenizer, tokenize
-from ..assets import DEFAULT_DIR, ensure_assets
+from ..assets import ensure_assets
 from ..run.processes import crepe_deploy, run_json
+from .frame import CALIBRATION, assets_option, folder_option, machine, out_option, save
 
 EXPORTS: Final = {
     "dense": ("--format", "dense"),
@@ -34,7 +32,6 @@ EXPORTS: Final = {
     "genai-fp32": ("--format", "onnx", "--onnx-flavor", "genai"),
     "genai-int4": ("--format", "onnx", "--onnx-flavor", "genai", "--precision", "int4"),
 }
-CALIBRATION: Final = ("--calib-samples", "16", "--calib-length", "512", "--seed", "0")
 WINDOW, MAX_TOKENS = 512, 8192
 
 
@@ -54,12 +51,15 @@ def build(root: Path, assets_dir: Path) -> None:
 
 def parity(root: Path) -> dict[str, Any]:
     """What every export proved of itself."""
-    found = {}
+    proofs = {}
     for name in EXPORTS:
         record = load_manifest(root / name).metrics.get("onnx")
         if record is not None:
-            found[name] = {**record["parity"], "graph_bytes": load_manifest(root / name).metrics["size"]["graph_bytes"]}
-    return found
+            proofs[name] = {
+                **record["parity"],
+                "graph_bytes": load_manifest(root / name).metrics["size"]["graph_bytes"],
+            }
+    return proofs
 
 
 def int4_cost(root: Path, assets_dir: Path) -> dict[str, Any]:
@@ -96,9 +96,9 @@ def export_memory(model: Path, folder: Path) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("out/bench/onnx"), show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the results here as JSON.")
-@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+@folder_option("out/bench/onnx")
+@out_option()
+@assets_option
 @click.option("--llama", type=click.Path(path_type=Path), default=None, help="A pruned 1B checkpoint; memory's source.")
 def main(folder: Path, out: Path | None, assets_dir: Path, llama: Path | None) -> None:
     """Build the folders, then measure what speed does not say."""
@@ -106,17 +106,13 @@ def main(folder: Path, out: Path | None, assets_dir: Path, llama: Path | None) -
     build(folder, assets_dir)
     result: dict[str, Any] = {
         "command": "python -m crepe_deploy.bench.studies.onnx" + (" --llama FOLDER" if llama else ""),
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), **versions(), **_runtimes()},
+        "machine": {**machine(), **_runtimes()},
         "parity": parity(folder),
         "int4": int4_cost(folder, assets_dir),
     }
     if llama is not None:
         result["memory"] = export_memory(llama, folder / "llama-1b")
-    text = json.dumps(result, indent=2)
-    click.echo(text)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+    save(result, out)
 
 
 def _runtimes() -> dict[str, str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -21,8 +20,10 @@ from typing import Any
 
 import click
 
-from ...store.manifest import load_manifest, versions
+from ...store.files import write_json
+from ...store.manifest import load_manifest
 from ..run.processes import run_json
+from .frame import machine, out_option, save, say
 
 TOKENS = 64
 PROMPTS = (
@@ -84,9 +85,9 @@ def child(reader: str, folder: Path, prompts: list[list[int]]) -> None:
     """Run one reader and print its tokens; everything else it prints goes to stderr."""
     real = os.dup(1)
     os.dup2(2, 1)
-    found = transformers_tokens(folder, prompts) if reader == "transformers" else vllm_tokens(folder, prompts, reader)
+    tokens = transformers_tokens(folder, prompts) if reader == "transformers" else vllm_tokens(folder, prompts, reader)
     with os.fdopen(real, "w") as stdout:
-        json.dump(found, stdout)
+        json.dump(tokens, stdout)
 
 
 def run_reader(reader: str, folder: Path, prompts: list[list[int]]) -> Any:
@@ -108,10 +109,10 @@ def run_reader(reader: str, folder: Path, prompts: list[list[int]]) -> Any:
         return run_json(command, env=settings).output
 
 
-def agreement(reference: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def agreement(reference: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     """Prompts that agree in every token, and for the others where they part and how close the choice was there."""
     parts = []
-    for index, (expected, got) in enumerate(zip(reference["tokens"], found["tokens"], strict=True)):
+    for index, (expected, got) in enumerate(zip(reference["tokens"], answer["tokens"], strict=True)):
         if expected != got:
             place = next(i for i, pair in enumerate(zip(expected, got, strict=True)) if pair[0] != pair[1])
             parts.append({"prompt": index, "token": place, "logit_gap": reference["gaps"][index][place]})
@@ -122,7 +123,7 @@ def agreement(reference: dict[str, Any], found: dict[str, Any]) -> dict[str, Any
 @click.argument("dense", type=click.Path(path_type=Path, exists=True))
 @click.argument("packed", type=click.Path(path_type=Path, exists=True))
 @click.option("--readers", default=",".join(READERS), show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the results here as JSON.")
+@out_option()
 def main(dense: Path, packed: Path, readers: str, out: Path | None) -> None:
     """Compare greedy tokens of PACKED in every reader with those of DENSE."""
     from ...texts import load_tokenizer
@@ -135,11 +136,10 @@ def main(dense: Path, packed: Path, readers: str, out: Path | None) -> None:
         start = time.perf_counter()
         result = agreement(reference, run_reader(reader, packed, prompts))
         report["readers"][reader] = {**result, "seconds_with_start": round(time.perf_counter() - start, 1)}
-        click.echo(f"{reader}: {result}", err=True)
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    click.echo(json.dumps(report, indent=2))
+        say(f"{reader}: {result}")
+        if out is not None:  # vLLM takes minutes: what one reader said is kept
+            write_json(out, report)
+    save(report, out)
 
 
 def describe(packed: Path) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def describe(packed: Path) -> dict[str, Any]:
         "method": manifest.config.get("resolved_method", manifest.config["method"]),
         "size": manifest.metrics["size"],
         "what": f"{TOKENS} greedy tokens in float32 against transformers on the dense export",
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), **versions()},
+        "machine": machine(),
         "readers": {},
     }
 

@@ -8,22 +8,19 @@ valid and c4 valid. A cell is the geometric mean of the two perplexities, compar
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ...pruning.config import prune_config
-from ...pruning.prune import prune
 from ...quality.perplexity import evaluate
 from ...store.manifest import versions
-from ...store.sources import resolve_model
 from ...texts import CalibrationSet, calibration_windows, load_tokenizer
-from ..assets import DEFAULT_DIR, MODEL_NAME, Assets, ensure_assets
+from ..assets import MODEL_NAME, Assets, ensure_assets
+from .frame import assets_option, out_option, pruned, save, say
 
 BASE = "RIA, a = 0.5"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -39,12 +36,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def perplexity(assets: Assets, params: dict[str, Any], tokens: CalibrationSet) -> float:
     """Geometric mean of the perplexities on the two validation texts after pruning to 2:4 with `params`."""
     config = prune_config("crepe", "2:4", preset="ria", params=params)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        prune(resolve_model(str(assets.model)), out, config, tokens)
+    with pruned(assets.model, config, tokens) as folder:
         texts = [assets.text(name, "valid") for name in ("wiki", "c4")]
-        found = [evaluate(out, text, window=512, max_tokens=8192).perplexity.value for text in texts]
-    return math.sqrt(found[0] * found[1])
+        values = [evaluate(folder, text, window=512, max_tokens=8192).perplexity.value for text in texts]
+    return math.sqrt(values[0] * values[1])
 
 
 def measure(assets_dir: Path, seeds: list[int]) -> dict[str, Any]:
@@ -56,7 +51,7 @@ def measure(assets_dir: Path, seeds: list[int]) -> dict[str, Any]:
         tokens = calibration_windows(assets.text("c4", "train"), tokenizer, 16, 512, seed=seed)
         for label, params in SETTINGS.items():
             cells[label].append(perplexity(assets, params, tokens))
-            click.echo(f"seed {seed}, {label}: {cells[label][-1]:.1f}", err=True)
+            say(f"seed {seed}, {label}: {cells[label][-1]:.1f}")
     logs = {
         label: [math.log(value / base) for value, base in zip(values, cells[BASE], strict=True)]
         for label, values in cells.items()
@@ -73,14 +68,12 @@ def measure(assets_dir: Path, seeds: list[int]) -> dict[str, Any]:
 
 @click.command()
 @click.option("--seeds", default="0,1,2,3", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the results here as JSON.")
-@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+@out_option()
+@assets_option
 def main(seeds: str, out: Path | None, assets_dir: Path) -> None:
     """Measure the grid and print the ratios."""
     result = measure(assets_dir, [int(seed) for seed in seeds.split(",")])
-    click.echo(json.dumps(result["ratio_to_ria"], indent=2))
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(result, out, result["ratio_to_ria"])
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ Llama-3.2-1B's shape in a process of its own, peak resident memory above what im
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,22 +20,12 @@ import click
 
 from ...model.decoder import Decoder
 from ...store.checkpoint import CheckpointReader
-from ...store.manifest import versions
-from ..assets import DEFAULT_DIR, ensure_assets
+from ..assets import ensure_assets
 from ..run.processes import run_json
+from .frame import assets_option, machine, out_option, save
+from .llama_1b import LLAMA_1B, make_llama_1b
 
 SAMPLES, LENGTH, ROUNDS = 16, 512, 5
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-}
 
 
 def measure_time(assets_dir: Path, feed: str) -> dict[str, Any]:
@@ -89,32 +76,10 @@ def measure_time(assets_dir: Path, feed: str) -> dict[str, Any]:
     }
 
 
-def make_llama_1b(folder: Path) -> None:
-    """Write a random bf16 checkpoint of Llama-3.2-1B's shape, tensor by tensor."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from ...store.writing import CheckpointWriter, Planned
-
-    config = LlamaConfig(**LLAMA_1B, dtype="bfloat16")
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    generator = torch.Generator().manual_seed(0)
-    plan = {name: Planned("model.safetensors", torch.bfloat16, shape) for name, shape in shapes.items()}
-    with CheckpointWriter(folder, plan) as writer:
-        for name, shape in shapes.items():
-            weight = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            writer.write(name, weight if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16))
-
-
 def measure_memory(assets_dir: Path) -> dict[str, Any]:
     """Peak resident memory of pruning the 1B shape in a child process, above that of its imports."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "model"
-        folder.mkdir()
         make_llama_1b(folder)
         decoder = Decoder(folder)
         block = max(
@@ -140,21 +105,17 @@ def measure_memory(assets_dir: Path) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the results here as JSON.")
-@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+@out_option()
+@assets_option
 def main(out: Path | None, assets_dir: Path) -> None:
     """Measure pruning time and memory."""
     result = {
         "command": "python -m crepe_deploy.bench.studies.pruning",
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), **versions()},
+        "machine": machine(),
         "time": [measure_time(assets_dir, feed) for feed in ("dense", "pruned")],
         "memory": measure_memory(assets_dir),
     }
-    text = json.dumps(result, indent=2)
-    click.echo(text)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+    save(result, out)
 
 
 if __name__ == "__main__":

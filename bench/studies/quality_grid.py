@@ -30,8 +30,9 @@ from ...quality.perplexity import load_model, plan_windows
 from ...quality.scoring import token_nll
 from ...store.sources import resolve_model
 from ...texts import CalibrationSet, calibration_windows, load_text, load_tokenizer, tokenize
-from ..assets import DEFAULT_DIR, ensure_assets
-from .grid import Cell, ResultsFile, cells_of, publish, text_record, texts_record
+from ..assets import ensure_assets
+from .frame import assets_option, publish, say
+from .grid import Cell, ResultsFile, cells_of, text_record, texts_record
 from .quality_table import markdown
 
 PRESETS = Path(__file__).parents[1] / "results"
@@ -208,7 +209,7 @@ def _named(text: str) -> tuple[str, Path]:
 )
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), default=None)
-@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+@assets_option
 def main(
     model: Path | None, calib: tuple[Path, ...], texts: tuple[str, ...], rows: str, patterns: str, seeds: str,
     samples: int, length: int, window: int, windows: int, peer: Path | None, keep: Path | None, out: Path,
@@ -232,10 +233,10 @@ def main(
         try:
             cell, state = grid.file.cell(label, pattern, seed, partial(grid.measure, label, pattern, seed))
         except ConfigError as error:  # a step that has no meaning for this pattern
-            click.echo(f"{label} {pattern}: left out: {error}", err=True)
+            say(f"{label} {pattern}: left out: {error}")
             continue
         mean = {text: sum(losses) / len(losses) for text, losses in cell["losses"].items()}
-        click.echo(f"{label} {pattern} seed {seed}: {json.dumps(mean)} nats, {state}", err=True)
+        say(f"{label} {pattern} seed {seed}: {json.dumps(mean)} nats, {state}")
     publish(markdown(grid.file.content), markdown_path)
 
 

@@ -21,12 +21,12 @@ PAIRS = [
 
 def rows_of(result: dict[str, Any], pattern: str, text: str) -> dict[str, np.ndarray[Any, Any]]:
     """For each row measured at `pattern` its losses (windows,) on `text`, averaged over its seeds."""
-    found: dict[str, list[list[float]]] = {}
+    by_label: dict[str, list[list[float]]] = {}
     for key, cell in result["cells"].items():
         label, at, _ = key.rsplit("|", 2)
         if at == pattern:
-            found.setdefault(label, []).append(cell["losses"][text])
-    return {label: np.asarray(losses).mean(0) for label, losses in found.items()}
+            by_label.setdefault(label, []).append(cell["losses"][text])
+    return {label: np.asarray(losses).mean(0) for label, losses in by_label.items()}
 
 
 def interval(differences: np.ndarray[Any, Any], seed: int = 0) -> tuple[float, float]:
@@ -80,8 +80,8 @@ def _pairs(result: dict[str, Any], patterns: list[str], texts: list[str]) -> lis
     for pattern in patterns:
         rows = {text: rows_of(result, pattern, text) for text in texts}
         for first, second in PAIRS:
-            if all(first in found and second in found for found in rows.values()):
-                parts = [_ratio(found[first] - found[second]) for found in rows.values()]
+            if all(first in own and second in own for own in rows.values()):
+                parts = [_ratio(own[first] - own[second]) for own in rows.values()]
                 lines.append(f"| {pattern} | {first} / {second} | " + " | ".join(parts) + " |")
     if not lines:
         return []

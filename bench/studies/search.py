@@ -9,7 +9,6 @@ c4 valid. The found preset and the anchors are then compared, paired by window, 
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -30,7 +29,8 @@ from ...searching.statistics import SampleRule, collect
 from ...store.manifest import versions
 from ...store.sources import resolve_model
 from ...texts import CalibrationSet, calibration_windows, load_tokenizer
-from ..assets import DEFAULT_DIR, MODEL_NAME, Assets, ensure_assets
+from ..assets import MODEL_NAME, Assets, ensure_assets
+from .frame import assets_option, out_option, save, say
 
 PATTERN = NM(2, 4)
 BASE = "RIA, a = 0.5"
@@ -41,7 +41,7 @@ def find(assets: Assets, config: SearchConfig, calibration: CalibrationSet, text
     """Run one search and return its preset's document."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / f"{config.optimizer}.json"
-        document = search(resolve_model(str(assets.model)), out, config, calibration, text, say=_say)
+        document = search(resolve_model(str(assets.model)), out, config, calibration, text, say=say)
         load_preset(str(out))
     return document
 
@@ -74,15 +74,15 @@ def _by_window(values: list[float], *, ratio: bool) -> Estimate:
     return estimate([torch.tensor([value]) for value in values], exp_mean if ratio else mean)
 
 
-def measure(assets_dir: Path, optimizer: Any, seed: int, evaluations: int | None, found: Path | None) -> dict[str, Any]:
-    """Search, unless `found` is a preset already, and compare it with the anchors on the held-out text."""
+def measure(assets_dir: Path, optimizer: Any, seed: int, evaluations: int | None, made: Path | None) -> dict[str, Any]:
+    """Search, unless `made` is a preset already, and compare it with the anchors on the held-out text."""
     assets = ensure_assets(assets_dir)
     tokenizer = load_tokenizer(assets.model)
     calibration = calibration_windows(assets.text("c4", "train"), tokenizer, 16, 512, seed=seed)
     text = calibration_windows(assets.text("c4", "valid"), tokenizer, 4, 512, seed=seed)
     held_out = calibration_windows(assets.text("wiki", "valid"), tokenizer, HELD_OUT_SAMPLES, 512, seed=0)
-    if found is not None:
-        preset = load_preset(found).model_dump()
+    if made is not None:
+        preset = load_preset(made).model_dump()
     else:
         config = SearchConfig(PATTERN, optimizer, evaluations=evaluations, seed=seed)
         preset = find(assets, config, calibration, text)
@@ -96,17 +96,13 @@ def measure(assets_dir: Path, optimizer: Any, seed: int, evaluations: int | None
     }
 
 
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
 @click.command()
 @click.option("--optimizer", type=click.Choice(["pho", "hill-climb"]), default="pho", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--evaluations", type=int, default=None, help="Of the optimiser.")
 @click.option("--preset", type=click.Path(path_type=Path), default=None, help="Compare this one; no search.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the results here as JSON.")
-@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+@out_option()
+@assets_option
 def main(
     optimizer: str, seed: int, evaluations: int | None, preset: Path | None, out: Path | None, assets_dir: Path
 ) -> None:
@@ -116,9 +112,7 @@ def main(
     options = options if preset is None else f"--preset {preset.name} --seed {seed}"
     result: dict[str, Any] = {"command": f"python -m crepe_deploy.bench.studies.search {options}"}
     result |= measure(assets_dir, optimizer, seed, evaluations, preset)
-    click.echo(json.dumps(result["held_out"], indent=2))
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(result, out, result["held_out"])
 
 
 if __name__ == "__main__":

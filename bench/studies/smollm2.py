@@ -15,11 +15,11 @@ from typing import Final
 import click
 
 from ...errors import ConfigError, CrepeError
-from ..assets import DEFAULT_DIR, ensure_assets
+from ..assets import ensure_assets
 from ..run.processes import crepe_deploy
+from .frame import CALIBRATION, assets_option, folder_option, say
 
 RUNS: Final = (("ria", "2:4", "dense"), ("crepe", "2:4", "dense,packed"), ("crepe", "16:32", "dense,packed"))
-CALIBRATION: Final = ("--calib-samples", "16", "--calib-length", "512", "--seed", "0")
 
 
 def build(root: Path, assets_dir: Path, only: str | None = None) -> list[Path]:
@@ -42,8 +42,8 @@ def build(root: Path, assets_dir: Path, only: str | None = None) -> list[Path]:
 
 
 @click.command()
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("out/bench/smollm2"), show_default=True)
-@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+@folder_option("out/bench/smollm2")
+@assets_option
 @click.option("--only", default=None, help="One of the folders, such as crepe-2of4.")
 def main(folder: Path, assets_dir: Path, only: str | None) -> None:
     """Build the folders and print what was made."""
@@ -51,7 +51,7 @@ def main(folder: Path, assets_dir: Path, only: str | None) -> None:
         for made in build(folder, assets_dir, only):
             click.echo(made)
     except CrepeError as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}")
         sys.exit(error.exit_code)
 
 

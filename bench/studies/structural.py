@@ -27,12 +27,13 @@ from ...progress import progress
 from ...quality.perplexity import evaluate
 from ...store.sources import resolve_model
 from ...structural.config import TyrConfig
-from ...structural.prepare import JOURNAL, work_folder
 from ...structural.tyr import tyr
+from ...structural.work import JOURNAL, work_folder
 from ...texts import CalibrationSet, calibration_windows, load_tokenizer
-from ..assets import DEFAULT_DIR, ensure_assets
+from ..assets import ensure_assets
 from ..run.environment import load_average, record_environment
-from .grid import Cell, ResultsFile, cells_of, publish, text_record
+from .frame import assets_option, out_option, publish, say
+from .grid import Cell, ResultsFile, cells_of, text_record
 from .structural_table import markdown
 from .structural_throughput import throughput
 
@@ -85,11 +86,11 @@ class Grid:
             folder, self.text, window=self.sizes["window"], max_tokens=self.sizes["max_tokens"],
             against=None if folder == self.model else self.model,
         )  # fmt: skip
-        found: dict[str, Any] = {"perplexity": vars(report.perplexity)}
+        figures: dict[str, Any] = {"perplexity": vars(report.perplexity)}
         if report.paired is not None:
-            found["kl"] = vars(report.paired.kl_mean)
-            found["perplexity_ratio"] = vars(report.paired.perplexity_ratio)
-        return found
+            figures["kl"] = vars(report.paired.kl_mean)
+            figures["perplexity_ratio"] = vars(report.paired.perplexity_ratio)
+        return figures
 
     def config(self, label: str, sparsity: float, seed: int) -> TyrConfig:
         """The options of one cell. The best split is not looked for again where the row `Tyr` found it."""
@@ -111,7 +112,7 @@ class Grid:
         place = self.work / re.sub(r"[^\w.]+", "-", f"{label}|{sparsity}|{seed}")
         started = time.monotonic()
         report = tyr(
-            resolve_model(str(self.model)), place, config, tokens, overwrite=True, show=progress, say=_say,
+            resolve_model(str(self.model)), place, config, tokens, overwrite=True, show=progress, say=say,
             resume=(work_folder(place) / JOURNAL).is_file(), write=FolderWriter(config.widths),
         )  # fmt: skip
         seconds = time.monotonic() - started
@@ -134,10 +135,6 @@ class Grid:
         tokens = self.tokens(0).tokens[: self.sizes["samples"]]
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             return throughput(self.model, tokens, self.config("Tyr", sparsity, 0), Path(folder))
-
-
-def _say(message: str) -> None:
-    click.echo(message, err=True)
 
 
 @click.command()
@@ -169,9 +166,7 @@ def _say(message: str) -> None:
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(2), default=8192, show_default=True)
 @click.option("--throughput/--no-throughput", "pace", default=True, show_default=True)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("bench/results/structural.json"), show_default=True
-)
+@out_option("bench/results/structural.json")
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -180,7 +175,7 @@ def _say(message: str) -> None:
     help="Where cells are made, and go on from when they were stopped.",
 )
 @click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), default=None)
-@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+@assets_option
 def main(
     model: Path | None, calib: Path | None, text: Path | None, rows: str, sparsities: str, seeds: str, pace: bool,
     out: Path, work: Path, markdown_path: Path | None, assets_dir: Path, **sizes: int,
@@ -203,7 +198,7 @@ def main(
         sparsity = float(at)
         cell, state = grid.file.cell(label, sparsity, seed, partial(grid.measure, label, sparsity, seed))
         figures = {"perplexity": cell["perplexity"]["value"], "kl": cell["kl"]["value"]}
-        _say(f"{label} at {at}, seed {seed}: {json.dumps(figures)}, {state}")
+        say(f"{label} at {at}, seed {seed}: {json.dumps(figures)}, {state}")
     publish(markdown(grid.file.content), markdown_path)
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final, Literal
 import click
 
 from ...progress import progress
-from ..assets import DEFAULT_DIR, ensure_assets
+from ..assets import ensure_assets
+from .frame import assets_option, folder_option
 
 if TYPE_CHECKING:
     from ...store.checkpoint import CheckpointReader
@@ -122,12 +123,12 @@ def build(root: Path, model: Path, shape: Shape) -> list[Path]:
 
 
 @click.command()
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("out/bench/structural"), show_default=True)
-@click.option("--assets", "assets_dir", type=click.Path(path_type=Path), default=DEFAULT_DIR, show_default=True)
+@folder_option("out/bench/structural")
+@assets_option
 @click.option("--only", type=click.Choice(list(SHAPES)), default=None, help="One of the two models.")
 def main(folder: Path, assets_dir: Path, only: str | None) -> None:
     """Build the folders and print them."""
-    from .pruning import make_llama_1b
+    from .llama_1b import make_llama_1b
 
     for name, shape in SHAPES.items():
         if only not in (None, name):
@@ -136,9 +137,7 @@ def main(folder: Path, assets_dir: Path, only: str | None) -> None:
             model = ensure_assets(assets_dir).model
         else:
             model = folder / name / "model"
-            if not (model / "model.safetensors").is_file():
-                model.mkdir(parents=True, exist_ok=True)
-                make_llama_1b(model)
+            make_llama_1b(model)
         for built in build(folder / name, model, shape):
             click.echo(built)
 

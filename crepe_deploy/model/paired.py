@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate import Stream, exact_products, shared_inputs
+from .calibrate import Stream, bf16_products, shared_inputs
 from .decoder import LinearSpec, is_linear
 from .families import Residual, family_of
 from .stats import Stats
@@ -42,7 +42,7 @@ class _Sums:
     def add(self, pruned: Tensor, dense: Tensor, residual: Tensor | None) -> None:
         """`pruned`, `dense` (..., in); `residual` (..., width) fp32 or None."""
         x, d = (batch.flatten(0, -2).float() for batch in (pruned, dense))
-        with exact_products(pruned.dtype):
+        with bf16_products(pruned.dtype == torch.bfloat16):
             self.gram.addmm_(x.T, x)
             self.cross.addmm_(d.T, x)
             if residual is not None:  # may round what is left of a residual; a sum over all tokens does not feel it
@@ -147,8 +147,7 @@ class Pair:
     @classmethod
     def start(cls, stream: Stream, model_type: str) -> Pair:
         """Both sides in front of the first block, where they are equal."""
-        twin = Stream(list(stream.hidden), stream.calls)
-        return cls(Side(stream), Side(twin), family_of(model_type).residuals)
+        return cls(Side(stream), Side(stream.twin()), family_of(model_type).residuals)
 
     def groups(
         self, block: nn.Module, index: int, linears: list[LinearSpec], targets: list[LinearSpec]

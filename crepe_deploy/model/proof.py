@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,18 @@ from .decoder import Decoder
 PARITY_TOLERANCE = 1e-4
 
 
-def check_parity(folder: Path, dtype: str, probe_tokens: Tensor, expected: Tensor) -> dict[str, Any]:
-    """Walk the written checkpoint and compare its logits with the in-memory pruned model's. Raises ParityError."""
-    found = walk_logits(Decoder(folder, dtype), probe_tokens)
-    difference = float((found - expected).abs().max())
+Look = Callable[[dict[str, Tensor]], None]
+
+
+def check_parity(
+    folder: Path, dtype: str, probe_tokens: Tensor, expected: Tensor, look: Look | None = None
+) -> dict[str, Any]:
+    """Walk the written checkpoint and compare its logits with the in-memory pruned model's. Raises ParityError.
+
+    look: as in `walk_logits`.
+    """
+    written = walk_logits(Decoder(folder, dtype), probe_tokens, look)
+    difference = float((written - expected).abs().max())
     scale = max(1.0, float(expected.abs().max()))
     if not difference <= PARITY_TOLERANCE * scale:
         raise ParityError(f"the reloaded model's logits differ from the pruned model's by {difference:.3g}")
@@ -31,10 +40,15 @@ def check_parity(folder: Path, dtype: str, probe_tokens: Tensor, expected: Tenso
     }
 
 
-def walk_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """Logits (batch, length, vocab) fp32 of a checkpoint, one block in memory at a time; tokens in one micro-batch."""
+def walk_logits(decoder: Decoder, tokens: Tensor, look: Look | None = None) -> Tensor:
+    """Logits (batch, length, vocab) fp32 of a checkpoint, one block in memory at a time; tokens in one micro-batch.
+
+    look: shown each block's weights by checkpoint name, so that whoever else must see them need not read them again.
+    """
     (stream,) = embed(decoder, [tokens])
     for index in range(len(decoder.blocks)):
-        with decoder.block(index) as (block, _):
+        with decoder.block(index) as (block, weights):
+            if look is not None:
+                look(weights)
             stream.run(block, index, advance=True)
     return decoder.logits(tokens, torch.cat(stream.hidden))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from crepe_deploy.errors import CalibrationError
 
 Need = Literal["col_norm", "hessian", "moments"]
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class Stats:
     cross: Tensor | None = None
     drift: Tensor | None = None
     memo: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def derived(self, key: tuple[object, ...], compute: Callable[[], Derived]) -> Derived:
+        """What `compute` gives, computed once. key: what it is, and all that decides it besides these statistics."""
+        if key not in self.memo:
+            self.memo[key] = compute()
+        return cast(Derived, self.memo[key])
 
 
 def reorder_stats(stats: Stats, order: Tensor) -> Stats:

@@ -1,10 +1,13 @@
-"""Packed N:M weights: the `crepe-nm` format, kernels that multiply by it, and a linear layer built on them.
+"""Packed N:M weights: the `crepe-nm` format, and the linear layer that multiplies by it without unpacking it.
 
-Modules (imported on demand, so that this package stays light):
-    format     pack, unpack, validate: pure functions of tensors
-    prepare    the kernels' own layout, derived at load and never stored
-    linear     PackedLinear, the module that holds packed weights
-    ops        the torch operator `crepe_deploy::nm_linear`
-    dispatch   which kernel serves which shape, by measurement
-    native     building and loading the C++ kernels
+What is stored, and everything that runs on a CPU, stands here; a GPU's part in `cuda`, the choice among kernels in
+`tuning`, which knows neither. Modules, imported on demand so that this package stays light:
+    format        pack, unpack, validate: pure functions of tensors
+    config        the `quantization_config` of a packed checkpoint
+    linear        PackedLinear, the module that holds packed weights; on a CUDA device it hands them to `cuda.linear`
+    hf_quantizer  `from_pretrained` of a packed checkpoint; vLLM's counterpart is `serve.vllm_packed`
+    prepare       the CPU kernels' own layout, derived at load and never stored
+    ops           the torch operator `crepe_deploy::nm_linear`
+    dispatch      which kernel serves which shape, by measurement
+    native        building and loading the C++ kernels in `cpu/`
 """

@@ -39,11 +39,11 @@ class PackedConfig:
 
         Raises ConfigError where several have different patterns.
         """
-        found = {name: self.overrides.get(name, self.pattern) for name in modules}
-        if len(set(found.values())) > 1:
-            listed = ", ".join(f"{name} {pattern}" for name, pattern in found.items())
+        patterns = {name: self.overrides.get(name, self.pattern) for name in modules}
+        if len(set(patterns.values())) > 1:
+            listed = ", ".join(f"{name} {pattern}" for name, pattern in patterns.items())
             raise ConfigError(f"layers that are served as one have different patterns: {listed}")
-        return PackedConfig(next(iter(found.values())))
+        return PackedConfig(next(iter(patterns.values())))
 
     def geometry(self, in_features: int) -> tuple[int, int]:
         """`(n, m)` for a weight of `in_features` columns; `m` is `in_features` when unstructured."""

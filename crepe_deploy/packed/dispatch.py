@@ -6,13 +6,12 @@ Batch sizes share a bucket up to the next power of two, all above 256 the last. 
 choice a bucket; 0 means not measured: the kernels' own rule of thumb then decides. `CREPE_DEPLOY_TUNE=0` leaves every
 plan at 0, so that runs are reproducible bit by bit. "Never slower than dense" is a policy: without a dense copy a
 layer falls back to `expand`, which costs one expansion a call; where even that loses to dense, the recorded times
-say so (`describe_plan`), and `keep_dense="auto"` buys the loss back with memory.
+say so (`describe_plan`), and `keep_dense="auto"` buys the loss back with memory. `cuda.dispatch` is the same for GPUs.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -22,33 +21,31 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from . import measurements, ops
-from .measurements import Timer as Timer
-from .measurements import Times as Times
+from . import ops
 from .native import TORCH_ISA, backend
 from .prepare import PAD, Prepared
+from .tuning.measurements import Timer, Times
+from .tuning.tuner import Tuner, bucket_of, tuning_allowed
 
 BUCKETS: Final = 10
 CHOICES: Final[dict[str, int]] = {"auto": 0, "stream": 1, "tile": 2, "expand": 3, "dense": 4}
 NAMES: Final = {code: name for name, code in CHOICES.items()}
 USUAL_TOKENS: Final = (1, 4, 16, 64, 512)
-TUNE_VARIABLE: Final = "CREPE_DEPLOY_TUNE"
 
+_ORDER: Final = ("stream", "tile", "expand", "dense")  # what allocates least comes first
 _STREAM_TOKENS: Final = 16  # registers are not worth trying beyond this batch
 _TURNS: Final = (3, 12)  # least and most runs of each choice
 _AGREE: Final = 1.03  # a best time counts as seen twice when another is within this
-_TIE: Final = 1.08  # within this, which noise may make of nothing, the choice that allocates less wins
-_DENSE_GAIN: Final = 0.95  # a dense copy is worth its memory below this fraction of the best packed time
 
 
-def bucket(tokens: int, count: int = BUCKETS) -> int:
-    """The bucket of a batch of `tokens` rows: 0 for 1, 1 for 2, 2 for 3-4, 3 for 5-8, ... the last for all above."""
-    return min(max(tokens - 1, 0).bit_length(), count - 1)
+def bucket(tokens: int) -> int:
+    """The bucket of a batch: 0 for 1, 1 for 2, 2 for 3-4, ... 9 for all above 256."""
+    return bucket_of(tokens, BUCKETS)
 
 
 def tuning_enabled() -> bool:
     """Whether measuring is allowed: not without native kernels, not with `CREPE_DEPLOY_TUNE=0`."""
-    return os.environ.get(TUNE_VARIABLE, "1") != "0" and backend().isa != TORCH_ISA
+    return tuning_allowed() and backend().isa != TORCH_ISA
 
 
 def plan_for(weight: Prepared) -> Tensor:
@@ -56,9 +53,9 @@ def plan_for(weight: Prepared) -> Tensor:
     plan = torch.zeros(BUCKETS, dtype=torch.int8)
     if tuning_enabled():
         for index in range(BUCKETS):
-            times = measured().get(key(weight, index))
+            times = TUNER.measured.get(key(weight, index))
             if times:
-                plan[index] = CHOICES[fastest(times)]
+                plan[index] = CHOICES[TUNER.fastest(times)]
     return plan
 
 
@@ -79,19 +76,13 @@ def tune(
     """
     if not tuning_enabled():
         return False
-    wants_dense = False
-    new: dict[str, Times] = {}
-    for index in sorted({bucket(count) for count in tokens}):
-        name = key(weight, index)
-        times = measured().get(name)
-        if times is None:
-            times = new[name] = measure(weight, 1 << index, timer or best_times)
-        choice = fastest(times, keep_dense)
-        wants_dense |= choice == "dense"
+    timer = timer or best_times
+    keys = {index: key(weight, index) for index in sorted({bucket(count) for count in tokens})}
+    times = TUNER.times({name: functools.partial(measure, weight, 1 << index, timer) for index, name in keys.items()})
+    chosen = {index: TUNER.fastest(times[name], keep_dense) for index, name in keys.items()}
+    for index, choice in chosen.items():
         plan[index] = CHOICES[choice]
-    if new:
-        remember(new)
-    return wants_dense
+    return "dense" in chosen.values()
 
 
 def measure(weight: Prepared, tokens: int, timer: Timer) -> Times:
@@ -118,25 +109,14 @@ def best_times(runs: Mapping[str, Callable[[], object]]) -> Times:
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
-        if turn + 1 >= least and all(_seen_twice(found) for found in times.values()):
+        if turn + 1 >= least and all(_seen_twice(seconds) for seconds in times.values()):
             break
-    return {name: min(found) for name, found in times.items()}
+    return {name: min(seconds) for name, seconds in times.items()}
 
 
-def _seen_twice(times: list[float]) -> bool:
-    best, second = sorted(times)[:2]
+def _seen_twice(seconds: list[float]) -> bool:
+    best, second = sorted(seconds)[:2]
     return second <= _AGREE * best
-
-
-def fastest(times: Times, keep_dense: bool = False) -> str:
-    """The fastest choice; among near-equals the one that allocates least; `dense` only if allowed and clearly best."""
-    packed = {name: ms for name, ms in times.items() if name != "dense"}
-    if "expand" in packed:  # it contains the dense product: measured below that, it is noise
-        packed["expand"] = max(packed["expand"], times.get("dense", 0.0))
-    best = min(packed.values())
-    if keep_dense and times.get("dense", best) < _DENSE_GAIN * best:
-        return "dense"
-    return next(name for name in CHOICES if packed.get(name, best * 2 + 1) <= _TIE * best)
 
 
 def key(weight: Prepared, index: int) -> str:
@@ -158,41 +138,14 @@ def machine() -> dict[str, str]:
     }
 
 
-def cache_path() -> Path:
-    """The file of this machine's measurements."""
-    return measurements.path_of(machine())
-
-
-@functools.cache
-def measured() -> dict[str, Times]:
-    """All measurements known to this process, by key; read from disk once. A damaged or newer file counts as empty."""
-    return read_cache(cache_path())
-
-
-def read_cache(path: Path) -> dict[str, Times]:
-    """The measurements in a cache file; empty when it is absent, damaged, of another version or machine."""
-    return measurements.read(path, machine(), (set(CHOICES) - {"auto"}).__contains__)
-
-
-def remember(new: dict[str, Times]) -> None:
-    """Add measurements to this process and to the file, in one atomic step; a read-only cache is not an error."""
-    measured().update(new)
-    measurements.add(cache_path(), machine(), (set(CHOICES) - {"auto"}).__contains__, new)
-
-
-def forget() -> Path:
-    """Drop all measurements of this machine, so that the next use of each shape measures anew; returns their file."""
-    path = cache_path()
-    path.unlink(missing_ok=True)
-    measured.cache_clear()
-    return path
+TUNER: Final = Tuner(machine, set(_ORDER).__contains__, _ORDER, tie=1.08, dense_gain=0.95)
 
 
 def describe_plan(weight: Prepared, plan: Tensor) -> dict[str, dict[str, Any]]:
     """For each bucket, by its largest batch: the choice, and measured times in ms with the gain over dense."""
     report: dict[str, dict[str, Any]] = {}
     for index, code in enumerate(plan.tolist()):
-        times = measured().get(key(weight, index), {})
+        times = TUNER.measured.get(key(weight, index), {})
         entry: dict[str, Any] = {"choice": NAMES[code], "times_ms": times}
         if times and "dense" in times:
             entry["gain_over_dense"] = times["dense"] / times.get(NAMES[code], times["dense"])
@@ -202,23 +155,17 @@ def describe_plan(weight: Prepared, plan: Tensor) -> dict[str, dict[str, Any]]:
 
 def choices() -> list[dict[str, Any]]:
     """Every measured shape and batch on this machine: the choice, and how many times as fast as dense it is."""
-    found = []
-    for name, times in sorted(measured().items()):
-        isa, dtype, shape, kept, threads, index = name.split("/")
-        choice = fastest(times)
-        found.append(
-            {
-                "isa": isa,
-                "dtype": dtype,
-                "shape": [int(size) for size in shape.split("x")],
-                "kept": float(kept.removeprefix("kept")),
-                "threads": int(threads.removeprefix("threads")),
-                "batch": 1 << int(index.removeprefix("bucket")),
-                "choice": choice,
-                "gain_over_dense": times["dense"] / times[choice] if "dense" in times else None,
-            }
-        )
-    return found
+    return [
+        {
+            "isa": isa,
+            "dtype": dtype,
+            "shape": [int(size) for size in shape.split("x")],
+            "kept": float(kept.removeprefix("kept")),
+            "threads": int(threads.removeprefix("threads")),
+            **entry,
+        }
+        for (isa, dtype, shape, kept, threads), entry in TUNER.entries()
+    ]
 
 
 def describe() -> dict[str, Any]:
@@ -233,7 +180,7 @@ def describe() -> dict[str, Any]:
         "library": str(native.path) if native else None,
         "threads": torch.get_num_threads(),
         "tuning": tuning_enabled(),
-        "measurements": str(cache_path()),
+        "measurements": str(TUNER.path()),
         "machine": machine(),
     }
 
@@ -244,7 +191,7 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = found.get("model name") or platform.processor() or platform.machine()
-    details = [f"{key} {found[key]}" for key in ("model", "stepping") if key in found]
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    details = [f"{key} {fields[key]}" for key in ("model", "stepping") if key in fields]
     return f"{name} ({', '.join(details)})" if details else name

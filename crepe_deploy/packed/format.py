@@ -22,13 +22,13 @@ from torch import Tensor
 from crepe_deploy.errors import CheckpointError, PatternError
 from crepe_deploy.pattern import MAX_GROUP
 
-FORMAT_VERSION: Final = 1
-COLUMN_MULTIPLE: Final = 32
+from .config import COLUMN_MULTIPLE
+
 VALUES_SUFFIX: Final = "_values"
 MASK_SUFFIX: Final = "_mask"
 DTYPES: Final[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16, torch.float32)
 
-_BITS: Final = {2: torch.int16, 4: torch.int32}
+BITS: Final = {2: torch.int16, 4: torch.int32}  # the integer that holds an entry's bits, by its bytes
 
 
 def check_geometry(n: int, m: int, in_features: int, name: str = "weight") -> None:
@@ -92,7 +92,7 @@ def pack(weight: Tensor, mask: Tensor, name: str = "weight") -> tuple[Tensor, Te
             f"{name}: rows keep from {counts.min()} to {counts.max()} entries; every row must keep as many"
         )
     kept = int(counts[0]) if rows else 0
-    values = _as_bits(weight)[mask.cpu().contiguous().numpy()].reshape(rows, kept)
+    values = as_bits(weight)[mask.cpu().contiguous().numpy()].reshape(rows, kept)
     return torch.from_numpy(values).view(weight.dtype), torch.from_numpy(bits)
 
 
@@ -101,11 +101,11 @@ def unpack(values: Tensor, mask_bytes: Tensor) -> Tensor:
 
     `values` is `(out, kept)` or flat (ragged). Raises CheckpointError when the counts of bits and values differ.
     """
-    _check_pair(values, mask_bytes, "weight")
+    check_pair(values, mask_bytes, "weight")
     mask = unpack_mask(mask_bytes).numpy()
     if int(np.count_nonzero(mask)) != values.numel():
         raise CheckpointError(f"packed weight: {values.numel()} values for {np.count_nonzero(mask)} mask bits")
-    flat = _as_bits(values).reshape(-1)
+    flat = as_bits(values).reshape(-1)
     dense = np.zeros(mask.shape, dtype=flat.dtype)
     dense[mask] = flat
     return torch.from_numpy(dense).view(values.dtype)
@@ -115,11 +115,6 @@ def unpack_mask(mask_bytes: Tensor) -> Tensor:
     """The bool mask `(out, in)` of `mask_bytes`, uint8 `(out, in/8)`."""
     bits = np.unpackbits(mask_bytes.cpu().contiguous().numpy(), axis=1, bitorder="little")
     return torch.from_numpy(bits.view(np.bool_))
-
-
-def pack_mask(mask: Tensor) -> Tensor:
-    """The uint8 `(out, in/8)` bytes of a bool `mask` `(out, in)`."""
-    return torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy(), axis=1, bitorder="little"))
 
 
 def validate(
@@ -155,7 +150,7 @@ def slice_columns(values: Tensor, mask_bytes: Tensor, start: int, stop: int) -> 
     The values are `(out, kept)` when every row keeps as many in the slice, else flat (ragged). Raises CheckpointError
     when the bounds are not multiples of 32 inside the weight or the pair is inconsistent.
     """
-    _check_pair(values, mask_bytes, "weight")
+    check_pair(values, mask_bytes, "weight")
     columns = mask_bytes.shape[1] * 8
     if not 0 <= start < stop <= columns or start % COLUMN_MULTIPLE or stop % COLUMN_MULTIPLE:
         raise CheckpointError(f"columns {start} to {stop} of {columns} are not a slice in whole multiples of 32")
@@ -199,9 +194,12 @@ def _byte_table(n: int, m: int) -> npt.NDArray[np.bool_]:
     return ok
 
 
-def _as_bits(tensor: Tensor) -> npt.NDArray[Any]:
-    """The tensor's bits as a numpy integer array of its shape (numpy has no bfloat16)."""
-    array: npt.NDArray[Any] = tensor.detach().cpu().contiguous().view(_BITS[tensor.element_size()]).numpy()
+def as_bits(tensor: Tensor) -> npt.NDArray[Any]:
+    """The tensor's bits as a numpy integer array of its shape (numpy has no bfloat16).
+
+    It shares the memory of a contiguous tensor on the CPU, and copies any other.
+    """
+    array: npt.NDArray[Any] = tensor.detach().cpu().contiguous().view(BITS[tensor.element_size()]).numpy()
     return array
 
 
@@ -212,7 +210,7 @@ def _check_dense(weight: Tensor, name: str) -> None:
         )
 
 
-def _check_pair(values: Tensor, mask_bytes: Tensor, name: str) -> None:
+def check_pair(values: Tensor, mask_bytes: Tensor, name: str) -> None:
     """Raise CheckpointError unless dtypes and ranks are a packed pair's."""
     if values.dtype not in DTYPES or values.dim() not in (1, 2):
         raise CheckpointError(f"{name}{VALUES_SUFFIX}: {values.dtype} {tuple(values.shape)} is not packed values")

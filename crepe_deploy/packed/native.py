@@ -113,9 +113,9 @@ def load() -> Native:
 def find_compiler() -> str:
     """The C++ compiler: `CXX`, else the first of g++, clang++ and c++. Raises KernelError when there is none."""
     for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
+        compiler = shutil.which(name) if name else None
+        if compiler:
+            return compiler
     raise KernelError("there is no C++ compiler to build the kernels with; install g++ (apt install g++) or set CXX")
 
 

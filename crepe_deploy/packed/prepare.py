@@ -8,7 +8,7 @@ pattern, so 2:4, 16:32 and unstructured rows cost the same.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +17,13 @@ from torch import Tensor
 
 from crepe_deploy.errors import CheckpointError, KernelError
 
-from .format import COLUMN_MULTIPLE, DTYPES
+from .config import COLUMN_MULTIPLE
+from .format import DTYPES, as_bits, check_pair
 from .native import Native, backend
 
 ROWS: Final = 4
 CHUNK: Final = COLUMN_MULTIPLE
 PAD: Final = ROWS * CHUNK
-
-_BITS: Final = {2: torch.int16, 4: torch.int32}
 
 
 class Prepared(NamedTuple):
@@ -114,7 +113,7 @@ def expand(prepared: Prepared) -> Tensor:
     count = int(np.count_nonzero(kept))
     if count + PAD != prepared.values.numel():
         raise KernelError("a prepared weight's masks do not match its values; it is damaged")
-    bits = _bits(prepared.values)
+    bits = as_bits(prepared.values)
     dense = np.zeros(kept.shape, dtype=bits.dtype)
     dense[kept] = bits[:count]
     in_order = np.ascontiguousarray(dense.transpose(0, 2, 1, 3)).reshape(-1, prepared.in_features)
@@ -138,12 +137,9 @@ def check(prepared: Prepared) -> None:
 def _check_stored(values: Tensor, mask_bytes: Tensor, name: str) -> None:
     if values.device.type != "cpu" or mask_bytes.device.type != "cpu":
         raise KernelError(f"{name}: is on {values.device}; the packed kernels run on the CPU")
-    if values.dtype not in DTYPES or values.dim() not in (1, 2):
-        raise CheckpointError(f"{name}: {values.dtype} {tuple(values.shape)} is not packed values")
-    if mask_bytes.dtype != torch.uint8 or mask_bytes.dim() != 2 or not mask_bytes.shape[1] or mask_bytes.shape[1] % 4:
-        raise CheckpointError(f"{name}: {mask_bytes.dtype} {tuple(mask_bytes.shape)} is not a packed mask")
-    if values.dim() == 2 and values.shape[0] != mask_bytes.shape[0]:
-        raise CheckpointError(f"{name}: {values.shape[0]} rows of values, {mask_bytes.shape[0]} rows of mask")
+    check_pair(values, mask_bytes, name)
+    if not mask_bytes.shape[1]:
+        raise CheckpointError(f"{name}: the mask has no columns")
 
 
 def _relayout(
@@ -175,21 +171,16 @@ def _kernel_mask(prepared: Prepared) -> npt.NDArray[np.bool_]:
     return bits.reshape(-1, prepared.in_features // CHUNK, ROWS, CHUNK)
 
 
-def _bits(tensor: Tensor) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = tensor.view(_BITS[tensor.element_size()]).numpy()
-    return array
-
-
 def _to_kernel_numpy(stored: tuple[Tensor, Tensor], prepared: Prepared) -> None:
     values, mask_bytes = stored
     rows, columns = prepared.out_features, prepared.in_features
     kept = np.zeros((-(-rows // ROWS) * ROWS, columns), dtype=np.bool_)
     kept[:rows] = np.unpackbits(mask_bytes.numpy(), axis=1, bitorder="little").view(np.bool_)
-    dense = np.zeros(kept.shape, dtype=_bits(values).dtype)
-    dense[kept] = _bits(values).reshape(-1)
+    dense = np.zeros(kept.shape, dtype=as_bits(values).dtype)
+    dense[kept] = as_bits(values).reshape(-1)
     shape = (-1, ROWS, columns // CHUNK, CHUNK)
     kept, dense = (np.ascontiguousarray(a.reshape(shape).transpose(0, 2, 1, 3)) for a in (kept, dense))
-    _bits(prepared.values)[: values.numel()] = dense[kept]
+    as_bits(prepared.values)[: values.numel()] = dense[kept]
     prepared.mask.copy_(torch.from_numpy(np.packbits(kept.reshape(-1), bitorder="little").view(np.int32)))
 
 
@@ -197,5 +188,5 @@ def _to_stored_numpy(prepared: Prepared, stored: tuple[Tensor, Tensor]) -> None:
     values, mask_bytes = stored
     kept = np.ascontiguousarray(_kernel_mask(prepared).transpose(0, 2, 1, 3)).reshape(-1, prepared.in_features)
     kept = kept[: prepared.out_features]
-    _bits(values)[:] = _bits(expand(prepared))[kept]
+    as_bits(values)[:] = as_bits(expand(prepared))[kept]
     mask_bytes.copy_(torch.from_numpy(np.packbits(kept, axis=1, bitorder="little")))

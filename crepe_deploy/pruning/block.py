@@ -1,182 +1,110 @@
-"""Pruning the layers of one block that is in memory: order, score, select, re-prune, reconstruct, and what it cost."""
+"""Pruning one block that is in memory: collect what its layers read, prune them, and send the hidden states on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from crepe_deploy.model.decoder import Decoder, LinearSpec
-from crepe_deploy.model.stats import Need, Stats, reorder_stats
-from crepe_deploy.pattern import NM, Pattern
+from crepe_deploy.model.calibrate import Collector, Stream, embed
+from crepe_deploy.model.decoder import LinearSpec
+from crepe_deploy.model.paired import Pair
+from crepe_deploy.model.stats import Stats
 from crepe_deploy.phases import Phases
-from crepe_deploy.select import select
-from crepe_deploy.store.manifest import TensorRecord
 
-from .methods.base import ScoreMethod, SolveMethod
-from .methods.ria import RIA
-from .steps import Steps
-from .steps.folds import Foldable, foldables
+from .layer import LayerPruner, LayerResult
+from .run_plan import RunPlan
 
 
 @dataclass(frozen=True)
-class Treatment:
-    """What is done to every layer: the method, the steps around it, and each tensor's pattern by checkpoint name."""
+class Streams:
+    """The hidden states that walk through the blocks of one run; each block sends them on.
 
-    method: ScoreMethod | SolveMethod
-    steps: Steps
-    patterns: Mapping[str, Pattern]
+    probe: the proof's tokens, through the pruned blocks. calibration: what statistics are taken from, or None.
+    pairs: with the feed "both" that calibration beside its dense twin, and behind it the held-out windows, if any.
+    """
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        """The calibration statistics that the method and the steps read."""
-        return self.method.needs | self.steps.needs
-
-
-@dataclass
-class BlockPruner:
-    """Prunes blocks in place. phases: where the seconds go. records: what was done, by tensor name."""
-
-    decoder: Decoder
-    treatment: Treatment
-    phases: Phases = field(default_factory=Phases)
-    records: dict[str, TensorRecord] = field(default_factory=dict)
-
-    def prune(self, block: nn.Module, spec: LinearSpec, weights: dict[str, Tensor], stats: Stats) -> None:
-        """Prune one layer of `block`, whose tensors by checkpoint name are `weights`; both follow."""
-        stored = weights[spec.key]
-        weight = stored.T if spec.transposed else stored
-        score: Tensor | None = None
-        if isinstance(self.treatment.method, ScoreMethod):
-            with self.phases("score"):
-                score = self.treatment.method.score(weight, stats)
-        notes: dict[str, float] = {}
-        if self.treatment.steps.permute is not None:
-            with self.phases("permute"):
-                score, stats = self._reorder(block, spec, weights, score, stats, notes)
-        self.records[spec.key] = self._prune_weight(weight, score, stats, spec, notes)
-        _follow(block, spec.path, "weight", stored)
-
-    def _prune_weight(
-        self, weight: Tensor, score: Tensor | None, stats: Stats, spec: LinearSpec, notes: dict[str, float]
-    ) -> TensorRecord:
-        """Prune weight (out, in) in place. Without updating steps kept weights are untouched."""
-        steps, pattern = self.treatment.steps, self.treatment.patterns[spec.key]
-        start, mask = weight, None
-        if score is not None:
-            with self.phases("select"):
-                mask = select(score, pattern)
-        elif isinstance(self.treatment.method, SolveMethod):
-            with self.phases("solve"):
-                solution = self.treatment.method.solve(weight, stats, pattern)
-            start, mask = solution.weight, solution.mask
-            notes |= solution.notes
-        assert mask is not None
-        if steps.reprune is not None:
-            with self.phases("reprune"):
-                mask, found = steps.reprune(weight, mask, stats, pattern)
-            start, notes = weight, notes | {f"reprune_{name}": value for name, value in found.items()}
-        if steps.reconstruct is not None:
-            with self.phases("reconstruct"):
-                solution = steps.reconstruct(weight, start, mask, stats, pattern)
-            start, mask = solution.weight, solution.mask
-            notes |= {f"reconstruct_{name}": value for name, value in solution.notes.items()}
-        with self.phases("update"):
-            pruned = start.to(weight.dtype).masked_fill(~mask, 0)
-        with self.phases("error"):
-            norms = input_norms(stats)
-            error = layer_error(weight, pruned, norms)
-        weight.copy_(pruned)
-        shape = (spec.in_features, spec.out_features) if spec.transposed else (spec.out_features, spec.in_features)
-        return TensorRecord(
-            shape=shape,
-            transposed=spec.transposed,
-            pattern=str(pattern),
-            zeros=0,
-            sparsity=0.0,
-            layer_error=error,
-            layer_error_weighting="none" if norms is None else "input-norm",
-            notes=notes,
-        )
-
-    def _reorder(
-        self,
-        block: nn.Module,
-        spec: LinearSpec,
-        weights: dict[str, Tensor],
-        score: Tensor | None,
-        stats: Stats,
-        notes: dict[str, float],
-    ) -> tuple[Tensor | None, Stats]:
-        """Reorder the layer's inputs, and the outputs of the layers before it, where that folds; score and stats too.
-
-        The score is taken before, for a neighbourhood means something only in the original order.
-        """
-        fold = next((found for found in foldables(self.decoder) if found.path == spec.path), None)
-        pattern, permuter = self.treatment.patterns[spec.key], self.treatment.steps.permute
-        if fold is None or permuter is None or not isinstance(pattern, NM):
-            return score, stats
-        stored = weights[spec.key]
-        judge = RIA().score(stored.T if spec.transposed else stored, stats) if score is None else score
-        orders = [permuter.search(rows, pattern.n, pattern.m) for rows in fold.search_rows(judge)]
-        columns = fold.input_order(orders)
-        reorder_rows(weights[spec.key], columns, 0 if spec.transposed else 1)
-        prefix = f"{self.decoder.blocks_path}.{self.decoder.blocks.index(block)}"
-        for producer in fold.producers:
-            self._reorder_outputs(block, prefix, producer, fold, orders, weights)
-        notes["score_retained_gain"] = permuter.gain(judge, columns, pattern.n, pattern.m)
-        return (None if score is None else score[:, columns]), reorder_stats(stats, columns)
-
-    def _reorder_outputs(
-        self,
-        block: nn.Module,
-        prefix: str,
-        producer: str,
-        fold: Foldable,
-        orders: list[Tensor],
-        weights: dict[str, Tensor],
-    ) -> None:
-        """Reorder the rows of `producer`, and its bias."""
-        module = block.get_submodule(producer)
-        transposed = not isinstance(module, nn.Linear)
-        for name, _ in module.named_parameters():
-            stored = weights[self.decoder.key(f"{prefix}.{producer}.{name}")]
-            axis = 1 if transposed and stored.ndim == 2 else 0
-            reorder_rows(stored, fold.output_order(orders, stored.shape[axis]), axis)
-            _follow(block, producer, name, stored)
+    probe: Stream
+    calibration: Stream | None
+    pairs: list[Pair]
 
 
-def reorder_rows(tensor: Tensor, order: Tensor, axis: int) -> None:
-    """Reorder `tensor` along `axis` in place: entry i becomes entry order[i]."""
-    tensor.copy_(tensor.index_select(axis, order))
+@dataclass(frozen=True)
+class BlockResult:
+    """What was done to each layer by tensor name, and the seconds that it took by phase."""
+
+    layers: dict[str, LayerResult]
+    seconds: dict[str, float]
 
 
-def _follow(block: nn.Module, path: str, name: str, stored: Tensor) -> None:
-    """Bring the block's own copy of a tensor up to date where it is one, in the dtype of computation."""
-    computed = block.get_submodule(path).get_parameter(name)
-    if computed.data_ptr() != stored.data_ptr():
-        computed.data.copy_(stored)
+def start_streams(plan: RunPlan) -> Streams:
+    """All tokens of the run in front of the first block, from one read of the embeddings."""
+    token_sets = [tokens for tokens in (plan.probe, plan.calibration, plan.held) if tokens is not None]
+    probe, *rest = embed(plan.decoder, token_sets)
+    both = plan.config.feed == "both"
+    pairs = [Pair.start(stream, plan.decoder.config.model_type) for stream in rest] if both else []
+    return Streams(probe, rest[0] if rest else None, pairs)
 
 
-def input_norms(stats: Stats) -> Tensor | None:
-    """Norms (in,) of the input channels from whichever statistic was collected, or None."""
-    if stats.hessian is not None:
-        return (stats.hessian.diagonal() / 2).sqrt()
-    return stats.col_norm
+def prune_block(plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor]) -> BlockResult:
+    """Prune the targets of block `index`, with its tensors `weights` by checkpoint name, in place; `streams` follow."""
+    phases = Phases()
+    pruner = LayerPruner(plan.decoder, plan.config, plan.patterns, phases)
+    block = plan.decoder.blocks[index]
+    prune_layers = _beside_dense if streams.pairs else _alone
+    layers = prune_layers(plan, index, streams, weights, pruner)
+    with phases("forward"):
+        streams.probe.run(block, index, advance=True)
+    return BlockResult(layers, phases.seconds)
 
 
-def layer_error(dense: Tensor, pruned: Tensor, col_norm: Tensor | None) -> float:
-    """||(W - W')D||_F / ||W D||_F for weights (out, in), D = diag(col_norm) or the identity."""
-    change, size = 0.0, 0.0
-    for before, after in zip(torch.split(dense, 1024), torch.split(pruned, 1024), strict=True):
-        before = before.float()
-        change += _weighted_square(before - after, col_norm)
-        size += _weighted_square(before, col_norm)
-    return (change / size) ** 0.5 if size else 0.0
+def _alone(
+    plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], pruner: LayerPruner
+) -> dict[str, LayerResult]:
+    """Statistics from one pass through the dense block; the next block is fed by it or by the pruned one."""
+    block, targets, stream = plan.decoder.blocks[index], plan.targets[index], streams.calibration
+    last = index == len(plan.targets) - 1
+    collector = Collector(plan.config.needs)
+    if stream is not None:
+        with pruner.phases("forward"), collector.watching(block, targets):
+            stream.run(block, index, advance=plan.config.feed == "dense")
+    layers = {}
+    for spec in targets:
+        stats = Stats() if stream is None else collector.stats(spec.path, stream.sequences)
+        layers[spec.key] = pruner.prune(block, spec, weights, stats)
+    if stream is not None and plan.config.feed == "pruned" and not last:
+        with pruner.phases("forward"):
+            stream.run(block, index, advance=True)
+    return layers
 
 
-def _weighted_square(matrix: Tensor, col_norm: Tensor | None) -> float:
-    squares = matrix.square().sum(0)
-    return float(squares.sum() if col_norm is None else squares @ col_norm.square())
+def _beside_dense(
+    plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], pruner: LayerPruner
+) -> dict[str, LayerResult]:
+    """Group by group, each behind what is pruned already and beside what the dense block has there."""
+    block, targets, pairs = plan.decoder.blocks[index], plan.targets[index], streams.pairs
+    dense = copy.deepcopy(block)
+    layers: dict[str, LayerResult] = {}
+    for group in pairs[0].groups(block, index, plan.decoder.linears[index], targets):
+        layers |= _group(pairs[0], dense, block, index, group, weights, pruner)
+    with pruner.phases("forward"):
+        # Behind the last block only what the held-out windows give there is read.
+        for pair in pairs[1:] if index == len(plan.targets) - 1 else pairs:
+            pair.advance(dense, block, index)
+    return layers
+
+
+def _group(
+    pair: Pair,
+    dense: nn.Module,
+    block: nn.Module,
+    index: int,
+    group: list[LinearSpec],
+    weights: dict[str, Tensor],
+    pruner: LayerPruner,
+) -> dict[str, LayerResult]:
+    """The layers that share one input; their statistics are gone before the next group's are taken."""
+    with pruner.phases("forward"):
+        stats = pair.stats(dense, block, index, group)
+    return {spec.key: pruner.prune(block, spec, weights, stats) for spec in group}

@@ -1,8 +1,19 @@
-"""The pruning pipeline: block by block, materialise, calibrate, score, select, write, and prove what was written."""
+"""The pruning pipeline: plan, allocate, prune block by block while writing, prove what was written, and record it.
+
+Every read of the weights, and why it is one of its own (a test counts them):
+
+source  embeddings  in front of the first block, for all token sets at once
+        blocks      once more before, where an allocation looks at the dense model first
+        blocks      one at a time: pruned, written, and sent the hidden states through
+        the rest    behind the last block: rescaled, run for the logits, and written from the same memory
+        files       sha256, in the order of the bytes, which is not the order of the blocks
+output  walk        embeddings, blocks, head, from the disk: logits against memory, and zeros counted on the way
+        files       sha256
+"""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,45 +21,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crepe_deploy.errors import ConfigError
-from crepe_deploy.model.calibrate import Collector, Stream, embed
-from crepe_deploy.model.decoder import Decoder, LinearSpec
-from crepe_deploy.model.paired import Pair
+from crepe_deploy.model.decoder import Head
 from crepe_deploy.model.proof import check_parity
-from crepe_deploy.model.stats import Stats
+from crepe_deploy.pattern import Pattern
+from crepe_deploy.phases import Phases
 from crepe_deploy.progress import Progress, silent
 from crepe_deploy.store.audit import check_pattern
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.companions import copy_companions
-from crepe_deploy.store.files import require_disk
-from crepe_deploy.store.folders import atomic_folder, check_output
-from crepe_deploy.store.manifest import Manifest, hash_folder, save_manifest, versions
+from crepe_deploy.store.folders import atomic_folder
+from crepe_deploy.store.manifest import Manifest, TensorRecord, hash_folder, save_manifest, versions
 from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.store.writing import CheckpointWriter, Planned
 from crepe_deploy.texts import CalibrationSet
 
-from .block import BlockPruner, Treatment
+from .block import Streams, prune_block, start_streams
 from .config import PruneConfig
-from .steps.allocate import allocate, summary, uniform
-from .steps.rescale import Rescaled, last_norm, rescaled_tensors
-from .targets import choose_targets
+from .layer import LayerResult
+from .run_plan import RunPlan, plan_run
+from .steps.allocate import allocate, summary
+from .steps.rescale import Rescaled, rescale_head
 
-PROBE_TOKENS = 64
 
+@dataclass(frozen=True)
+class Pruned:
+    """What was done while writing: to each layer by tensor name, the logits on the probe, the rescaling, seconds."""
 
-@dataclass
-class _Run:
-    """One run's parts, so that the steps below take few arguments.
-
-    held: calibration tokens (windows, length) kept from everything but rescaling. rescaled: what that found.
-    """
-
-    decoder: Decoder
-    config: PruneConfig
-    targets: list[list[LinearSpec]]
-    pruner: BlockPruner
-    held: Tensor | None = None
-    rescaled: Rescaled | None = None
+    layers: dict[str, LayerResult]
+    logits: Tensor
+    rescaled: Rescaled | None
+    seconds: dict[str, float]
 
 
 def prune(
@@ -66,187 +68,137 @@ def prune(
     Returns the manifest that was written. Raises InputError before any work that could be spared,
     NumericalError, DiskFullError, VerifyError, ParityError.
     """
-    run, calibration_tokens = _prepare(model, out, config, calibration, overwrite)
+    plan, phases = plan_run(model, out, config, calibration, overwrite=overwrite), Phases()
     with atomic_folder(out, overwrite=overwrite) as folder:
-        probe = _probe_tokens(run.decoder, calibration_tokens)
-        if run.pruner.treatment.steps.allocate is not None:
-            step = _allocate(run, probe if calibration_tokens is None else calibration_tokens, step)
-        logits = _prune_into(folder, run, calibration_tokens, probe, step)
+        with phases("embed"):
+            streams = start_streams(plan)
+        if config.steps.allocate is not None:
+            with phases("allocate"):
+                plan = replace(plan, patterns=_allocated(plan, streams, _part(step, 0)))
+            step = _part(step, 1)
+        pruned = _prune_into(folder, plan, streams, step)
+        phases.add(pruned.seconds)
         copy_companions(model.folder, folder)
-        with run.pruner.phases("verify"):
-            _recount(folder, run)
-            parity = check_parity(folder, config.dtype, probe, logits)
-        manifest = _manifest(folder, model, run, calibration, parity)
+        with phases("verify"):
+            zeros, parity = _prove(folder, plan, pruned.logits)
+        with phases("hash"):
+            source, files = describe_source(model), hash_folder(folder)
+        tensors = _records(plan, pruned.layers, zeros)
+        manifest = Manifest(
+            stage="prune",
+            format="dense",
+            versions=versions(),
+            source=source,
+            config=config.record(),
+            calibration=calibration.record() if calibration is not None and config.needs_text else None,
+            tensors=tensors,
+            dense_tensors=sorted(set(plan.decoder.reader.tensors) - set(tensors)),
+            metrics=_metrics(plan, tensors, pruned.rescaled, phases.seconds, parity),
+            files=files,
+        )
         save_manifest(folder, manifest)
     return manifest
 
 
-def _prepare(
-    model: Model, out: Path, config: PruneConfig, calibration: CalibrationSet | None, overwrite: bool
-) -> tuple[_Run, Tensor | None]:
-    """Everything that can be refused is refused here, before any weight is read."""
-    check_output(out, overwrite=overwrite, inputs=(model.folder,))
-    decoder = Decoder(model.folder, config.dtype)
-    targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
-    wanted = config.needs_text
-    if wanted and calibration is None:
-        raise ConfigError(f"method '{config.origin.method}' needs calibration text: give --calib FILE_OR_DATASET")
-    require_disk(out, sum(info.size_bytes for info in decoder.reader))
-    tokens = calibration.tokens if calibration is not None and wanted else None
-    if tokens is not None and tokens.shape[1] > decoder.context_length:
-        raise ConfigError(
-            f"calibration windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
-        )
-    treatment = Treatment(config.method, config.steps, uniform(targets, config.pattern))
-    run = _Run(decoder, config, targets, BlockPruner(decoder, treatment))
-    if config.steps.rescale is not None and tokens is not None:
-        last_norm(decoder)
-        fitted = len(tokens) - config.steps.rescale.held_out(len(tokens))
-        tokens, run.held = tokens[:fitted], tokens[fitted:]
-    return run, tokens
+def _part(step: Progress, index: int) -> Progress:
+    """The progress of the first or second of two walks over the blocks."""
+    return lambda done, total: step(index * total + done, 2 * total)
 
 
-def _probe_tokens(decoder: Decoder, tokens: Tensor | None) -> Tensor:
-    """Tokens (1, <=64) carried through the pruned blocks to compare logits before and after writing."""
-    if tokens is not None:
-        return tokens[:1, :PROBE_TOKENS]
-    length = min(PROBE_TOKENS, decoder.context_length)
-    return torch.randint(decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+def _allocated(plan: RunPlan, streams: Streams, step: Progress) -> dict[str, Pattern]:
+    """Every tensor's own pattern."""
+    assert plan.config.steps.allocate is not None
+    stream = (streams.calibration or streams.probe).twin()
+    return allocate(plan.decoder, plan.targets, stream, plan.config.steps.allocate, plan.config.pattern, step)
 
 
-def _allocate(run: _Run, tokens: Tensor, step: Progress) -> Progress:
-    """Give every tensor its own pattern; returns the progress that the blocks go on with."""
-    blocks, treatment = len(run.targets), run.pruner.treatment
-    assert treatment.steps.allocate is not None
-    with run.pruner.phases("allocate"):
-        patterns = allocate(
-            run.decoder, run.targets, tokens, treatment.steps.allocate, run.config.pattern,
-            lambda done, _: step(done, 2 * blocks),
-        )  # fmt: skip
-    run.pruner.treatment = replace(treatment, patterns=patterns)
-    return lambda done, _: step(blocks + done, 2 * blocks)
-
-
-def _prune_into(folder: Path, run: _Run, tokens: Tensor | None, probe_tokens: Tensor, step: Progress) -> Tensor:
-    """Write the pruned checkpoint's tensors into `folder`; returns the pruned model's logits on the probe."""
-    decoder = run.decoder
-    with CheckpointWriter(folder, _same_plan(decoder.reader)) as writer:
-        with run.pruner.phases("embed"):
-            probe, *streams = embed(decoder, [each for each in (probe_tokens, tokens, run.held) if each is not None])
-        stream = streams[0] if streams else None
-        kind = decoder.config.model_type
-        pairs = [Pair.start(each, kind) for each in streams] if run.config.feed == "both" else []
-        written: set[str] = set()
+def _prune_into(folder: Path, plan: RunPlan, streams: Streams, step: Progress) -> Pruned:
+    """Write the pruned checkpoint's tensors into `folder`."""
+    decoder, phases = plan.decoder, Phases()
+    layers: dict[str, LayerResult] = {}
+    with CheckpointWriter(folder, _same_layout(decoder.reader)) as writer:
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
-                if pairs:
-                    _prune_paired(run, index, pairs, weights)
-                else:
-                    _prune_block(run, index, stream, weights)
-                with run.pruner.phases("forward"):
-                    probe.run(decoder.blocks[index], index, advance=True)
-                with run.pruner.phases("write"):
+                result = prune_block(plan, index, streams, weights)
+                with phases("write"):
                     for name, tensor in weights.items():
                         writer.write(name, tensor)
-                        written.add(name)
+            layers |= result.layers
+            phases.add(result.seconds)
             step(index + 1, len(decoder.blocks))
-        with run.pruner.phases("rescale"):
-            _rescale(run, pairs)
-        with run.pruner.phases("write"):
-            for info in decoder.reader:
-                if info.name not in written:
-                    replaced = decoder.replaced.get(info.name)
-                    writer.write(info.name, decoder.reader.load(info.name) if replaced is None else replaced)
-    with run.pruner.phases("verify"):
-        return decoder.logits(probe_tokens, probe.hidden[0])
+        with decoder.head() as head:
+            with phases("rescale"):
+                rescaled = _rescale(plan, streams, head)
+            with phases("verify"):
+                logits = head(plan.probe, streams.probe.hidden[0]).float()
+            with phases("write"):
+                for name in writer.pending:
+                    writer.write(name, head.weights[name] if name in head.weights else decoder.reader.load(name))
+    return Pruned(layers, logits, rescaled, phases.seconds)
 
 
-def _prune_paired(run: _Run, index: int, pairs: list[Pair], weights: dict[str, Tensor]) -> None:
-    """Prune the targets of the block group by group, each behind what is pruned already, and feed the next block.
-
-    pairs: the calibration windows, and behind them the held-out ones where there are any.
-    """
-    block, targets, pruner = run.decoder.blocks[index], run.targets[index], run.pruner
-    before = copy.deepcopy(block)
-    for group in pairs[0].groups(block, index, run.decoder.linears[index], targets):
-        with pruner.phases("forward"):
-            stats = pairs[0].stats(before, block, index, group)
-        for spec in group:
-            pruner.prune(block, spec, weights, stats)
-    with pruner.phases("forward"):
-        for pair in pairs[1:] if index == len(run.targets) - 1 else pairs:
-            pair.advance(before, block, index)
-
-
-def _rescale(run: _Run, pairs: list[Pair]) -> None:
-    """Fit the scale of the logits, where that was asked for; from here on the last norm is the rescaled one."""
-    rescale = run.pruner.treatment.steps.rescale
-    if rescale is None or run.held is None:
-        return
-    dense, pruned = (torch.cat(side.stream.hidden) for side in (pairs[1].dense, pairs[1].pruned))
-    run.rescaled = rescale.fit(run.decoder, run.held, dense, pruned)
-    run.decoder.replaced |= rescaled_tensors(run.decoder, run.rescaled.factor)
-
-
-def _prune_block(run: _Run, index: int, stream: Stream | None, weights: dict[str, Tensor]) -> None:
-    """Collect statistics, prune every target of the block in place, and feed the next block."""
-    block, targets = run.decoder.blocks[index], run.targets[index]
-    last = index == len(run.targets) - 1
-    collector = Collector(run.pruner.treatment.needs)
-    if stream is not None:
-        with run.pruner.phases("forward"), collector.watching(block, targets):
-            stream.run(block, index, advance=run.config.feed == "dense")
-    for spec in targets:
-        run.pruner.prune(
-            block, spec, weights, Stats() if stream is None else collector.stats(spec.path, stream.sequences)
-        )
-    if stream is not None and run.config.feed == "pruned" and not last:
-        with run.pruner.phases("forward"):
-            stream.run(block, index, advance=True)
-
-
-def _same_plan(reader: CheckpointReader) -> dict[str, Planned]:
+def _same_layout(reader: CheckpointReader) -> dict[str, Planned]:
     """The source's own tensors, dtypes and shard names."""
     return {info.name: Planned(info.file.name, info.dtype, info.shape) for info in reader}
 
 
-def _recount(folder: Path, run: _Run) -> None:
-    """Replace the zero counts of the records by what a fresh reader finds in the written files."""
-    reader = CheckpointReader(folder)
-    for spec in (spec for block in run.targets for spec in block):
-        stored = reader.load(spec.key)
-        weight = stored.T.contiguous() if spec.transposed else stored
-        zeros = check_pattern(spec.key, weight, run.pruner.treatment.patterns[spec.key])
-        update = {"zeros": zeros, "sparsity": zeros / stored.numel()}
-        run.pruner.records[spec.key] = run.pruner.records[spec.key].model_copy(update=update)
+def _rescale(plan: RunPlan, streams: Streams, head: Head) -> Rescaled | None:
+    """Fit the scale of the logits, where that was asked for, and scale the last norm of `head` by it."""
+    rescale = plan.config.steps.rescale
+    if rescale is None or plan.held is None:
+        return None
+    dense, pruned = (torch.cat(side.stream.hidden) for side in (streams.pairs[1].dense, streams.pairs[1].pruned))
+    rescaled = rescale.fit(plan.decoder, head, plan.held, dense, pruned)
+    rescale_head(plan.decoder, head, rescaled.factor)
+    return rescaled
 
 
-def _manifest(
-    folder: Path, model: Model, run: _Run, calibration: CalibrationSet | None, parity: dict[str, Any]
-) -> Manifest:
-    with run.pruner.phases("hash"):
-        source, files = describe_source(model), hash_folder(folder)
-    treatment = run.pruner.treatment
-    pruned = sum(record.zeros for record in run.pruner.records.values())
-    size = sum(record.shape[0] * record.shape[1] for record in run.pruner.records.values())
-    return Manifest(
-        stage="prune",
-        format="dense",
-        versions=versions(),
-        source=source,
-        config=run.config.record(),
-        calibration=calibration.record() if calibration is not None and run.config.needs_text else None,
-        tensors=run.pruner.records,
-        dense_tensors=sorted(set(run.decoder.reader.tensors) - set(run.pruner.records)),
-        metrics={
-            "sparsity_of_pruned_tensors": pruned / size,
-            "patterns": summary(dict(treatment.patterns)),
-            "pruned_tensors": len(run.pruner.records),
-            "mean_layer_error": sum(record.layer_error or 0.0 for record in run.pruner.records.values())
-            / len(run.pruner.records),
-            **({} if run.rescaled is None else {"rescale": asdict(run.rescaled)}),
-            "seconds": {name: round(value, 3) for name, value in run.pruner.phases.seconds.items()},
-            "parity": parity,
-        },
-        files=files,
-    )
+def _prove(folder: Path, plan: RunPlan, logits: Tensor) -> tuple[dict[str, int], dict[str, Any]]:
+    """Zeros of every target by tensor name, and the parity of the logits, as a fresh reader finds both on the disk."""
+    specs = {spec.key: spec for block in plan.targets for spec in block}
+    zeros: dict[str, int] = {}
+
+    def count(weights: dict[str, Tensor]) -> None:
+        for key in weights.keys() & specs.keys():
+            weight = weights[key].T.contiguous() if specs[key].transposed else weights[key]
+            zeros[key] = check_pattern(key, weight, plan.patterns[key])
+
+    parity = check_parity(folder, plan.config.dtype, plan.probe, logits, count)
+    return zeros, parity
+
+
+def _records(plan: RunPlan, layers: Mapping[str, LayerResult], zeros: Mapping[str, int]) -> dict[str, TensorRecord]:
+    """What the manifest says of each target, in the order of the blocks."""
+    records = {}
+    for spec in (spec for block in plan.targets for spec in block):
+        layer, shape = layers[spec.key], (spec.out_features, spec.in_features)
+        records[spec.key] = TensorRecord(
+            shape=shape[::-1] if spec.transposed else shape,
+            transposed=spec.transposed,
+            pattern=str(plan.patterns[spec.key]),
+            zeros=zeros[spec.key],
+            sparsity=zeros[spec.key] / (spec.out_features * spec.in_features),
+            layer_error=layer.error,
+            layer_error_weighting=layer.weighting,
+            notes=layer.notes,
+        )
+    return records
+
+
+def _metrics(
+    plan: RunPlan,
+    records: Mapping[str, TensorRecord],
+    rescaled: Rescaled | None,
+    seconds: Mapping[str, float],
+    parity: dict[str, Any],
+) -> dict[str, Any]:
+    size = sum(record.shape[0] * record.shape[1] for record in records.values())
+    return {
+        "sparsity_of_pruned_tensors": sum(record.zeros for record in records.values()) / size,
+        "patterns": summary(dict(plan.patterns)),
+        "pruned_tensors": len(records),
+        "mean_layer_error": sum(record.layer_error or 0.0 for record in records.values()) / len(records),
+        **({} if rescaled is None else {"rescale": asdict(rescaled)}),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "parity": parity,
+    }

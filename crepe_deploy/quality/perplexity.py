@@ -6,7 +6,6 @@ Folders are loaded by stock transformers, never with remote code. The maths is i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from crepe_deploy.errors import CheckpointError, ConfigError, NumericalError
 from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.model.decoder import COMPUTE_DTYPES
+from crepe_deploy.progress import Progress
 from crepe_deploy.texts import Text, load_text, load_tokenizer, tokenize, wants_bos_each_window
 
 from .scoring import (
@@ -36,8 +36,6 @@ from .scoring import (
 
 BOS_MODES = ("auto", "none", "start", "window")
 LOGIT_ROWS = 16  # few enough to stay in a CPU cache as float32: twice as fast as 256
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def evaluate(
     The text is tokenised once as a whole; `window` is clipped to the models' contexts, `stride` defaults to the
     window. dtype "auto" is each checkpoint's own. bos "auto": "window" for Gemma, "start" where the tokenizer itself
     puts one, else "none". device "auto": CUDA where there is one. `seed` is the bootstrap's. Both models are in
-    memory together; logits go to float32 in chunks of 256 rows. `progress` is told windows done and in all.
+    memory together; logits go to float32 a few rows at a time. `progress` is told windows done and in all.
     Raises CheckpointError, CalibrationError, ConfigError (models that cannot be compared) and NumericalError.
     """
     started = time.monotonic()
@@ -159,7 +157,7 @@ def evaluate(
     reference = load_model(against, dtype, place) if against is not None else None
     if reference is not None:
         _check_same_vocabulary(model, reference)
-    window = min([window, *(context_length(each) or window for each in (model, reference) if each is not None)])
+    window = min([window, *(context_length(one) or window for one in (model, reference) if one is not None)])
     windows = plan_windows(ids, window, stride, max_tokens, mode, tokenizer.bos_token_id)
     scores = _score_all(model, reference, windows, progress)
     return QualityReport(
@@ -231,13 +229,13 @@ def plan_windows(
     if bos == "start":
         ids = torch.cat([leading, ids])
     ids = ids[:max_tokens]
-    each = leading if bos == "window" else leading[:0]
-    inner = window - len(each)
+    front = leading if bos == "window" else leading[:0]
+    inner = window - len(front)
     step = inner if stride is None else stride
-    spans = window_spans(ids.numel(), inner, step, score_first=len(each) > 0)
+    spans = window_spans(ids.numel(), inner, step, score_first=len(front) > 0)
     return Windows(
-        sequences=[torch.cat([each, ids[span.start : span.end]]) for span in spans],
-        first_scored=[span.score_from - span.start + len(each) for span in spans],
+        sequences=[torch.cat([front, ids[span.start : span.end]]) for span in spans],
+        first_scored=[span.score_from - span.start + len(front) for span in spans],
         stride=step,
         tokens=spans[-1].end,
     )
@@ -258,7 +256,7 @@ def _check_same_tokenizer(tokenizer: Any, other: Any, text: Text) -> None:
 
 
 def _check_same_vocabulary(model: Any, reference: Any) -> None:
-    sizes = [int(each.config.get_text_config().vocab_size) for each in (model, reference)]
+    sizes = [int(one.config.get_text_config().vocab_size) for one in (model, reference)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"the two models give logits for {sizes[0]} and {sizes[1]} tokens and cannot be compared; "

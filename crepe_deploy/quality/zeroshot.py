@@ -292,9 +292,9 @@ def _differences(
     name: str, metrics: dict[str, Metric], results: dict[str, Any], reference: dict[str, Any], seed: int
 ) -> dict[str, Estimate]:
     pairs = list(zip(results["samples"][name], reference["samples"][name], strict=True))
-    found = {}
+    differences = {}
     for metric in metrics:
         values = [(ours.get(metric), theirs.get(metric)) for ours, theirs in pairs]
         if all(isinstance(value, int | float) for pair in values for value in pair):
-            found[metric] = estimate([torch.tensor([float(a) - float(b)]) for a, b in values], mean, seed)
-    return found
+            differences[metric] = estimate([torch.tensor([float(a) - float(b)]) for a, b in values], mean, seed)
+    return differences

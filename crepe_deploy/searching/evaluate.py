@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
-from crepe_deploy.progress import Progress
+from crepe_deploy.progress import Show
 from crepe_deploy.store.journal import Journal
 from crepe_deploy.texts import CalibrationSet
 
@@ -24,8 +22,6 @@ from .space import Setting
 from .statistics import SampleRule, collect
 
 BATCH = 8  # settings in one walk over the model: hidden states of each are held
-
-Show = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass

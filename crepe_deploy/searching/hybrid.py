@@ -1,4 +1,4 @@
-"""PHO, hybrid: proxies filter, the losses of the masked model decide.
+"""PHO, hybrid: proxies filter, the masked model decides.
 
 1. Fit: a Latin hypercube of settings and the anchors are judged. Spearman's correlation of every proxy with the KL to
    the dense model is measured; it fits the sign of proxies that have none and, with --proxy auto, chooses the filter:
@@ -22,6 +22,8 @@ from typing import TypeAlias
 import numpy as np
 from scipy import stats
 from scipy.stats import qmc
+
+from crepe_deploy.progress import Say
 
 from .evaluate import Evaluator
 from .losses import Losses
@@ -121,7 +123,7 @@ def pho(
     evaluations: int,
     seed: int,
     expired: Callable[[int], Expired],
-    say: Callable[[str], None],
+    say: Say,
     report: Report = quiet,
 ) -> SearchResult:
     """Run the steps of the module's docstring; `evaluations` and `finalists` are shared out over the rounds.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from crepe_deploy.errors import ConfigError, OutputError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
-from crepe_deploy.progress import Progress, silent
+from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.pruning.recipe import Preset
 from crepe_deploy.pruning.targets import choose_targets
 from crepe_deploy.store.files import check_output_file, write_json
@@ -23,7 +22,7 @@ from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.texts import CalibrationSet
 
-from .evaluate import Evaluator, Show
+from .evaluate import Evaluator
 from .hill_climb import hill_climb
 from .hybrid import SAMPLER, SearchResult, correlations, pho
 from .losses import Losses
@@ -64,7 +63,7 @@ class _Search:
     space: Space
     evaluator: Evaluator
     started: float
-    say: Callable[[str], None]
+    say: Say
 
     def expired(self, still_to_judge: int) -> Expired:
         """Whether the time is up but for what judging so many settings will take."""
@@ -75,12 +74,6 @@ class _Search:
             return time.monotonic() - self.started + reserve > limit
 
         return check
-
-
-@contextmanager
-def hidden(label: str) -> Iterator[Progress]:
-    """Show nothing."""
-    yield silent
 
 
 def journal_path(out: Path) -> Path:
@@ -98,7 +91,7 @@ def search(
     resume: bool = False,
     overwrite: bool = False,
     show: Show = hidden,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = unsaid,
 ) -> dict[str, Any]:
     """Search CRePE's hyperparameters for `model` and write the preset `out`; returns its document.
 
@@ -167,7 +160,7 @@ def _budget(config: SearchConfig) -> int:
     return config.evaluations if config.evaluations is not None else EVALUATIONS[config.optimizer]
 
 
-def _report(say: Callable[[str], None], what: str, total: int) -> Callable[[int, Setting, float], None]:
+def _report(say: Say, what: str, total: int) -> Callable[[int, Setting, float], None]:
     def report(asked: int, best: Setting, value: float) -> None:
         say(f"{asked}/{total} evaluations, best {what} so far {value:.5g}: {_describe(best)}")
 

@@ -85,6 +85,11 @@ class CheckpointWriter:
             _reserve(handle, start + position)
             os.pwrite(handle, struct.pack("<Q", len(raw)) + raw, 0)
 
+    @property
+    def pending(self) -> list[str]:
+        """What is planned and not yet written, in the order of the plan."""
+        return [name for name in self.plan if name in self._pending]
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one planned tensor; its dtype and shape must be as planned, and each is written once."""
         planned = self.plan[name]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,9 +12,9 @@ from torch import Tensor
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.phases import Phases
-from crepe_deploy.progress import Progress
+from crepe_deploy.progress import Say, Show
 from crepe_deploy.store.checkpoint import read_json
-from crepe_deploy.store.files import disk_errors, require_disk
+from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.journal import Journal, open_journal
 from crepe_deploy.store.sources import Model, describe_source
@@ -29,11 +27,8 @@ from .narrow import require_family
 from .plan import Geometry
 from .supernet import LayerLevels, Store, planned_bytes
 from .units import Budget, Units, Width, even, plan_budget, split_budgets, splits
+from .work import JOURNAL, make_work_folder, work_folder
 
-Show = Callable[[str], AbstractContextManager[Progress]]
-Say = Callable[[str], None]
-
-JOURNAL = "journal.jsonl"
 MOST_LEVELS = 9
 FEW_GROUPS = 4  # with fewer KV groups a layer loses a third or more of its attention at a time, which measured worse
 
@@ -80,11 +75,6 @@ class Run:
         return Store(self.work / name)
 
 
-def work_folder(out: Path) -> Path:
-    """Where a run for `out` keeps its journal and its supernet until it is done."""
-    return out.with_name(out.name + ".work")
-
-
 def prepare_run(
     model: Model, out: Path, config: TyrConfig, calibration: CalibrationSet, *,
     resume: bool, overwrite: bool, show: Show, say: Say,
@@ -116,10 +106,7 @@ def prepare_run(
         "config": asdict(config), "what": "structural pruning from judged splits",
     }  # fmt: skip
     if not resume:
-        with disk_errors(work):
-            if overwrite:
-                shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True, exist_ok=True)
+        make_work_folder(work, overwrite=overwrite)
     journal = open_journal(work / JOURNAL, identity, resume=resume, overwrite=overwrite)
     return Run(config, decoder, geometry, units, budgets, shared, calibration, work, journal, show, say)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,14 +9,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from crepe_deploy.machine import peak_rss_bytes
+from crepe_deploy.progress import Say, Show
+from crepe_deploy.store.files import disk_errors
 from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
 from .config import TyrConfig
 from .plan import LayerPlan
-from .prepare import Run, Say, Show, prepare_run
+from .prepare import Run, prepare_run
 from .stages import find_widths, finish
+from .work import remove_work_folder
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def tyr(
     plans = finish(run, widths)
     report = _report(run, plans, facts, time.monotonic() - started)
     written = write(TyrResult(model, config, calibration, plans, report), out, overwrite)
-    shutil.rmtree(run.work, ignore_errors=True)
+    with disk_errors(run.work):
+        remove_work_folder(run.work)
     return {"out": str(out), **report, **written}
 
 

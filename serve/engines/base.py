@@ -54,10 +54,10 @@ class Engine(Protocol):
         """Free what the engine holds."""
 
 
-def check_lengths(found: Sequence[int], tokens: int) -> None:
+def check_lengths(counts: Sequence[int], tokens: int) -> None:
     """Raise RuntimeError when an engine stopped early: its time would be too good."""
-    if any(count != tokens for count in found):
-        raise RuntimeError(f"asked for {tokens} new tokens, got {list(found)}")
+    if any(count != tokens for count in counts):
+        raise RuntimeError(f"asked for {tokens} new tokens, got {list(counts)}")
 
 
 def check_options(engine: str, options: dict[str, Any], known: Sequence[str]) -> None:

@@ -47,11 +47,11 @@ class TransformersEngine:
         ids = torch.tensor([list(prompt) for prompt in prompts], device=self.device)
         going_on = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         with torch.inference_mode():
-            found = self.model.generate(
+            sequences = self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=True,
                 stopping_criteria=[note],
             )  # fmt: skip
-        check_lengths([found.shape[1] - ids.shape[1], len(times)], tokens)
+        check_lengths([sequences.shape[1] - ids.shape[1], len(times)], tokens)
         return times
 
     def describe(self) -> dict[str, Any]:

@@ -78,9 +78,9 @@ class VllmEngine:
 
     def describe(self) -> dict[str, Any]:
         """Bytes and kernels of the linear layers, asked of the model inside vLLM."""
-        found: dict[str, Any] = self.llm.apply_model(describe_model)[0]
+        held: dict[str, Any] = self.llm.apply_model(describe_model)[0]
         dtype = str(self.llm.llm_engine.model_config.dtype).removeprefix("torch.")
-        return {"dtype": dtype, **found}
+        return {"dtype": dtype, **held}
 
     def close(self) -> None:
         """Shut the engine down."""

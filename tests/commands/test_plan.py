@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from crepe_deploy.exporting.packed import export_packed
 
-from crepe_deploy.cli import main
+from crepe_deploy.api.plan import gpu_gains, gpu_truth, plan
+from crepe_deploy.cli import run
 from crepe_deploy.commands.doctor import gpu_lines
-from crepe_deploy.commands.plan import gpu_gains, gpu_truth, lines, plan
+from crepe_deploy.commands.plan import lines
 from crepe_deploy.pattern import parse_pattern
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
@@ -23,7 +23,7 @@ from tests.pico import make_pico_llama
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "16:32", "0.5"])
 def test_the_predicted_bytes_are_the_written_bytes(tmp_path: Path, pattern: str) -> None:
     model = make_pico_llama(tmp_path / "model", torch.bfloat16)
-    expected = plan(model, parse_pattern(pattern), 4, 32)
+    expected = plan(model, sparsity=pattern, calib_samples=4, calib_length=32)
     prune(resolve_model(str(model)), tmp_path / "pruned", prune_config("magnitude", pattern), None)
     (tmp_path / "packed").mkdir()
     export_packed(tmp_path / "pruned", tmp_path / "packed")
@@ -36,19 +36,14 @@ def test_the_predicted_bytes_are_the_written_bytes(tmp_path: Path, pattern: str)
 
 def test_misfits_are_listed(tmp_path: Path) -> None:
     model = make_pico_llama(tmp_path / "model", intermediate_size=120)
-    result = plan(model, parse_pattern("16:32"), 4, 32)
+    result = plan(model, sparsity="16:32", calib_samples=4, calib_length=32)
     assert len(result["does_not_divide"]) == 2
     assert any("does not divide: 2 tensors" in line for line in lines(result))
-    assert plan(model, parse_pattern("2:4"), 4, 32)["not_packable"] == result["does_not_divide"]
+    assert plan(model, calib_samples=4, calib_length=32)["not_packable"] == result["does_not_divide"]
 
 
-def test_doctor_says_which_kernels_run_and_why(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["crepe-deploy", "doctor", "--json"])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert not exit_info.value.code
+def test_doctor_says_which_kernels_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--json"]) == 0
     packed = json.loads(capsys.readouterr().out)["packed_cpu"]
     assert packed["isa"] in packed["supported"]
     assert packed["reason"]

@@ -65,5 +65,5 @@ def plain(folder: Path, code: str = LOAD, **options: Any) -> tuple[subprocess.Co
     target = folder.parent / "logits.pt"
     environment = os.environ | {"HF_MODULES_CACHE": str(folder.parent / "modules"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-c", code, str(folder), json.dumps(options), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600, check=False)
     return done, target

@@ -12,7 +12,7 @@ import transformers as tf
 from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 
 import crepe_deploy  # noqa: F401  registers the format with transformers
-from crepe_deploy.commands.lines import report_lines
+from crepe_deploy.commands.prune_and_export import lines as report_lines
 from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.packed.config import PackedConfig, packed_config
 from crepe_deploy.pattern import NM, Unstructured

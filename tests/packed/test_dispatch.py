@@ -15,28 +15,30 @@ from crepe_deploy.packed import dispatch
 from crepe_deploy.packed.format import pack
 from crepe_deploy.packed.linear import PackedLinear
 from crepe_deploy.packed.prepare import Prepared, prepare
+from crepe_deploy.packed.tuning.measurements import Timer, Times
+from crepe_deploy.packed.tuning.tuner import TUNE_VARIABLE
 from tests.packed.test_format import random_mask
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache of measurements, and measuring allowed."""
-    monkeypatch.setenv(dispatch.TUNE_VARIABLE, "1")
+    monkeypatch.setenv(TUNE_VARIABLE, "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    dispatch.measured.cache_clear()
+    dispatch.TUNER.reread()
     yield tmp_path / "crepe-deploy" / "plans"
-    dispatch.measured.cache_clear()
+    dispatch.TUNER.reread()
 
 
 def weight(rows: int = 24) -> Prepared:
     return prepare(*pack(torch.randn(rows, 64).bfloat16(), random_mask(rows, 64, 2, 4)))
 
 
-def fake_timer(*seconds: float) -> dispatch.Timer:
+def fake_timer(*seconds: float) -> Timer:
     """Answers these times in order, after running what it is asked to time; fails when asked more often."""
     left = list(seconds)
 
-    def timer(runs: Mapping[str, Callable[[], object]]) -> dispatch.Times:
+    def timer(runs: Mapping[str, Callable[[], object]]) -> Times:
         for run in runs.values():
             run()
         return {name: left.pop(0) for name in runs}
@@ -44,7 +46,7 @@ def fake_timer(*seconds: float) -> dispatch.Timer:
     return timer
 
 
-def never(runs: Mapping[str, Callable[[], object]]) -> dispatch.Times:
+def never(runs: Mapping[str, Callable[[], object]]) -> Times:
     raise AssertionError("measured again")
 
 
@@ -65,7 +67,7 @@ def test_the_fastest_is_chosen_and_remembered(cache: Path) -> None:
     assert dispatch.NAMES[int(plan[0])] == "tile"
     dispatch.tune(w, plan, (3, 4, 64), timer=fake_timer(1, 2, 4, 9, 3, 2, 1))
     assert [dispatch.NAMES[int(plan[i])] for i in (2, 6)] == ["stream", "expand"]
-    dispatch.measured.cache_clear()  # as a new process
+    dispatch.TUNER.reread()  # as a new process
     assert plan_of(w) == plan.tolist()
     dispatch.tune(w, dispatch.plan_for(w), (1, 4, 64), timer=never)
     assert plan_of(weight(28)) == [0] * dispatch.BUCKETS
@@ -75,16 +77,16 @@ def test_the_fastest_is_chosen_and_remembered(cache: Path) -> None:
 
 
 def test_a_near_tie_goes_to_the_choice_that_allocates_least() -> None:
-    assert dispatch.fastest({"stream": 1.07, "tile": 1.0, "expand": 1.0}) == "stream"
-    assert dispatch.fastest({"stream": 1.2, "tile": 1.02, "expand": 1.0}) == "tile"
+    assert dispatch.TUNER.fastest({"stream": 1.07, "tile": 1.0, "expand": 1.0}) == "stream"
+    assert dispatch.TUNER.fastest({"stream": 1.2, "tile": 1.02, "expand": 1.0}) == "tile"
 
 
 def test_dense_only_where_a_copy_is_kept_and_clearly_faster() -> None:
     times = {"tile": 1.0, "expand": 2.0, "dense": 0.9}
-    assert dispatch.fastest(times) == "tile"
-    assert dispatch.fastest(times, keep_dense=True) == "dense"
-    assert dispatch.fastest({**times, "dense": 0.97}, keep_dense=True) == "tile"
-    assert dispatch.fastest({"tile": 1.0, "expand": 0.8, "dense": 0.99}) == "tile"
+    assert dispatch.TUNER.fastest(times) == "tile"
+    assert dispatch.TUNER.fastest(times, keep_dense=True) == "dense"
+    assert dispatch.TUNER.fastest({**times, "dense": 0.97}, keep_dense=True) == "tile"
+    assert dispatch.TUNER.fastest({"tile": 1.0, "expand": 0.8, "dense": 0.99}) == "tile"
 
 
 def test_keep_dense_auto_buys_speed_with_memory(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +116,7 @@ def test_the_first_call_measures_its_bucket(cache: Path) -> None:
 
 
 def test_tuning_can_be_turned_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.TUNE_VARIABLE, "0")
+    monkeypatch.setenv(TUNE_VARIABLE, "0")
     w = weight()
     plan = dispatch.plan_for(w)
     assert not dispatch.tune(w, plan, (1, 64), timer=never)
@@ -144,13 +146,14 @@ def test_a_damaged_cache_counts_as_empty_and_is_replaced(cache: Path, content: s
     if content.startswith("MACHINE"):
         machine = json.dumps(dispatch.machine())
         content = f'{{"version": 1, "machine": {machine}, "times_ms": {content.removeprefix("MACHINE")}}}'
-    path = dispatch.cache_path()
+    path = dispatch.TUNER.path()
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    assert dispatch.read_cache(path) == {}
+    assert dispatch.TUNER.measured == {}
     w = weight()
     dispatch.tune(w, dispatch.plan_for(w), (1,), timer=fake_timer(1, 2, 3, 4))
-    assert list(dispatch.read_cache(path)) == [dispatch.key(w, 0)]
+    dispatch.TUNER.reread()
+    assert list(dispatch.TUNER.measured) == [dispatch.key(w, 0)]
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -208,9 +211,9 @@ def test_measuring_ends_where_times_never_agree(monkeypatch: pytest.MonkeyPatch)
 def test_forgetting_measures_anew(cache: Path) -> None:
     w = weight()
     dispatch.tune(w, dispatch.plan_for(w), (1,), timer=fake_timer(3, 2, 4, 1))
-    path = dispatch.forget()
+    path = dispatch.TUNER.forget()
     assert not path.exists()
     assert plan_of(w) == [0] * dispatch.BUCKETS
     dispatch.tune(w, dispatch.plan_for(w), (1,), timer=fake_timer(1, 2, 4, 1))
-    dispatch.forget()
-    dispatch.forget()  # nothing there is no error
+    dispatch.TUNER.forget()
+    dispatch.TUNER.forget()  # nothing there is no error

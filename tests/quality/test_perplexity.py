@@ -89,7 +89,7 @@ def test_nll_and_kl_match_a_loop_and_take_half_precision() -> None:
     p, q = (torch.randn(5, 7, generator=generator).bfloat16() for _ in range(2))
     targets = torch.tensor([0, 6, 2, 2, 5])
     for row in range(5):
-        pr, qr = (torch.softmax(each[row].double(), -1) for each in (p, q))
+        pr, qr = (torch.softmax(logits[row].double(), -1) for logits in (p, q))
         assert token_nll(q, targets)[row].item() == pytest.approx(-math.log(qr[targets[row]].item()), rel=1e-5)
         expected = sum(a * math.log(a / b) for a, b in zip(pr.tolist(), qr.tolist(), strict=True))
         assert kl_per_token(p, q)[row].item() == pytest.approx(expected, rel=1e-5)
@@ -126,9 +126,9 @@ def test_bos_modes_place_and_score_as_said() -> None:
     assert (none.tokens, none.predicted) == (20, 16)
     start = plan_windows(ids, 5, None, 10, "start", 0)
     assert [row.tolist() for row in start.sequences] == [[0, 10, 11, 12, 13], [14, 15, 16, 17, 18]]
-    each = plan_windows(ids, 5, None, None, "window", 0)
-    assert [row.tolist() for row in each.sequences[:2]] == [[0, 10, 11, 12, 13], [0, 14, 15, 16, 17]]
-    assert (each.first_scored, each.predicted, each.stride) == ([1] * 5, 20, 4)
+    windows = plan_windows(ids, 5, None, None, "window", 0)
+    assert [row.tolist() for row in windows.sequences[:2]] == [[0, 10, 11, 12, 13], [0, 14, 15, 16, 17]]
+    assert (windows.first_scored, windows.predicted, windows.stride) == ([1] * 5, 20, 4)
     overlapping = plan_windows(ids, 5, 2, None, "window", 0)
     assert overlapping.first_scored[:2] == [1, 3]
 

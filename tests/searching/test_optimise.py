@@ -19,19 +19,19 @@ PLANTED = [1.2, -1.0, 0.9, 5, 1]
 def distance(settings: list[Setting]) -> list[float]:
     """Squared distance to the planted point in units of each axis; the whole-numbered axes must be hit exactly."""
     space = Space()
-    found = []
+    distances = []
     for setting in settings:
         gaps = [
             to_unit(value, axis) - to_unit(planted, axis)
             for value, planted, axis in zip(space.point(setting), PLANTED, space.axes, strict=True)
         ]
-        found.append(sum(gap**2 for gap in gaps))
-    return found
+        distances.append(sum(gap**2 for gap in gaps))
+    return distances
 
 
 def test_cma_es_finds_the_planted_setting() -> None:
-    found = cma_es(Space(), START, distance, evaluations=600, seed=0)
-    params = found.best.params
+    ranking = cma_es(Space(), START, distance, evaluations=600, seed=0)
+    params = ranking.best.params
     assert (params["kernel_size"], params["neighbourhood"]) == (15, "smooth" if PLANTED[4] else "ratio")
     assert params["exponent"] == pytest.approx(0.9, abs=0.03)
     assert math.log(params["beta"]) == pytest.approx(1.2, abs=0.2)
@@ -39,9 +39,9 @@ def test_cma_es_finds_the_planted_setting() -> None:
 
 
 def test_hill_climbing_finds_the_planted_setting() -> None:
-    found = hill_climb(Space(), START, distance, evaluations=300)
-    assert found.best.params["kernel_size"] == 15
-    assert found.ranked[0][1] < 0.01
+    ranking = hill_climb(Space(), START, distance, evaluations=300)
+    assert ranking.best.params["kernel_size"] == 15
+    assert ranking.ranked[0][1] < 0.01
 
 
 def test_hill_climbing_never_ends_worse_than_it_began_and_stops_at_its_budget() -> None:
@@ -53,8 +53,8 @@ def test_hill_climbing_never_ends_worse_than_it_began_and_stops_at_its_budget() 
 
     assert hill_climb(Space(), START, rising, evaluations=50).best == START
     assert len(asked) == len(set(asked))
-    found = hill_climb(Space(), START, distance, evaluations=6)
-    assert len(found.ranked) in (6, 7)
+    ranking = hill_climb(Space(), START, distance, evaluations=6)
+    assert len(ranking.ranked) in (6, 7)
     assert len(hill_climb(Space(), START, distance, evaluations=50, expired=lambda: True).ranked) == 1
 
 
@@ -66,13 +66,13 @@ def test_equal_seeds_ask_for_equal_settings_and_others_do_not() -> None:
 
 
 def test_a_space_of_one_window_is_searched_all_the_same() -> None:
-    found = cma_es(Space((7,)), START, distance, evaluations=60, seed=0)
-    assert {setting.params["kernel_size"] for setting, _ in found.ranked} == {7}
+    ranking = cma_es(Space((7,)), START, distance, evaluations=60, seed=0)
+    assert {setting.params["kernel_size"] for setting, _ in ranking.ranked} == {7}
 
 
 def test_nan_is_never_the_best() -> None:
-    found = cma_es(Space(), START, lambda each: [math.nan, *range(1, len(each))], evaluations=24, seed=0)
-    assert found.ranked[0][1] == 1
+    ranking = cma_es(Space(), START, lambda settings: [math.nan, *range(1, len(settings))], evaluations=24, seed=0)
+    assert ranking.ranked[0][1] == 1
 
 
 def test_the_clock_stops_cma_es_after_a_generation() -> None:

@@ -59,8 +59,8 @@ def test_a_method_that_sees_other_rows_is_refused() -> None:
 
 @pytest.mark.parametrize(("rows", "bands", "height"), [(24, 4, 4), (16, 4, 4), (7, 4, 4), (2, 4, 4), (1000, 3, 5)])
 def test_bands_lie_apart_inside_the_matrix(rows: int, bands: int, height: int) -> None:
-    found = band_starts(rows, bands, height, torch.Generator().manual_seed(3))
-    taken = [row for start, size in found for row in range(start, start + size)]
+    starts = band_starts(rows, bands, height, torch.Generator().manual_seed(3))
+    taken = [row for start, size in starts for row in range(start, start + size)]
     assert len(taken) == len(set(taken)) == min(rows, bands * height)
     assert min(taken) >= 0 and max(taken) < rows
 
@@ -126,7 +126,7 @@ def test_wanda_minimises_the_diagonal_error_and_nothing_retains_more_than_its_ow
     layer, _ = make_layer(bands=1, height=OUT)
     values = [proxy_values(setting, [layer], NM(2, 4)) for setting in settings()]
     wanda = proxy_values(anchors()["Wanda"], [layer], NM(2, 4))
-    assert min(each["diagonal-error"] for each in values) == pytest.approx(wanda["diagonal-error"], rel=1e-6)
+    assert min(proxies["diagonal-error"] for proxies in values) == pytest.approx(wanda["diagonal-error"], rel=1e-6)
 
 
 def test_a_larger_sketch_nears_the_gram_matrix_within_its_bound() -> None:
@@ -164,9 +164,9 @@ def test_sampled_proxies_hit_the_whole_matrix_within_their_standard_errors() -> 
             sampled.token_sketch,
         )  # fmt: skip
         truth = proxy_values(setting, [whole], NM(2, 4))
-        found, errors = proxy_values(setting, [sampled], NM(2, 4)), proxy_errors(setting, [sampled], NM(2, 4))
+        measured, errors = proxy_values(setting, [sampled], NM(2, 4)), proxy_errors(setting, [sampled], NM(2, 4))
         for name in PROXIES:
-            hits[name] += abs(found[name] - truth[name]) <= 3.2 * errors[name]  # 95 % of Student's t with 3 dof
+            hits[name] += abs(measured[name] - truth[name]) <= 3.2 * errors[name]  # 95 % of Student's t with 3 dof
     assert min(hits.values()) >= 15, hits
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from crepe_deploy.cli import main
+from crepe_deploy import cli
 from crepe_deploy.errors import ConfigError, CrepeError, OutputError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pattern import NM
@@ -118,7 +116,7 @@ def test_the_result_is_a_preset_that_no_anchor_beats(
     document = run(pico, out, tokens)
     assert json.loads(out.read_text()) == document
     facts = document["provenance"]
-    assert facts["result"]["kl"] <= min(each["kl"] for each in facts["anchors"].values())
+    assert facts["result"]["kl"] <= min(anchor["kl"] for anchor in facts["anchors"].values())
     assert set(facts["anchors"]) == set(anchors())
     assert [chosen["fitted_on"] for chosen in facts["filters"]] == [8, 9]
     assert set(facts["spearman_with_kl"]) == {*facts["proxies"], "fitted"}
@@ -133,7 +131,7 @@ def test_the_result_is_a_preset_that_no_anchor_beats(
 def test_hill_climbing_loses_to_no_anchor_either(pico: Path, tokens: dict[str, CalibrationSet], tmp_path: Path) -> None:
     config = replace(CONFIG, optimizer="hill-climb", evaluations=6)
     facts = run(pico, tmp_path / "found.json", tokens, config)["provenance"]
-    assert facts["result"]["perplexity"] <= min(each["perplexity"] for each in facts["anchors"].values())
+    assert facts["result"]["perplexity"] <= min(anchor["perplexity"] for anchor in facts["anchors"].values())
     assert facts["filters"] == [] and facts["evaluations"] in (6, 7)
 
 
@@ -201,18 +199,18 @@ class Counter:
 def test_two_threads_find_what_one_finds(pico: Path, tokens: dict[str, CalibrationSet], tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     config = replace(CONFIG, evaluations=12, finalists=1)
-    found = [
-        run(pico, folder / "found.json", tokens, replace(config, workers=workers))
+    presets = [
+        run(pico, folder / "presets.json", tokens, replace(config, workers=workers))
         for folder, workers in ((tmp_path, 1), (tmp_path / "a", 2))
     ]
-    assert comparable(found[0]) == comparable(found[1])
+    assert comparable(presets[0]) == comparable(presets[1])
 
 
 def test_time_up_still_decides(pico: Path, tokens: dict[str, CalibrationSet], tmp_path: Path) -> None:
     config = replace(CONFIG, evaluations=100_000, minutes=1e-6)
     facts = run(pico, tmp_path / "found.json", tokens, config)["provenance"]
     assert facts["evaluations"] <= 24
-    assert facts["result"]["kl"] <= min(each["kl"] for each in facts["anchors"].values())
+    assert facts["result"]["kl"] <= min(anchor["kl"] for anchor in facts["anchors"].values())
 
 
 @pytest.mark.parametrize(
@@ -243,12 +241,9 @@ def test_outputs_are_not_taken_from_others(pico: Path, tokens: dict[str, Calibra
     assert (tmp_path / "found.json").read_text() == "mine"
 
 
-def crepe(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
-    monkeypatch.setattr(sys, "argv", ["crepe-deploy", *map(str, arguments)])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    return int(exit_info.value.code or 0)
+def crepe(*arguments: Any) -> int:
+    """The exit code of `crepe-deploy ARGUMENTS`."""
+    return cli.run([str(argument) for argument in arguments])
 
 
 SMALL = ["--calib-samples", 3, "--calib-length", 32, "--text-samples", 3, "--text-length", 32, "--evaluations", 12]
@@ -262,18 +257,18 @@ def test_the_command_searches_stops_and_resumes(
     arguments = ["search", pico, "--out", out, "--calib", texts["calib"], "--text", texts["search"], *SMALL]
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
-        assert crepe(patch, *arguments) == 75
+        assert crepe(*arguments) == 75
     assert "--resume goes on" in capsys.readouterr().err and not out.exists()
-    assert crepe(monkeypatch, *arguments) == 2
+    assert crepe(*arguments) == 2
     assert "holds an unfinished search" in capsys.readouterr().err
-    assert crepe(monkeypatch, *arguments, "--seed", 5, "--resume") == 2
+    assert crepe(*arguments, "--seed", 5, "--resume") == 2
     assert "is of another search" in capsys.readouterr().err
-    assert crepe(monkeypatch, *arguments, "--resume") == 0
+    assert crepe(*arguments, "--resume") == 0
     output = capsys.readouterr()
     assert "evaluations, best proxy so far" in output.err
     assert "RIA, a = 0.5: KL" in output.out
     pruned = ["prune", pico, "--out", tmp_path / "p", "--preset", out, "--calib", texts["calib"], *SMALL[:4]]
-    assert crepe(monkeypatch, *pruned) == 0
+    assert crepe(*pruned) == 0
 
 
 @pytest.mark.parametrize(
@@ -293,7 +288,7 @@ def test_the_command_refuses_what_cannot_work(
     (tmp_path / "wiki.test.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
     arguments = ["search", pico, "--out", "found.json", "--calib", texts["calib"], "--text", texts["search"], *SMALL]
-    assert crepe(monkeypatch, *arguments, *change) == 2
+    assert crepe(*arguments, *change) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "found.json").exists() and not (tmp_path / "found.json.journal").exists()
 

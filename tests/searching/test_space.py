@@ -46,7 +46,7 @@ def test_a_point_of_the_box_survives_the_way_there_and_back() -> None:
     for setting in latin_hypercube(space, 20, seed=1):
         again = space.setting(space.point(setting))
         assert again.params["neighbourhood"] == setting.params["neighbourhood"]
-        numbers = [{**each.params, "neighbourhood": 0} for each in (again, setting)]
+        numbers = [{**own.params, "neighbourhood": 0} for own in (again, setting)]
         assert numbers[0] == pytest.approx(numbers[1], rel=2e-4)
 
 

@@ -23,7 +23,7 @@ def planted_surface(count: int, noise: float) -> tuple[list[dict[str, float]], l
 def test_the_surface_finds_an_optimum_between_the_extremes_of_its_proxies() -> None:
     proxies, kl = planted_surface(20, 0.01)
     surface = fit_surface(proxies, kl)
-    predicted = [surface(each) for each in proxies]
+    predicted = [surface(values) for values in proxies]
     assert spearman(predicted, kl) > 0.95 and spearman(left_out(proxies, kl), kl) > 0.85
     grid = [{"gini": g, "diagonal-error": e} for g in np.arange(0.5, 0.8, 0.01) for e in np.arange(0.05, 0.12, 0.005)]
     best = min(grid, key=surface)

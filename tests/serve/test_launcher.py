@@ -48,7 +48,7 @@ def start(mode: str, folder: Path, *, greedy: dict[str, Any] | None = GREEDY, **
         found.update(server)
         os.kill(os.getpid(), found.get("signal", signal.SIGTERM)) if mode != "quits" else None
 
-    chosen = ServeOptions(folder, start_timeout_s=options.pop("start_timeout_s", 20), **options)
+    chosen = ServeOptions(folder, start_timeout_s=options.pop("start_timeout_s", 600), **options)
     run([sys.executable, str(FAKE), str(port), mode], chosen, port, greedy, found["said"].append, ready)
     assert not healthy(f"http://127.0.0.1:{port}")
     return found
@@ -85,7 +85,7 @@ def test_without_a_recorded_prompt_it_says_so(tmp_path: Path) -> None:
 )
 def test_failures_end_with_the_cause(tmp_path: Path, mode: str, match: str) -> None:
     with pytest.raises(ServeError, match=match):
-        start(mode, tmp_path, start_timeout_s=1 if mode == "never" else 20)
+        start(mode, tmp_path, start_timeout_s=1 if mode == "never" else 600)
 
 
 def test_a_server_that_ignores_signals_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_vllm_serves_a_packed_model_from_the_command_line(tmp_path: Path) -> Non
         server = json.loads(process.stdout.readline())
         assert server["smoke"]["agreed"] == server["smoke"]["total"] == GREEDY_TOKENS
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(3600) == 0
     finally:
         process.kill()
         process.wait()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from crepe_deploy.cli import cli, main
-from crepe_deploy.commands.tyr import EXIT_RESUMABLE
-from crepe_deploy.store import writing
+from crepe_deploy.cli import cli, run
+from crepe_deploy.errors import EXIT_RESUMABLE
+from crepe_deploy.store import files
 from crepe_deploy.store.checkpoint import CheckpointReader, read_json
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.structural import build, evolve, stages
@@ -40,21 +39,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, out: Path, *more: str
-) -> tuple[int, Any, str]:
+def command(capsys: pytest.CaptureFixture[str], pico: Path, text: Path, out: Path, *more: str) -> tuple[int, Any, str]:
     """Exit code, the JSON document (None without one) and stderr of the command with these options."""
     options = [
         "tyr", str(pico), "--out", str(out), "--sparsity", "0.25", "--calib", str(text), "--calib-samples", "4",
         "--calib-length", "32", "--iterations", "2", "--generations", "2", "--offspring", "6", "--ffn-multiple", "16",
         "--seed", "0", "--json", *more,
     ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["crepe-deploy", *options])
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main()
+    code = run(options)
     printed = capsys.readouterr()
-    return int(stopped.value.code or 0), json.loads(printed.out) if printed.out else None, printed.err
+    return code, json.loads(printed.out) if printed.out else None, printed.err
 
 
 def parameters_on_disk(folder: Path) -> int:
@@ -72,10 +67,10 @@ def weights_of(folder: Path) -> dict[str, str]:
 
 
 def test_uniform_widths_load_in_unmodified_transformers(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    code, report, _ = command(monkeypatch, capsys, pico, text, out, "--widths", "uniform")
+    code, report, _ = command(capsys, pico, text, out, "--widths", "uniform")
     assert code == 0
     verify(out / "dense")
     kept = parameters_on_disk(out / "dense")
@@ -93,10 +88,10 @@ def test_uniform_widths_load_in_unmodified_transformers(
 
 
 def test_per_layer_widths_spend_the_budget_to_the_last_unit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    code, report, err = command(monkeypatch, capsys, pico, text, out, "--widths", "per-layer")
+    code, report, err = command(capsys, pico, text, out, "--widths", "per-layer")
     assert code == 0
     manifest = verify(out / "dense")
     kept = parameters_on_disk(out / "dense")
@@ -112,12 +107,11 @@ def test_per_layer_widths_spend_the_budget_to_the_last_unit(
 @pytest.mark.parametrize("widths", ["uniform", "per-layer"])
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "phi3"])
 def test_other_families_are_searched_inspected_and_planned_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, family: str,
-    widths: str,
-) -> None:  # fmt: skip
+    capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, family: str, widths: str
+) -> None:
     model, out = make_model(tmp_path / family, family, intermediate_size=128), tmp_path / "out"
     more = ("--widths", widths, "--iterations", "1", "--finish", "paired")
-    code, report, _ = command(monkeypatch, capsys, model, text, out, *more)
+    code, report, _ = command(capsys, model, text, out, *more)
     assert code == 0
     assert parameters_on_disk(out / "dense") == report["parameters"]["kept"] <= 0.75 * report["parameters"]["dense"]
     assert verify(out / "dense").metrics["parity"]["what"].endswith("in float64")
@@ -140,10 +134,10 @@ def test_other_families_are_searched_inspected_and_planned_for(
 
 
 def test_the_best_even_split_is_where_the_search_and_its_baseline_start(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
 ) -> None:
     def run(name: str, *more: str) -> Any:
-        code, report, _ = command(monkeypatch, capsys, pico, text, tmp_path / name, *more)
+        code, report, _ = command(capsys, pico, text, tmp_path / name, *more)
         assert code == 0
         return report
 
@@ -167,11 +161,11 @@ def test_the_best_even_split_is_where_the_search_and_its_baseline_start(
 
 @pytest.mark.parametrize("groups", [2, 4])
 def test_where_groups_are_few_query_heads_go_instead(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, groups: int
+    capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, groups: int
 ) -> None:
     model = make_pico_llama(tmp_path / "model", num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=groups)
     more = ("--method", "uniform", "--sparsity", "0.5")
-    code, report, _ = command(monkeypatch, capsys, model, text, tmp_path / "out", *more)
+    code, report, _ = command(capsys, model, text, tmp_path / "out", *more)
     assert code == 0
     assert [layer["kv_heads"] for layer in report["layers"]] == [2, 2, 2]  # all of two, half of four
     assert all(layer["heads"] < 8 for layer in report["layers"])
@@ -180,11 +174,11 @@ def test_where_groups_are_few_query_heads_go_instead(
 @pytest.mark.parametrize("method", ["uniform", "flap", "magnitude", "random"])
 @pytest.mark.parametrize("widths", ["uniform", "per-layer"])
 def test_baselines_have_as_many_parameters(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
     method: str, widths: str,
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    code, _, _ = command(monkeypatch, capsys, pico, text, out, "--widths", widths, "--method", method)
+    code, _, _ = command(capsys, pico, text, out, "--widths", widths, "--method", method)
     assert code == 0
     kept = parameters_on_disk(out / "dense")
     step = (3 if widths == "uniform" else 1) * 16 * GEOMETRY.neuron_parameters
@@ -199,11 +193,11 @@ def test_baselines_have_as_many_parameters(
 @pytest.mark.parametrize("finish", ["single", "supernet"])
 @pytest.mark.parametrize("widths", ["uniform", "per-layer"])
 def test_other_finishes_write_what_they_found(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
     finish: str, widths: str,
 ) -> None:  # fmt: skip
     more = ("--finish", finish, "--widths", widths, "--fitness", "hidden", "--search-samples", "2", "--no-refit")
-    code, report, _ = command(monkeypatch, capsys, pico, text, tmp_path / "out", *more)
+    code, report, _ = command(capsys, pico, text, tmp_path / "out", *more)
     assert code == 0 and report["config"]["refit"] is False
     verify(tmp_path / "out" / "dense")
 
@@ -227,7 +221,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     place: str,
 ) -> None:  # fmt: skip
     whole, out = tmp_path / "whole", tmp_path / "out"
-    code, expected, _ = command(monkeypatch, capsys, pico, text, whole)
+    code, expected, _ = command(capsys, pico, text, whole)
     assert code == 0
     with monkeypatch.context() as patch:
         if place == "search":
@@ -237,14 +231,14 @@ def test_a_stopped_run_goes_on_to_the_same_result(
         else:
             at = {"splits": 2, "supernet": 5, "second supernet": 8, "finish": 11}[place]
             patch.setattr(build, "neuron_levels", Stop(build.neuron_levels, at))
-        code, report, err = command(monkeypatch, capsys, pico, text, out)
+        code, report, err = command(capsys, pico, text, out)
         assert (code, report) == (EXIT_RESUMABLE, None) and "--resume goes on" in err
     assert not out.exists() and out.with_name("out.work").is_dir()
-    code, _, err = command(monkeypatch, capsys, pico, text, out)
+    code, _, err = command(capsys, pico, text, out)
     assert code == 2 and "--resume" in err
-    code, _, err = command(monkeypatch, capsys, pico, text, out, "--resume", "--seed", "1")
+    code, _, err = command(capsys, pico, text, out, "--resume", "--seed", "1")
     assert code == 2 and "another search" in err
-    code, report, _ = command(monkeypatch, capsys, pico, text, out, "--resume")
+    code, report, _ = command(capsys, pico, text, out, "--resume")
     assert code == 0
     assert report["layers"] == expected["layers"] and report["split"] == expected["split"]
     assert [step["fitness"] for step in report["search"]["iterations"]] == [
@@ -258,25 +252,23 @@ def test_a_level_damaged_between_stop_and_resume_is_named_and_rebuilt(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert command(monkeypatch, capsys, pico, text, whole)[0] == 0
+    assert command(capsys, pico, text, whole)[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(evolve, "staged", Stop(evolve.staged, 1))
-        assert command(monkeypatch, capsys, pico, text, out)[0] == EXIT_RESUMABLE
+        assert command(capsys, pico, text, out)[0] == EXIT_RESUMABLE
     victim = next(out.with_name("out.work").glob("iteration-0/layer-0002/ffn-*.safetensors"))
     data = bytearray(victim.read_bytes())
     data[-3] ^= 255
     victim.write_bytes(bytes(data))
-    code, _, err = command(monkeypatch, capsys, pico, text, out, "--resume")
+    code, _, err = command(capsys, pico, text, out, "--resume")
     assert code == 0 and f"{victim} differs" in err
     assert weights_of(out / "dense") == weights_of(whole / "dense")
 
 
-def test_the_seed_decides(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
-) -> None:
+def test_the_seed_decides(capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path) -> None:
     results = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        command(monkeypatch, capsys, pico, text, tmp_path / name, "--seed", seed)
+        command(capsys, pico, text, tmp_path / name, "--seed", seed)
         results.append(weights_of(tmp_path / name / "dense"))
     assert results[0] == results[1] != results[2]
 
@@ -298,10 +290,10 @@ def test_the_seed_decides(
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
     more: tuple[str, ...], message: str,
 ) -> None:  # fmt: skip
-    code, _, err = command(monkeypatch, capsys, pico, text, tmp_path / "out", *more)
+    code, _, err = command(capsys, pico, text, tmp_path / "out", *more)
     assert code == 2 and message in err
     assert list(tmp_path.iterdir()) == []
 
@@ -309,15 +301,15 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_a_disk_that_is_too_small_is_refused_before_it_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=writing.DISK_MARGIN_BYTES + 1_000_000)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: usage)
-    code, _, err = command(monkeypatch, capsys, pico, text, tmp_path / "out")
+    usage = shutil.disk_usage(tmp_path)._replace(free=files.DISK_MARGIN_BYTES + 1_000_000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
+    code, _, err = command(capsys, pico, text, tmp_path / "out")
     assert code == 1 and "GB free" in err and "out.work" in err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unsupported_family_is_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
 ) -> None:
     from transformers import GPTNeoXConfig
 
@@ -327,12 +319,12 @@ def test_an_unsupported_family_is_refused_by_name(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )  # fmt: skip
     other = make_pico(tmp_path / "neox", config)
-    code, _, err = command(monkeypatch, capsys, other, text, tmp_path / "out")
+    code, _, err = command(capsys, other, text, tmp_path / "out")
     assert code == 2 and "gpt_neox" in err and "llama" in err
 
 
 def test_a_layout_that_has_no_place_for_the_model_is_refused_before_the_search(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
 ) -> None:
     from transformers import Qwen3Config
 
@@ -343,6 +335,6 @@ def test_a_layout_that_has_no_place_for_the_model_is_refused_before_the_search(
         num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
     model = make_pico(tmp_path / "qwen3", config)
-    code, _, err = command(monkeypatch, capsys, model, text, tmp_path / "out", "--layout", "deci")
+    code, _, err = command(capsys, model, text, tmp_path / "out", "--layout", "deci")
     assert code == 2 and "which qwen3 needs" in err
     assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]

@@ -258,7 +258,7 @@ const crepe::Isa& crepe::isa_amx() {
   static const Isa isa = [] {
     Isa isa = isa_avx512bf16();
     isa.name = "amx";
-    isa.tile[BF16] = {run_amx, TILE, INPUT_TILES, 0};
+    isa.tile[BF16] = {run_amx, TILE, INPUT_TILES};
     isa.pack_x = pack_x;
     return isa;
   }();

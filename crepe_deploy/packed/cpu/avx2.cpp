@@ -1,8 +1,6 @@
 // AVX2 + FMA + F16C: eight values at a time, moved to their columns by a permutation looked up by mask byte.
 #include <immintrin.h>
 
-#include <new>
-
 #include "kernel.h"
 
 namespace {
@@ -84,23 +82,9 @@ struct Avx2 : Scalar<D> {
   }
 };
 
-template <DType D>
-constexpr Kernel stream() {
-  return {run_stream<Avx2<D>>, ROWS, INPUT_FLOAT, 0};
-}
-template <DType D>
-constexpr Kernel panel() {
-  return {run_panel<Avx2<D>>, ROWS * Avx2<D>::PANEL_BLOCKS, INPUT_FLOAT, 0};
-}
-
 }  // namespace
 
 const crepe::Isa& crepe::isa_avx2() {
-  static const Isa isa = {"avx2",
-                          {stream<BF16>(), stream<FP16>(), stream<FP32>()},
-                          {panel<BF16>(), panel<FP16>(), panel<FP32>()},
-                          {{}, {}, {run_stream<Dense<Avx2<FP32>>>, ROWS, INPUT_FLOAT, 0}},
-                          {run_expand<Avx2<BF16>>, run_expand<Avx2<FP16>>, run_expand<Avx2<FP32>>},
-                          nullptr};
+  static const Isa isa = isa_of<Avx2>("avx2");
   return isa;
 }

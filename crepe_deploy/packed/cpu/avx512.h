@@ -2,8 +2,6 @@
 #pragma once
 #include <immintrin.h>
 
-#include <new>
-
 #include "kernel.h"
 
 namespace {

@@ -284,7 +284,5 @@ int crepe_huge_pages(void* start, int64_t bytes) {
 #endif
 }
 
-int64_t crepe_threads() { return at::get_num_threads(); }
-
 }  // extern "C"
 #pragma GCC visibility pop

@@ -8,6 +8,7 @@
 //   zero() -> Acc; sum(Acc) -> float; to_float(Elem); from_float(float) -> Elem
 #pragma once
 #include <cstring>
+#include <type_traits>
 
 #include "nm.h"
 
@@ -228,6 +229,31 @@ bool run_expand(const Job& job, int64_t begin, int64_t end) {
     }
   }
   return true;
+}
+
+// What an ISA's table holds: the two kernels of a trait, which wants `x` as its X says.
+template <class T>
+constexpr Input input_of = std::is_same_v<typename T::X, float> ? INPUT_FLOAT : INPUT_SAME;
+
+template <class T>
+constexpr Kernel stream() {
+  return {run_stream<T>, ROWS, input_of<T>};
+}
+
+template <class T>
+constexpr Kernel panel() {
+  return {run_panel<T>, ROWS * T::PANEL_BLOCKS, input_of<T>};
+}
+
+// The table of an ISA whose trait T serves every dtype by way of fp32.
+template <template <DType> class T>
+constexpr Isa isa_of(const char* name) {
+  return {name,
+          {stream<T<BF16>>(), stream<T<FP16>>(), stream<T<FP32>>()},
+          {panel<T<BF16>>(), panel<T<FP16>>(), panel<T<FP32>>()},
+          {{}, {}, stream<Dense<T<FP32>>>()},
+          {run_expand<T<BF16>>, run_expand<T<FP16>>, run_expand<T<FP32>>},
+          nullptr};
 }
 
 }  // namespace

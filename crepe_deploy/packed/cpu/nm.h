@@ -37,7 +37,6 @@ struct Kernel {
   Run run;             // null: this ISA has no such kernel for the dtype
   int group;           // rows in a unit of work, a multiple of ROWS
   Input input;
-  int max_tokens;      // 0: any
 };
 
 struct Isa {

@@ -1,6 +1,4 @@
 // Plain C++: the kernels for machines without AVX2. Vectorised only as far as the compiler manages.
-#include <new>
-
 #include "kernel.h"
 
 namespace {
@@ -53,23 +51,9 @@ struct Portable : Scalar<D> {
   }
 };
 
-template <DType D>
-constexpr Kernel stream() {
-  return {run_stream<Portable<D>>, ROWS, INPUT_FLOAT, 0};
-}
-template <DType D>
-constexpr Kernel panel() {
-  return {run_panel<Portable<D>>, ROWS * Portable<D>::PANEL_BLOCKS, INPUT_FLOAT, 0};
-}
-
 }  // namespace
 
 const crepe::Isa& crepe::isa_portable() {
-  static const Isa isa = {"portable",
-                          {stream<BF16>(), stream<FP16>(), stream<FP32>()},
-                          {panel<BF16>(), panel<FP16>(), panel<FP32>()},
-                          {{}, {}, {run_stream<Dense<Portable<FP32>>>, ROWS, INPUT_FLOAT, 0}},
-                          {run_expand<Portable<BF16>>, run_expand<Portable<FP16>>, run_expand<Portable<FP32>>},
-                          nullptr};
+  static const Isa isa = isa_of<Portable>("portable");
   return isa;
 }

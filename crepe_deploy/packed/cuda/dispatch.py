@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +21,19 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from .. import measurements
-from ..dispatch import TUNE_VARIABLE
-from ..dispatch import bucket as _bucket
-from ..measurements import Timer, Times
+from ..tuning.measurements import Timer, Times
+from ..tuning.tuner import Tuner, bucket_of, tuning_allowed
 from . import launch, semi_structured
 from .layout import DeviceWeight
 
 BUCKETS: Final = 13
 USUAL_TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 _ORDER: Final = ("stream", "tensor24", "expand", "dense")  # what allocates least comes first
-_TIE: Final = 1.03
-_DENSE_GAIN: Final = 0.97  # a dense copy is worth its memory below this fraction of the best packed time
 _STREAM_MOST: Final = 2048
 _SPLITS: Final = (2, 4, 8)
 _FLUSH_BYTES: Final = 256 << 20
 _TURNS: Final = 9
+_KERNEL_SOURCES: Final = ("groups.py", "kernels.py", "launch.py", "products.py")  # what changes the speed of `stream`
 
 
 @dataclass(frozen=True)
@@ -50,9 +46,44 @@ class Held:
     dense: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A choice, parsed: its kind, the configuration of `stream`, the algorithm and split-k of `tensor24`."""
+
+    kind: str
+    config: launch.Config | None = None
+    algorithm: int = 0
+    split: int = 1
+
+
+@functools.cache
+def parse(name: str) -> Choice:
+    """The choice of this name, read once for each. Raises ValueError where there is none."""
+    kind, _, rest = name.partition(" ")
+    if kind == "stream":
+        return Choice(kind, launch.Config.parse(rest))
+    if kind == "tensor24":
+        algorithm, split = rest.split(" ")
+        if algorithm[:1] != "a" or split[:1] != "s":
+            raise ValueError(f"'{rest}' is no algorithm")
+        return Choice(kind, None, int(algorithm[1:]), int(split[1:]))
+    if name not in ("expand", "dense"):
+        raise ValueError(f"'{name}' is no choice")
+    return Choice(kind)
+
+
+def known(name: str) -> bool:
+    """Whether this is the name of a choice."""
+    try:
+        parse(name)
+    except ValueError:
+        return False
+    return True
+
+
 def bucket(tokens: int) -> int:
     """The bucket of a batch: 0 for 1, 1 for 2, 2 for 3-4, ... 12 for all above 2048."""
-    return _bucket(tokens, BUCKETS)
+    return bucket_of(tokens, BUCKETS)
 
 
 def key(weight: DeviceWeight, index: int) -> str:
@@ -67,7 +98,7 @@ def machine() -> dict[str, str]:
     """What a measurement is valid for: device, driver interface, libraries and the kernels' source."""
     on_gpu = torch.cuda.is_available()
     sparse = torch.backends.cusparselt
-    source = Path(__file__).with_name("kernels.py").read_bytes() + Path(__file__).with_name("launch.py").read_bytes()
+    source = b"".join(Path(__file__).with_name(name).read_bytes() for name in _KERNEL_SOURCES)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "none",
         "torch": torch.__version__,
@@ -78,47 +109,17 @@ def machine() -> dict[str, str]:
     }
 
 
-@functools.cache
-def measured() -> dict[str, Times]:
-    """All measurements of this device known to this process, by key; read from disk once."""
-    return measurements.read(cache_path(), machine(), known)
-
-
-def cache_path() -> Path:
-    """The file of this device's measurements."""
-    return measurements.path_of(machine())
-
-
-def forget() -> Path:
-    """Drop all measurements of this device; returns their file."""
-    path = cache_path()
-    path.unlink(missing_ok=True)
-    measured.cache_clear()
-    return path
-
-
-def known(choice: str) -> bool:
-    """Whether this is the name of a choice."""
-    try:
-        kind, _, rest = choice.partition(" ")
-        if kind == "stream":
-            launch.Config.parse(rest)
-        elif kind == "tensor24":
-            _algorithm(rest)
-        else:
-            return choice in ("expand", "dense")
-    except ValueError:
-        return False
-    return True
+TUNER: Final = Tuner(machine, known, _ORDER, tie=1.03, dense_gain=0.97)
 
 
 def choice_for(held: Held, tokens: int) -> str:
     """The measured choice for a batch of `tokens`; where nothing was measured, a rule of thumb."""
-    times = measured().get(key(held.weight, bucket(tokens)))
-    if times:
-        usable = {name: ms for name, ms in times.items() if _usable(name, held, tokens)}
-        if set(usable) - {"dense"}:
-            return fastest(usable, held.dense is not None)
+    index = bucket(tokens)
+    copies = held.tensor24 is not None, held.dense is not None
+    usable = functools.partial(_usable, held, 1 << index)
+    measured = TUNER.choice(key(held.weight, index), copies, usable, held.dense is not None)
+    if measured is not None:
+        return measured
     if tokens <= launch.MOST_STREAMED:
         return f"stream {launch.usual(held.weight, tokens, launch.processors(held.counters.device))}"
     if held.dense is not None:
@@ -126,32 +127,20 @@ def choice_for(held: Held, tokens: int) -> str:
     return "tensor24 a0 s1" if held.tensor24 is not None else "expand"
 
 
-def fastest(times: Times, keep_dense: bool = False) -> str:
-    """The fastest choice; among near-equals the kind that allocates least; `dense` only if kept and clearly best."""
-    packed = {name: ms for name, ms in times.items() if name != "dense"}
-    if "expand" in packed:  # it contains the dense product: measured below that, it is noise
-        packed["expand"] = max(packed["expand"], times.get("dense", 0.0))
-    best = min(packed, key=lambda name: packed[name])
-    if keep_dense and times.get("dense", packed[best]) < _DENSE_GAIN * packed[best]:
-        return "dense"
-    near = [name for name, ms in packed.items() if ms <= _TIE * packed[best]]
-    return min(near, key=lambda name: (_ORDER.index(name.partition(" ")[0]), packed[name]))
-
-
 def run(choice: str, x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
     """Compute `x W^T + bias` by one choice; x `(tokens, columns)`. Raises KernelError for tensors that do not fit."""
-    kind, _, rest = choice.partition(" ")
-    if kind == "stream":
-        return launch.linear(x, held.weight, held.counters, bias, launch.Config.parse(rest))
-    if kind == "tensor24" and held.tensor24 is not None:
-        return semi_structured.linear(x, held.tensor24, bias, *_algorithm(rest))
-    dense = held.dense if kind == "dense" and held.dense is not None else launch.expand(held.weight)
+    parsed = parse(choice)
+    if parsed.config is not None:
+        return launch.linear(x, held.weight, held.counters, bias, parsed.config)
+    if parsed.kind == "tensor24" and held.tensor24 is not None:
+        return semi_structured.linear(x, held.tensor24, bias, parsed.algorithm, parsed.split)
+    dense = held.dense if parsed.kind == "dense" and held.dense is not None else launch.expand(held.weight)
     return torch.nn.functional.linear(x, dense, bias)
 
 
 def tuning_enabled(device: torch.device) -> bool:
     """Whether measuring is allowed here and now: on a CUDA device, outside a graph's capture, unless turned off."""
-    if os.environ.get(TUNE_VARIABLE, "1") == "0" or device.type != "cuda":
+    if not tuning_allowed() or device.type != "cuda":
         return False
     return not torch.cuda.is_current_stream_capturing()
 
@@ -164,18 +153,10 @@ def tune(held: Held, tokens: tuple[int, ...], timer: Timer | None = None, keep_d
     """
     if timer is None and not tuning_enabled(held.counters.device):
         return False
-    wants_dense = False
-    new: dict[str, Times] = {}
-    for index in sorted({bucket(count) for count in tokens}):
-        name = key(held.weight, index)
-        times = measured().get(name)
-        if times is None:
-            times = new[name] = measure(held, 1 << index, timer or event_times)
-        wants_dense |= fastest(times, keep_dense) == "dense"
-    if new:
-        measured().update(new)
-        measurements.add(cache_path(), machine(), known, new)
-    return wants_dense
+    timer = timer or event_times
+    keys = {key(held.weight, index): 1 << index for index in sorted({bucket(count) for count in tokens})}
+    times = TUNER.times({name: functools.partial(measure, held, largest, timer) for name, largest in keys.items()})
+    return any(TUNER.fastest(one, keep_dense) == "dense" for one in times.values())
 
 
 def measure(held: Held, tokens: int, timer: Timer) -> Times:
@@ -188,7 +169,7 @@ def measure(held: Held, tokens: int, timer: Timer) -> Times:
     seconds = timer(runs)
     sparse = [name for name in seconds if name.startswith("tensor24")]
     if sparse:
-        algorithm, _ = _algorithm(min(sparse, key=lambda name: seconds[name]).partition(" ")[2])
+        algorithm = parse(min(sparse, key=lambda name: seconds[name])).algorithm
         names = [f"tensor24 a{algorithm} s{split}" for split in _SPLITS]
         more = {name: functools.partial(run, name, x, full, None) for name in names}
         seconds |= timer(_runnable(more))
@@ -230,30 +211,18 @@ def event_times(runs: Mapping[str, Callable[[], object]]) -> Times:
 
 def describe() -> list[dict[str, Any]]:
     """Every measured shape and batch on this device: the choice, and how many times as fast as dense it is."""
-    found = []
-    for name, times in sorted(measured().items()):
-        dtype, kind, shape, index = name.split("/")
-        choice = fastest(times)
-        found.append(
-            {
-                "dtype": dtype,
-                "kind": kind,
-                "shape": [int(size) for size in shape.split("x")],
-                "batch": 1 << int(index.removeprefix("bucket")),
-                "choice": choice,
-                "gain_over_dense": times["dense"] / times[choice] if "dense" in times else None,
-            }
-        )
-    return found
+    return [
+        {"dtype": dtype, "kind": kind, "shape": [int(size) for size in shape.split("x")], **entry}
+        for (dtype, kind, shape), entry in TUNER.entries()
+    ]
 
 
-def _usable(choice: str, held: Held, tokens: int) -> bool:
-    """Whether a layer without every copy can run this measured choice for so many tokens."""
-    kind, _, rest = choice.partition(" ")
-    if kind == "stream":
-        config = launch.Config.parse(rest)
-        return config.tokens > launch.MOST_STREAMED or config.tokens >= tokens
-    return {"tensor24": held.tensor24, "dense": held.dense}.get(kind, held.weight) is not None
+def _usable(held: Held, tokens: int, name: str) -> bool:
+    """Whether a layer without every copy can run this measured choice for every batch of up to `tokens`."""
+    choice = parse(name)
+    if choice.config is not None:
+        return choice.config.tokens > launch.MOST_STREAMED or choice.config.tokens >= tokens
+    return {"tensor24": held.tensor24, "dense": held.dense}.get(choice.kind, held.weight) is not None
 
 
 def _runnable(runs: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
@@ -270,14 +239,6 @@ def _runnable(runs: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[]
             continue
         able[name] = call
     return able
-
-
-def _algorithm(text: str) -> tuple[int, int]:
-    """`aN sN` as numbers. Raises ValueError for anything else."""
-    algorithm, split = text.split(" ")
-    if algorithm[:1] != "a" or split[:1] != "s":
-        raise ValueError(f"'{text}' is no algorithm")
-    return int(algorithm[1:]), int(split[1:])
 
 
 def _version(distribution: str) -> str:

@@ -82,13 +82,13 @@ def configs(weight: DeviceWeight, tokens: int, processors: int) -> list[Config]:
     if tokens > MOST_STREAMED:
         return [Config(64, 64, 1, 4, 2), Config(128, 128, 1, 8, 1), Config(128, 128, 1, 8, 2)]
     shapes = [(16, 4, 1), (32, 4, 1), (64, 8, 1)] if block <= 4 else [(64, 4, 1), (64, 4, 2), (128, 8, 1)]
-    found: dict[Config, None] = {}
+    worthwhile: dict[Config, None] = {}
     for rows, warps, stages in shapes:
         blocks = -(-weight.rows // rows)
         for waves in (1, 2, 4):
             split = max(1, min(processors * waves // blocks, -(-weight.columns // _SUPER_COLUMNS), 16))
-            found[Config(rows, block, split, warps, stages)] = None
-    return list(found)
+            worthwhile[Config(rows, block, split, warps, stages)] = None
+    return list(worthwhile)
 
 
 def usual(weight: DeviceWeight, tokens: int, processors: int) -> Config:

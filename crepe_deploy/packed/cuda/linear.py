@@ -86,6 +86,6 @@ class CudaLinear(nn.Module):
         held = self.held()
         plan = {}
         for index in range(dispatch.BUCKETS):
-            times = dispatch.measured().get(dispatch.key(held.weight, index), {})
+            times = dispatch.TUNER.measured.get(dispatch.key(held.weight, index), {})
             plan[str(1 << index)] = {"choice": dispatch.choice_for(held, 1 << index), "times_ms": times}
         return {"kind": Kind(self.kind).name.lower(), "without_tensor24": self.no_tensor24, "plan": plan}

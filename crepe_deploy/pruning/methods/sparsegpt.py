@@ -82,10 +82,7 @@ class SparseGPT:
         """The factor of the hessian, computed once per `Stats` and so once per shared input."""
         hessian = need_hessian(stats, weight)
         key = (Factor, self.damping, self.max_damping, hessian.device)
-        found = stats.memo.get(key)
-        if not isinstance(found, Factor):
-            stats.memo[key] = found = factorise(hessian, self.damping, self.max_damping)
-        return found
+        return stats.derived(key, lambda: factorise(hessian, self.damping, self.max_damping))
 
 
 def sweep(weight: Tensor, mask: Tensor, factor: Factor, block_size: int) -> Tensor:

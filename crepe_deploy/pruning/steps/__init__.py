@@ -16,13 +16,13 @@ from crepe_deploy.model.stats import Need
 from .allocators import ALLOCATORS, Allocator
 from .permute import PERMUTERS, Permuter
 from .reconstruct import RECONSTRUCTORS, Reconstructor
-from .reprune import REPAIRERS, Repairer
-from .rescale import RESCALERS, Logits
+from .reprune import REPRUNERS, Repruner
+from .rescale import RESCALERS, LogitRescaler
 
 KINDS: dict[str, dict[str, Any]] = {
     "allocate": ALLOCATORS,
     "permute": PERMUTERS,
-    "reprune": REPAIRERS,
+    "reprune": REPRUNERS,
     "reconstruct": RECONSTRUCTORS,
     "rescale": RESCALERS,
 }
@@ -34,9 +34,9 @@ class Steps:
 
     allocate: Allocator | None = None
     permute: Permuter | None = None
-    reprune: Repairer | None = None
+    reprune: Repruner | None = None
     reconstruct: Reconstructor | None = None
-    rescale: Logits | None = None
+    rescale: LogitRescaler | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -45,7 +45,12 @@ class Steps:
 
     def record(self) -> dict[str, Any]:
         """Every parameter of every step, for the manifest."""
-        return {kind: {"class": type(step).__name__, **vars(step)} for kind, step in vars(self).items() if step}
+        return {kind: {"class": _recorded_name(step), **vars(step)} for kind, step in vars(self).items() if step}
+
+
+def _recorded_name(step: object) -> str:
+    """What manifests call a step: its class, or what its class was called when they were first written."""
+    return str(getattr(step, "recorded_as", type(step).__name__))
 
 
 def build_step(kind: str, text: str) -> Any:

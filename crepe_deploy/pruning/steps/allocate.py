@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crepe_deploy.model.calibrate import Collector, Stream, embed, shared_inputs
+from crepe_deploy.model.calibrate import Collector, Stream, shared_inputs
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import NM, Pattern, Unstructured, zero_count
 from crepe_deploy.progress import Progress, silent
@@ -26,17 +26,16 @@ def uniform(targets: Sequence[Group], pattern: Pattern) -> dict[str, Pattern]:
 def allocate(
     decoder: Decoder,
     targets: Sequence[Group],
-    tokens: Tensor,
+    stream: Stream,
     allocator: Allocator,
     pattern: Pattern,
     step: Progress = silent,
 ) -> dict[str, Pattern]:
     """A pattern like `pattern` for every target by name; together they keep as many weights as `pattern` would.
 
-    tokens (samples, length): run through the dense model. Layers that read one input get one pattern, for they are
-    served as one layer; where zeros are counted over matrices they need not. Raises ConfigError.
+    stream: in front of the first block, sent through the dense model. Layers that read one input get one pattern, for
+    they are served as one layer; where zeros are counted over matrices they need not. Raises ConfigError.
     """
-    (stream,) = embed(decoder, [tokens])
     seen: list[Any] = []
     units: list[Unit] = []
     for index, block_targets in enumerate(targets):

@@ -145,12 +145,12 @@ class Error:
         low, high = 0.0, max(float(slope.max()) for slope in slopes)
         for _ in range(100):
             price = (low + high) / 2
-            found = [self._at(slope, price, keep) for slope in slopes]
-            if sum(fraction * unit.size for fraction, unit in zip(found, units, strict=True)) > keep * total:
+            fractions = [self._at(slope, price, keep) for slope in slopes]
+            if sum(fraction * unit.size for fraction, unit in zip(fractions, units, strict=True)) > keep * total:
                 low = price
             else:
                 high = price
-        return found
+        return fractions
 
     def _at(self, slope: Tensor, price: float, keep: float) -> float:
         fraction = float((slope > price).sum()) / len(slope)
@@ -200,8 +200,8 @@ def power_law_exponent(weight: Tensor) -> float:
             continue
         alpha = 1 + len(tail) / spread
         fitted = 1 - torch.exp(tail * (1 - alpha))
-        found = torch.arange(len(tail), dtype=torch.float64) / len(tail)
-        distance = float((fitted - found).abs().max())
+        observed = torch.arange(len(tail), dtype=torch.float64) / len(tail)
+        distance = float((fitted - observed).abs().max())
         if distance < best:
             best, exponent = distance, alpha
     return exponent

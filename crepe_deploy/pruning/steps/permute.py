@@ -16,7 +16,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.stats import Need
 
 from ..methods.base import check_range
@@ -45,9 +44,9 @@ class Fold:
             order = start
             for _ in range(self.rounds):
                 order = assign_columns(score, order, n, m)
-            found = retained_score(score[:, order], n, m)
-            if found > retained:
-                best, retained = order, found
+            reached = retained_score(score[:, order], n, m)
+            if reached > retained:
+                best, retained = order, reached
         return best
 
     def gain(self, score: Tensor, order: Tensor, n: int, m: int) -> float:
@@ -55,19 +54,8 @@ class Fold:
         return retained_score(score[:, order], n, m) / max(retained_score(score, n, m), 1e-30) - 1
 
 
-@dataclass(frozen=True)
-class Gather:
-    """Refused: qkv and gate-up inputs come from the residual stream and would need reordering at run time."""
-
-    def __post_init__(self) -> None:
-        raise ConfigError(
-            "--permute gather is not available: the inputs of q, k, v, gate and up would have to be reordered while "
-            "the model runs, which no exported format can do; use --permute fold"
-        )
-
-
 Permuter = Fold
-PERMUTERS: dict[str, type[Fold] | type[Gather]] = {"fold": Fold, "gather": Gather}
+PERMUTERS: dict[str, type[Fold]] = {"fold": Fold}
 
 
 def retained_score(score: Tensor, n: int, m: int) -> float:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from crepe_deploy.errors import NumericalError
-from crepe_deploy.model.calibrate import exact_products
+from crepe_deploy.model.calibrate import bf16_products
 from crepe_deploy.model.stats import Need, Stats, need_hessian
 from crepe_deploy.pattern import Pattern, Unstructured
 from crepe_deploy.select import select
@@ -88,7 +88,8 @@ class Exact:
         weight, steps = solve_masked(goal, start.float(), mask, self.tolerance, self.max_steps)
         kept = Solution(start.float() * mask, mask, {})
         notes = {"damping": self.damping, "steps": float(steps)}
-        return _better(goal, _floor(stats, dense, self.damping, goal), kept, Solution(weight, mask, notes), pattern)
+        floor = goal.error(_unmasked(stats, dense, self.damping, goal))
+        return _better(goal, floor, kept, Solution(weight, mask, notes), pattern)
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,11 @@ class Admm:
         goal = make_goal(dense, stats, self.damping)
         spectrum = _spectrum(stats, goal, self.damping)
         free = _unmasked(stats, dense, self.damping, goal)
-        found, near = search_mask(goal, spectrum, free, mask, pattern, self.steps, self.penalty, self.growth)
-        weight, steps = solve_masked(goal, near, found, self.tolerance, self.max_steps)
-        notes = {"damping": self.damping, "steps": float(steps), "mask_moved": float((found != mask).float().mean())}
+        moved, near = search_mask(goal, spectrum, free, mask, pattern, self.steps, self.penalty, self.growth)
+        weight, steps = solve_masked(goal, near, moved, self.tolerance, self.max_steps)
+        notes = {"damping": self.damping, "steps": float(steps), "mask_moved": float((moved != mask).float().mean())}
         kept = Solution(start.float() * mask, mask, {})
-        return _better(goal, _floor(stats, dense, self.damping, goal), kept, Solution(weight, found, notes), pattern)
+        return _better(goal, goal.error(free), kept, Solution(weight, moved, notes), pattern)
 
 
 @dataclass(frozen=True)
@@ -207,19 +208,19 @@ def search_mask(
     """ADMM from the unmasked optimum `free` (out, in) and a mask -> (mask that fits `pattern`, weight near its best).
 
     All in inputs scaled to a unit diagonal of the Gram matrix, so that one penalty suits every channel and a mask keeps
-    what matters rather than what is large. Products tolerate bf16 units: they only choose, `solve_masked` computes.
+    what matters rather than what is large. Products may round to bf16: they only choose, `solve_masked` computes.
     """
     pruned = free * spectrum.scale * mask
     rotated = (goal.wanted / spectrum.scale) @ spectrum.vectors
     multiplier = torch.zeros_like(pruned)
     for step in range(steps):
-        with exact_products(torch.bfloat16):
+        with bf16_products():
             right = rotated + (penalty * pruned - multiplier) @ spectrum.vectors
             weight = (right / (spectrum.values + penalty)) @ spectrum.vectors.T
         shifted = weight + multiplier / penalty
-        found = select(shifted.abs(), pattern)
-        moved = float((found != mask).float().mean())
-        pruned, mask = shifted * found, found
+        chosen = select(shifted.abs(), pattern)
+        moved = float((chosen != mask).float().mean())
+        pruned, mask = shifted * chosen, chosen
         multiplier += penalty * (weight - pruned)
         if step % 3 == 2:  # slower as the mask settles
             penalty *= growth if moved > 0.01 else growth ** (0.4 if moved > 0.001 else 0.1)
@@ -237,28 +238,32 @@ class Spectrum:
 
 def _spectrum(stats: Stats, goal: Goal, damping: float) -> Spectrum:
     """Once for each shared input."""
-    key = (Spectrum, damping)
-    found = stats.memo.get(key)
-    if not isinstance(found, Spectrum):
+
+    def decompose() -> Spectrum:
         scale = goal.gram.diagonal().sqrt()
         values, vectors = torch.linalg.eigh(goal.gram / scale / scale.unsqueeze(1))
-        stats.memo[key] = found = Spectrum(vectors, values.clamp_min(damping * 1e-3), scale)
-    return found
+        return Spectrum(vectors, values.clamp_min(damping * 1e-3), scale)
+
+    return stats.derived((Spectrum, damping, goal.gram.device), decompose)
 
 
 def _unmasked(stats: Stats, dense: Tensor, damping: float, goal: Goal) -> Tensor:
-    """The best weights (out, in) without a mask: the dense ones where the wanted output is the layer's own."""
+    """The best weights (out, in) without a mask: the dense ones where the wanted output is the layer's own.
+
+    The Gram matrix is factorised once for each shared input.
+    """
     if stats.cross is None:
         return dense.float()
-    factor, failed = torch.linalg.cholesky_ex(goal.gram)
-    if failed:
-        raise NumericalError(f"the hessian is not positive definite with damping {damping:g}: raise it")
+
+    def factorise() -> Tensor:
+        lower: Tensor
+        lower, failed = torch.linalg.cholesky_ex(goal.gram)
+        if failed:
+            raise NumericalError(f"the hessian is not positive definite with damping {damping:g}: raise it")
+        return lower
+
+    factor = stats.derived(("cholesky", damping, goal.gram.device), factorise)
     return torch.cholesky_solve(goal.wanted.T, factor).T
-
-
-def _floor(stats: Stats, dense: Tensor, damping: float, goal: Goal) -> Tensor:
-    """(out,) the error of each row without a mask."""
-    return goal.error(_unmasked(stats, dense, damping, goal))
 
 
 def _better(goal: Goal, floor: Tensor, before: Solution, after: Solution, pattern: Pattern) -> Solution:

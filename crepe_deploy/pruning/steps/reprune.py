@@ -34,7 +34,7 @@ Order = Literal["wanda", "ria"]
 INFINITY = float("inf")
 
 
-class Repairer(Protocol):
+class Repruner(Protocol):
     """Changes a mask. `needs`: the statistics that it reads."""
 
     needs: ClassVar[frozenset[Need]]
@@ -69,16 +69,16 @@ class DSnoT:
         """Every pattern will do."""
 
     def __call__(self, weight: Tensor, mask: Tensor, stats: Stats, pattern: Pattern) -> tuple[Tensor, dict[str, float]]:
-        """As `Repairer`. notes: swaps made, and the mean |err_i| over its start."""
+        """As `Repruner`. notes: swaps made, and the mean |err_i| over its start."""
         total, variance = need_moments(stats, weight)
         dense = weight.detach().float()
         score = (Wanda() if self.order == "wanda" else RIA()).score(weight, stats)
         shift = dense * total
         key = shift / variance.clamp_min(1e-12).pow(self.power)
         width = pattern.m if isinstance(pattern, NM) else None
-        repaired, swaps = repair_shift(shift, key, score, mask, width, self.max_cycles, self.enough)
-        before, after = ((shift * ~kept).sum(1).abs().mean() for kept in (mask, repaired))
-        return repaired, {"swaps": float(swaps), "mean_shift_left": float(after / before.clamp_min(1e-30))}
+        repruned, swaps = reprune_shift(shift, key, score, mask, width, self.max_cycles, self.enough)
+        before, after = ((shift * ~kept).sum(1).abs().mean() for kept in (mask, repruned))
+        return repruned, {"swaps": float(swaps), "mean_shift_left": float(after / before.clamp_min(1e-30))}
 
 
 @dataclass(frozen=True)
@@ -104,22 +104,22 @@ class Swaps:
             raise ConfigError(f"--reprune swaps works in N:M groups, not in {pattern}; use dsnot")
 
     def __call__(self, weight: Tensor, mask: Tensor, stats: Stats, pattern: Pattern) -> tuple[Tensor, dict[str, float]]:
-        """As `Repairer`, for N:M patterns. notes: swaps made. Raises ConfigError for another pattern."""
+        """As `Repruner`, for N:M patterns. notes: swaps made. Raises ConfigError for another pattern."""
         self.check(pattern)
         gram = need_hessian(stats, weight).float()
-        repaired, swaps = mask.clone(), 0
+        repruned, swaps = mask.clone(), 0
         for _ in range(self.sweeps):
-            found = swap_groups(weight.detach().float(), repaired, gram, pattern)
-            swaps += found
-            if not found:
+            made = swap_groups(weight.detach().float(), repruned, gram, pattern)
+            swaps += made
+            if not made:
                 break
-        return repaired, {"swaps": float(swaps)}
+        return repruned, {"swaps": float(swaps)}
 
 
-REPAIRERS: dict[str, type[DSnoT] | type[Swaps]] = {"dsnot": DSnoT, "dsnot-ria": DSnoTRia, "swaps": Swaps}
+REPRUNERS: dict[str, type[DSnoT] | type[Swaps]] = {"dsnot": DSnoT, "dsnot-ria": DSnoTRia, "swaps": Swaps}
 
 
-def repair_shift(
+def reprune_shift(
     shift: Tensor, key: Tensor, score: Tensor, mask: Tensor, width: int | None, max_cycles: int, enough: float
 ) -> tuple[Tensor, int]:
     """DSnoT's cycles for all rows at once -> (new mask, swaps made). All tensors (out, in).
@@ -136,10 +136,10 @@ def repair_shift(
         sign = error[rows].sign().unsqueeze(1)
         gain = (sign * key[rows]).masked_fill(~(growable[rows] & (sign * shift[rows] > 0)), -INFINITY)
         best, grown = gain.max(1)
-        found = best > -INFINITY
-        if not bool(found.any()):
+        able = best > -INFINITY
+        if not bool(able.any()):
             break
-        rows, sign, grown = rows[found], sign[found], grown[found]
+        rows, sign, grown = rows[able], sign[able], grown[able]
         cost, pruned = _partner(shift[rows], score[rows], prunable[rows], sign, grown, width).min(1)
         after = error[rows] + shift[rows, pruned] - shift[rows, grown]
         same_side = after * sign.squeeze(1) >= 0 if width is not None else torch.ones_like(after, dtype=torch.bool)

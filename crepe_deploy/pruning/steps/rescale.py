@@ -10,12 +10,13 @@ rounding, and in models that cap their logits).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from crepe_deploy.errors import ConfigError, NumericalError, UnsupportedModel
-from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.model.decoder import Decoder, Head
 from crepe_deploy.model.families import family_of, known
 
 from ..methods.base import check_range
@@ -37,10 +38,11 @@ class Rescaled:
 
 
 @dataclass(frozen=True)
-class Logits:
+class LogitRescaler:
     """windows: how many are held out, but never more than a quarter of the calibration windows."""
 
     windows: int = 8
+    recorded_as: ClassVar[str] = "Logits"  # in manifests, those of earlier versions among them
 
     def __post_init__(self) -> None:
         check_range("windows", self.windows, 1)
@@ -52,27 +54,29 @@ class Logits:
         return min(self.windows, samples // 4)
 
     @torch.inference_mode()
-    def fit(self, decoder: Decoder, tokens: Tensor, dense: Tensor, pruned: Tensor) -> Rescaled:
+    def fit(self, decoder: Decoder, head: Head, tokens: Tensor, dense: Tensor, pruned: Tensor) -> Rescaled:
         """tokens (windows, length) int64; dense, pruned (windows, length, width): states behind the last block.
 
-        Raises UnsupportedModel where the last norm is not known, NumericalError for NaN.
+        `head` of `decoder` is left as it was. Raises UnsupportedModel where the last norm is not known, NumericalError
+        for NaN.
         """
         names, added = last_norm(decoder)
         sums = torch.zeros(len(FACTORS), dtype=torch.float64)
-        with decoder.head() as run:
-            stored = [decoder.model.get_parameter(name) for name in names]
-            before = [parameter.clone() for parameter in stored]
+        stored = [decoder.model.get_parameter(name) for name in names]
+        before = [parameter.clone() for parameter in stored]
 
-            def logits(ids: Tensor, hidden: Tensor, factor: float) -> Tensor:
-                for parameter, value in zip(stored, before, strict=True):
-                    parameter.copy_(scaled(value, factor, added))
-                return run(ids[None], hidden[None])[0]
+        def logits(ids: Tensor, hidden: Tensor, factor: float) -> Tensor:
+            for parameter, value in zip(stored, before, strict=True):
+                parameter.copy_(scaled(value, factor, added))
+            return head(ids[None], hidden[None])[0]
 
-            for ids, wanted, found in zip(tokens, dense, pruned, strict=True):
-                reference = logits(ids, wanted, 1.0).float().softmax(-1)
-                for index, factor in enumerate(FACTORS):
-                    sums[index] += cross_entropy(reference, logits(ids, found, factor))
-                sums += torch.xlogy(reference, reference).sum(dtype=torch.float64) / len(reference)
+        for ids, wanted, reached in zip(tokens, dense, pruned, strict=True):
+            reference = logits(ids, wanted, 1.0).float().softmax(-1)
+            for index, factor in enumerate(FACTORS):
+                sums[index] += cross_entropy(reference, logits(ids, reached, factor))
+            sums += torch.xlogy(reference, reference).sum(dtype=torch.float64) / len(reference)
+        for parameter, value in zip(stored, before, strict=True):
+            parameter.copy_(value)
         divergences = (sums / len(tokens)).tolist()
         if not sum(divergences) < float("inf"):
             raise NumericalError("the pruned model gives NaN or infinite logits on the held-out calibration windows")
@@ -80,7 +84,7 @@ class Logits:
         return Rescaled(factor, divergences[FACTORS.index(1.0)], least)
 
 
-RESCALERS: dict[str, type[Logits]] = {"logits": Logits}
+RESCALERS: dict[str, type[LogitRescaler]] = {"logits": LogitRescaler}
 
 
 def cross_entropy(reference: Tensor, logits: Tensor) -> float:
@@ -105,11 +109,14 @@ def last_norm(decoder: Decoder) -> tuple[list[str], float]:
     return names, family.gain_added
 
 
-def rescaled_tensors(decoder: Decoder, factor: float) -> dict[str, Tensor]:
-    """The checkpoint's tensors of the last norm, by name and in the file's dtype, times `factor`."""
+@torch.inference_mode()
+def rescale_head(decoder: Decoder, head: Head, factor: float) -> None:
+    """Scale the last norm of `head`, which is of `decoder`: in the module and, in the file's dtype, in its weights."""
     names, added = last_norm(decoder)
-    keys = [decoder.key(name) for name in names]
-    return {key: scaled(decoder.reader.load_finite(key), factor, added) for key in keys}
+    for name in names:
+        key = decoder.key(name)
+        head.weights[key] = scaled(head.weights[key], factor, added)
+        decoder.model.get_parameter(name).copy_(head.weights[key])
 
 
 def scaled(stored: Tensor, factor: float, added: float) -> Tensor:

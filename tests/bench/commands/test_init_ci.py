@@ -30,8 +30,8 @@ def written(repository: Path, **options: Any) -> dict[str, Any]:
 
 
 def steps(document: dict[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = document["jobs"]["gate"]["steps"]
-    return found
+    steps: list[dict[str, Any]] = document["jobs"]["gate"]["steps"]
+    return steps
 
 
 def command_lines(document: dict[str, Any]) -> list[list[str]]:

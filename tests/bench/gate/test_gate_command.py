@@ -56,19 +56,14 @@ def pytest_json(path: Path, factor: float = 1.0, **changes: Any) -> Path:
     return path
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+def call(*arguments: object) -> int:
     """The exit code of `crepe-deploy gate ARGUMENTS`, through the real entry point."""
-    monkeypatch.setattr(sys, "argv", ["crepe-deploy", "gate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
+    return cli.run(["gate", *map(str, arguments)])
 
 
 @pytest.mark.parametrize(("new", "code"), [("same", 0), ("slow", 3), ("noisy", 4), ("elsewhere", 1)])
-def test_exit_codes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: dict[str, Path], new: str, code: int
-) -> None:
-    assert call(monkeypatch, runs["base"], runs[new], "--max-slowdown", 0.1) == code
+def test_exit_codes(capsys: pytest.CaptureFixture[str], runs: dict[str, Path], new: str, code: int) -> None:
+    assert call(runs["base"], runs[new], "--max-slowdown", 0.1) == code
     captured = capsys.readouterr()
     assert "this commit against the last" in captured.out and "pruned against dense" not in captured.out
     assert captured.err.startswith("error: ") == (code != 0)
@@ -81,72 +76,68 @@ def test_a_process_of_its_own_ends_the_same(runs: dict[str, Path]) -> None:
     assert done.stderr.startswith("error: FAIL, this commit against the last: packed: p tpot_s")
 
 
-def test_another_machine_may_be_compared_by_ratios(monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path]) -> None:
+def test_another_machine_may_be_compared_by_ratios(runs: dict[str, Path]) -> None:
     arguments = (runs["base"], runs["elsewhere"], "--max-slowdown", 0.1, "--host-mismatch", "ratios")
-    assert call(monkeypatch, *arguments) == 0
+    assert call(*arguments) == 0
 
 
 def test_pruned_against_dense_within_one_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: dict[str, Path], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], runs: dict[str, Path], tmp_path: Path
 ) -> None:
     budgets = tmp_path / "budgets.yaml"
     budgets.write_text("relative: [{metric: tpot_s, max_slowdown: -0.2}]\n")
-    assert call(monkeypatch, runs["base"], "--pruned", "packed", "--budgets", budgets) == 0
+    assert call(runs["base"], "--pruned", "packed", "--budgets", budgets) == 0
     assert "pruned against dense" in capsys.readouterr().out
     budgets.write_text("relative: [{metric: tpot_s, max_slowdown: -0.4}]\n")
-    assert call(monkeypatch, runs["base"], "--pruned", "packed", "--budgets", budgets) == 3
+    assert call(runs["base"], "--pruned", "packed", "--budgets", budgets) == 3
 
 
 def test_every_output_is_written_also_when_it_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: dict[str, Path], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], runs: dict[str, Path], tmp_path: Path
 ) -> None:
     junit, comment = tmp_path / "out" / "junit.xml", tmp_path / "out" / "comment.md"
     arguments = ("--max-slowdown", 0.1, "--json", "--junit", junit, "--markdown", comment)
-    assert call(monkeypatch, runs["base"], runs["slow"], *arguments) == 3
+    assert call(runs["base"], runs["slow"], *arguments) == 3
     assert json.loads(capsys.readouterr().out)["status"] == "FAIL"
     assert ElementTree.parse(junit).getroot().get("failures") == "1"
     assert comment.read_text().startswith("### ❌ FAIL")
     assert sorted(path.name for path in junit.parent.iterdir()) == ["comment.md", "junit.xml"]
 
 
-def test_an_output_that_cannot_be_written_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: dict[str, Path]
-) -> None:
+def test_an_output_that_cannot_be_written_is_said(capsys: pytest.CaptureFixture[str], runs: dict[str, Path]) -> None:
     junit = runs["base"] / "junit.xml"
-    assert call(monkeypatch, runs["base"], runs["same"], "--max-slowdown", 0.1, "--junit", junit) == 2
+    assert call(runs["base"], runs["same"], "--max-slowdown", 0.1, "--junit", junit) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
 def test_pytest_benchmarks_json_is_read_and_compared_by_its_control(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     base, same, slow = (pytest_json(tmp_path / f"{factor}.json", factor) for factor in (1.0, 1.001, 1.3))
-    assert call(monkeypatch, base, same, "--max-slowdown", 0.1) == 0
+    assert call(base, same, "--max-slowdown", 0.1) == 0
     assert "ratios to each run's own control" in capsys.readouterr().out
-    assert call(monkeypatch, base, slow, "--max-slowdown", 0.1) == 3
+    assert call(base, slow, "--max-slowdown", 0.1) == 3
 
 
-def test_folders_of_pytest_benchmark_files_pair_by_order(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_folders_of_pytest_benchmark_files_pair_by_order(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arm, factor in (("base", 1.0), ("new", 1.3), ("same", 1.0)):
         (tmp_path / arm).mkdir()
         for index in range(6):
             pytest_json(tmp_path / arm / f"{index}.json", factor * 2 ** (index % 2))
-    assert call(monkeypatch, tmp_path / "base", tmp_path / "new", "--max-slowdown", 0.1) == 3
+    assert call(tmp_path / "base", tmp_path / "new", "--max-slowdown", 0.1) == 3
     assert "paired by round" in capsys.readouterr().out
-    assert call(monkeypatch, tmp_path / "base", tmp_path / "same", "--max-slowdown", 0.1) == 0
+    assert call(tmp_path / "base", tmp_path / "same", "--max-slowdown", 0.1) == 0
     (tmp_path / "new" / "5.json").unlink()
-    assert call(monkeypatch, tmp_path / "base", tmp_path / "new", "--max-slowdown", 0.1) == 1
+    assert call(tmp_path / "base", tmp_path / "new", "--max-slowdown", 0.1) == 1
     assert "files 6 against 5" in capsys.readouterr().err
 
 
 def test_benchmarks_that_are_gone_are_invalid_and_new_ones_are_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     base = pytest_json(tmp_path / "a.json")
     other = pytest_json(tmp_path / "b.json", fullname="bench/test_x.py::test_y")
-    assert call(monkeypatch, base, other, "--max-slowdown", 0.1) == 1
+    assert call(base, other, "--max-slowdown", 0.1) == 1
     captured = capsys.readouterr()
     assert "the candidate b.json was not measured there" in captured.err
     assert "not in the baseline, so not gated: bench/test_x.py::test_y" in captured.out
@@ -168,7 +159,7 @@ def test_benchmarks_that_are_gone_are_invalid_and_new_ones_are_said(
     ],
 )  # fmt: skip
 def test_unusable_input_is_named_and_ends_with_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], runs: dict[str, Path], tmp_path: Path,
     content: str | None, message: str,
 ) -> None:  # fmt: skip
     bad = tmp_path / "bad.json"
@@ -176,17 +167,17 @@ def test_unusable_input_is_named_and_ends_with_2(
         bad.write_text(content)
     junit = tmp_path / "junit.xml"
     for pair in ((runs["base"], bad), (bad, runs["base"])):
-        assert call(monkeypatch, *pair, "--max-slowdown", 0.1, "--junit", junit) == 2
+        assert call(*pair, "--max-slowdown", 0.1, "--junit", junit) == 2
         error = capsys.readouterr().err
         assert "bad.json" in error and message in error
     assert not junit.exists()
 
 
 def test_a_run_without_samples_is_unusable(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: dict[str, Path], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], runs: dict[str, Path], tmp_path: Path
 ) -> None:
     empty = saved(tmp_path / "empty.json", run([candidate("dense", DENSE), candidate("packed", [])]))
-    assert call(monkeypatch, runs["base"], empty, "--max-slowdown", 0.1) == 2
+    assert call(runs["base"], empty, "--max-slowdown", 0.1) == 2
     assert "no samples of 'packed' at p" in capsys.readouterr().err
 
 
@@ -211,29 +202,23 @@ def test_a_run_without_samples_is_unusable(
         [],
     ],
 )
-def test_impossible_options_end_with_2(
-    monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], arguments: list[str]
-) -> None:
+def test_impossible_options_end_with_2(runs: dict[str, Path], arguments: list[str]) -> None:
     before = runs["base"].read_bytes()
-    assert call(monkeypatch, *[str(runs["base"]) if one == "BASE" else one for one in arguments]) == 2
+    assert call(*[str(runs["base"]) if one == "BASE" else one for one in arguments]) == 2
     assert runs["base"].read_bytes() == before
 
 
-def test_calibration_prints_what_it_stored(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_calibration_prints_what_it_stored(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     again = candidate("again", times(1, 3), model_sha256="dense")
     path = saved(tmp_path / "aa.json", run([candidate("dense", times(1, 4)), again]))
-    assert call(monkeypatch, path, "--calibrate", "again", "--json") == 0
+    assert call(path, "--calibrate", "again", "--json") == 0
     noise = json.loads(capsys.readouterr().out)["noise"]
     assert json.loads(path.read_text())["noise"] == noise and set(noise) > {"p/tpot_s", "p/ttft_s"}
-    assert call(monkeypatch, path, path, "--max-slowdown", 0.0001) == 1
+    assert call(path, path, "--max-slowdown", 0.0001) == 1
     assert "lies below the noise" in capsys.readouterr().err
 
 
-def test_what_pytest_benchmark_really_writes_is_read(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_what_pytest_benchmark_really_writes_is_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     test = "import time\ndef test_nap(benchmark):\n    benchmark.pedantic(time.sleep, (0.001,), rounds=20)\n"
     (tmp_path / "test_nap.py").write_text(test)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
@@ -243,7 +228,7 @@ def test_what_pytest_benchmark_really_writes_is_read(
         subprocess.run([*command, name], cwd=tmp_path, check=True, capture_output=True, env=env)
     compare = [*command[:-1], "--benchmark-compare=a.json"]
     assert b"test_nap" in subprocess.run(compare, cwd=tmp_path, check=True, capture_output=True, env=env).stdout
-    assert call(monkeypatch, tmp_path / "a.json", tmp_path / "b.json", "--max-slowdown", 5) == 0
+    assert call(tmp_path / "a.json", tmp_path / "b.json", "--max-slowdown", 5) == 0
     assert "test_nap.py::test_nap time_s" in capsys.readouterr().out
 
 

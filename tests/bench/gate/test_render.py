@@ -52,9 +52,9 @@ def test_junit_is_what_ci_systems_read(verdict: Verdict) -> None:
     assert len(cases) == 5 and all(case.get("classname") and case.get("name") and case.get("time") for case in cases)
     assert len({(case.get("classname"), case.get("name")) for case in cases}) == 5
     for tag in ("failure", "error", "skipped"):
-        (found,) = [child for case in cases for child in case.findall(tag)]
-        assert "INVALID FAIL INCONCLUSIVE".count((found.get("message") or "").split(":")[0]) == 1
-        assert "1.1 [1.05, 1.2]" in (found.text or "")
+        (outcome,) = [child for case in cases for child in case.findall(tag)]
+        assert "INVALID FAIL INCONCLUSIVE".count((outcome.get("message") or "").split(":")[0]) == 1
+        assert "1.1 [1.05, 1.2]" in (outcome.text or "")
     assert "pruned against dense" in (suite.get("name") or "")
 
 

@@ -41,7 +41,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
     def count(self, tag: str) -> int:
-        return sum(found == tag for found, _ in self.tags)
+        return sum(own == tag for own, _ in self.tags)
 
     @property
     def text(self) -> str:
@@ -77,7 +77,7 @@ def test_every_figure_has_words_numbers_and_a_png(report: Path) -> None:
     assert len(ids) == len(set(ids))
     drawings = [attributes for _, attributes in page.tags if attributes.get("class") == "drawing"]
     assert len(drawings) == page.count("figure") == page.count("figcaption") >= 12
-    assert all(found["role"] == "img" and len(found["aria-label"] or "") > 40 for found in drawings)
+    assert all(drawing["role"] == "img" and len(drawing["aria-label"] or "") > 40 for drawing in drawings)
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert all(link is not None and link.startswith("#") and link[1:] in ids for link in links)
     images = sorted((report / "figures").glob("*.png"))
@@ -124,7 +124,7 @@ def test_reports_of_equal_runs_are_equal(written: Callable[[Run, str], Path], tm
     paths = [written(small(seed), f"run{seed}.json") for seed in range(2)]
     make_report(paths, tmp_path / "one")
     make_report(paths, tmp_path / "two")
-    files = [found.relative_to(tmp_path / "one") for found in (tmp_path / "one").rglob("*.*")]
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*")]
     assert len(files) > 4
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
@@ -245,7 +245,7 @@ def test_unusable_runs_are_refused(
     error = refused(path, "--out", tmp_path / "out")
     assert isinstance(error, ConfigError)
     assert message in str(error) and "run.json" in str(error)
-    assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_missing_and_truncated_files_are_named(written: Callable[[Run, str], Path], tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_an_earlier_report_is_replaced_on_request_only(
     document = json.loads(result.output)
     assert document["chapters"][0]["answer"] == "undecided"
     assert sorted(document["files"]) == sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["out", "run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run.json"]
 
 
 def test_a_failure_in_the_middle_leaves_nothing(
@@ -295,7 +295,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
     monkeypatch.setattr("crepe_deploy.bench.report.write.markdown", full)
     result = CliRunner().invoke(report_command, [str(path), "--out", str(tmp_path / "out")])
     assert isinstance(result.exception, CrepeError) and "disk is full" in str(result.exception)
-    assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
@@ -306,4 +306,4 @@ def test_a_missing_library_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, module, None)
     error = refused(path, "--out", tmp_path / "out")
     assert module in str(error) and "crepe-deploy[bench]" in str(error)
-    assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -60,12 +60,12 @@ def browser() -> Iterator[Any]:
     """A headless Chromium."""
     from playwright.sync_api import sync_playwright
 
-    found = next((path for name in NAMES if (path := shutil.which(name)) is not None), None)
-    if found is None:
+    browser_path = next((path for name in NAMES if (path := shutil.which(name)) is not None), None)
+    if browser_path is None:
         pytest.fail("no Chromium: `make test` installs it as root; else install it, or set CREPE_DEPLOY_NO_BROWSER=1")
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=options)
+        opened = playwright.chromium.launch(executable_path=browser_path, args=options)
         yield opened
         opened.close()
 
@@ -124,9 +124,9 @@ def test_no_chart_is_empty_or_cut(browser: Any, report: Path) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_follow_the_scheme_and_contrast(browser: Any, report: Path, scheme: str) -> None:
     with Opened(browser, report, scheme=scheme) as page:
-        found = page.evaluate(CONTRASTS)
-    assert (found["paper"] < 0.1) == (scheme == "dark")
-    assert found["text"] >= 4.5 and found["drawn"] >= 4.5 and found["marks"] >= 3, found
+        contrasts = page.evaluate(CONTRASTS)
+    assert (contrasts["paper"] < 0.1) == (scheme == "dark")
+    assert contrasts["text"] >= 4.5 and contrasts["drawn"] >= 4.5 and contrasts["marks"] >= 3, contrasts
 
 
 def column(page: Any, table: str, index: int) -> list[str]:

@@ -55,9 +55,9 @@ def test_an_interval_is_shown_only_where_there_is_one() -> None:
 def test_pooled_percentiles_are_the_samples_own_and_their_intervals_widen_with_noisy_rounds() -> None:
     run = made_up_run(rounds=6)
     series = run.candidate("dense").series[0]
-    found = pool(series, LATENCIES["itl"])
+    pooled = pool(series, LATENCIES["itl"])
     every = [gap for visit in series.visits for request in visit.requests for gap in request.itl_s]
-    summary = summarise(found)
+    summary = summarise(pooled)
     assert summary["p90"].value == pytest.approx(np.quantile(every, 0.9))
     assert summary["mean"].value == pytest.approx(np.mean(every))
     low, high = summary["mean"].low, summary["mean"].high
@@ -80,7 +80,7 @@ def test_ratios_pair_the_rounds_that_both_have() -> None:
     run = run.model_copy(
         update={"candidates": [dense, packed.model_copy(update={"series": [cut, *packed.series[1:]]})]}
     )
-    pair = compare(run).arms[1].pairs["b1", "tpot_s"]
+    pair = compare(run).entries[1].pairs["b1", "tpot_s"]
     assert pair.rounds == 5
     assert pair.ratio is not None and pair.ratio.value == pytest.approx(0.64, rel=0.05)
 
@@ -105,9 +105,9 @@ def test_a_candidate_is_named_by_what_its_record_says(changes: dict[str, Any], k
 
 
 def test_the_frontier_holds_what_no_other_beats() -> None:
-    arm = compare(made_up_run(rounds=1)).arms[0]
+    entry = compare(made_up_run(rounds=1)).entries[0]
     places = [(1.0, 1.0), (0.6, 2.0), (0.7, 2.5), (0.6, 3.0), (0.5, 9.0)]
-    spots = [Spot(arm, Interval(value=x), Interval(value=y)) for x, y in places]
+    spots = [Spot(entry, Interval(value=x), Interval(value=y)) for x, y in places]
     assert {(s.x.value, s.y.value) for s in frontier(spots, higher_x=False)} == {(1.0, 1.0), (0.6, 2.0), (0.5, 9.0)}
     assert {(s.x.value, s.y.value) for s in frontier(spots, higher_x=True)} == {(1.0, 1.0)}
 
@@ -187,10 +187,10 @@ def test_svg_colours_follow_the_page_and_ids_do_not_clash() -> None:
         '<?xml version="1.0"?><svg width="1pt" viewBox="0 0 1 1"><defs><g id="p"/></defs>'
         f'<use xlink:href="#p" style="fill: {LIGHT[0]}; stroke: #1f2328" clip-path="url(#p)"/></svg>'
     )
-    found = inline(svg, "x")
-    assert 'id="x-p"' in found and 'href="#x-p"' in found and "url(#x-p)" in found
-    assert "fill: var(--c0); stroke: currentColor" in found
-    assert found.startswith("<svg viewBox") and "width=" not in found
+    element = inline(svg, "x")
+    assert 'id="x-p"' in element and 'href="#x-p"' in element and "url(#x-p)" in element
+    assert "fill: var(--c0); stroke: currentColor" in element
+    assert element.startswith("<svg viewBox") and "width=" not in element
 
 
 def test_the_palette_contrasts_with_the_page_in_both_modes() -> None:

@@ -94,9 +94,9 @@ def test_another_seed_sends_other_prompts() -> None:
 def test_ratios_are_paired_by_round_so_that_a_common_disturbance_cancels(pair: tuple[Path, Path]) -> None:
     """Each round is slower than the one before, for both candidates alike."""
     run, _, _ = run_clockwork(scenario_of(pair, rounds=5), {"dense": 0.3, "packed": 0.2})
-    found = gain(run, run.candidate("packed"), "b1-p8-o4", "tpot_s")
-    assert found is not None
-    assert (found.value, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
+    speed = gain(run, run.candidate("packed"), "b1-p8-o4", "tpot_s")
+    assert speed is not None
+    assert (speed.value, speed.low, speed.high) == pytest.approx((1.5, 1.5, 1.5))
     rates = gain(run, run.candidate("packed"), "b1-p8-o4", "decode_tokens_per_s")
     assert rates is not None and rates.value == pytest.approx(1.5), "better is above 1, whichever way a metric goes"
     text = "\n".join(summary_lines(run))
@@ -190,8 +190,8 @@ def test_weights_that_are_not_the_manifests_are_not_measured(pair: tuple[Path, P
 def test_loading_leaves_room_for_what_is_asked_and_not_more(pair: tuple[Path, Path]) -> None:
     points = [{"prompt_tokens": 8, "output_tokens": 4, "batch": 6}, {"prompt_tokens": 100, "output_tokens": 4}]
     scenario = scenario_of(pair, points=points)
-    found = settings(scenario.arms()[0], scenario)
-    assert (found.max_tokens, found.max_batch) == (128, 6)
+    asked = settings(scenario.specs()[0], scenario)
+    assert (asked.max_tokens, asked.max_batch) == (128, 6)
     assert child_variables(scenario)["VLLM_CPU_KVCACHE_SPACE"] == "1"
 
 

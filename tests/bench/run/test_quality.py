@@ -33,25 +33,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_child_measures_what_evaluate_does(folders: Path) -> None:
     text, folder, baseline = folders / "text.txt", folders / "out" / "dense", folders / "model"
     options: dict[str, Any] = {"window": 64, "stride": 32, "max_tokens": 256, "dtype": "float32", "seed": 3}
-    found = measure_quality(folder, baseline, text, **options)
+    measured = measure_quality(folder, baseline, text, **options)
     report = evaluate(folder, text, against=baseline, **options)
-    assert found == quality_of(report.to_dict())
-    assert found.convention["windows"] == 7 and found.convention["dtype"] == "float32"
-    assert found.kl_mean is not None and found.kl_mean.value > 0.1
-    assert report.paired is not None and found.kl_mean.value == report.paired.kl_mean.value
+    assert measured == quality_of(report.to_dict())
+    assert measured.convention["windows"] == 7 and measured.convention["dtype"] == "float32"
+    assert measured.kl_mean is not None and measured.kl_mean.value > 0.1
+    assert report.paired is not None and measured.kl_mean.value == report.paired.kl_mean.value
 
 
 def test_every_format_has_a_quality(folders: Path) -> None:
     text = folders / "text.txt"
-    found = {
+    qualities = {
         name: measure_quality(folders / "out" / name, folders / "out" / "dense", text, window=64, max_tokens=256)
         for name in FORMATS
     }
-    assert found["dense"].kl_mean is not None and found["dense"].kl_mean.value == 0
+    assert qualities["dense"].kl_mean is not None and qualities["dense"].kl_mean.value == 0
     limits = {"packed": (0.0, 1e-3), "int8": (1e-6, 0.05)}  # kernels may round as the dense product does; int8 may not
     for name in FORMATS[1:]:
-        distance = found[name]
-        assert distance.convention == found["dense"].convention
+        distance = qualities[name]
+        assert distance.convention == qualities["dense"].convention
         assert distance.kl_mean is not None and distance.perplexity_ratio is not None
         assert limits[name][0] <= distance.kl_mean.value <= limits[name][1], name
         assert distance.perplexity_ratio.value == pytest.approx(1, abs=0.05), name

@@ -82,9 +82,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_an_aa_run_measures_the_baseline_twice_and_first() -> None:
-    arms = parse(MINIMAL | {"baseline": "packed", "aa": True}, "x").arms()
-    assert [arm.name for arm in arms] == ["packed", "packed again", "dense"]
-    assert arms[0].folder == arms[1].folder
+    specs = parse(MINIMAL | {"baseline": "packed", "aa": True}, "x").specs()
+    assert [arm.name for arm in specs] == ["packed", "packed again", "dense"]
+    assert specs[0].folder == specs[1].folder
     taken = [*MINIMAL["candidates"], {"name": "dense again", "folder": "z"}]
     with pytest.raises(ConfigError, match="'dense again' for its second arm"):
         parse(MINIMAL | {"aa": True, "candidates": taken}, "x")
@@ -93,7 +93,7 @@ def test_an_aa_run_measures_the_baseline_twice_and_first() -> None:
 def test_candidates_inherit_what_they_do_not_say() -> None:
     own = {"name": "own", "folder": "o", "engine": "transformers", "dtype": "float32"}
     content = MINIMAL | {"engine": "vllm", "dtype": "bfloat16", "options": {"compiled": True}}
-    inherits, differs = parse(content | {"candidates": [MINIMAL["candidates"][0], own]}, "x").arms()
+    inherits, differs = parse(content | {"candidates": [MINIMAL["candidates"][0], own]}, "x").specs()
     assert (inherits.engine, inherits.dtype, inherits.options) == ("vllm", "bfloat16", {"compiled": True})
     assert (differs.engine, differs.dtype, differs.options) == ("transformers", "float32", {})
 
@@ -139,10 +139,12 @@ def test_folders_become_a_scenario_with_the_dense_one_first(tmp_path: Path) -> N
 
 def test_options_override_a_file(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL | {"quality": {"text": "t"}})
-    found = build_scenario([path], **NONE_GIVEN | {"rounds": 2, "points": "2x8+4", "baseline": "packed", "threads": 1})
-    assert (found.rounds, found.baseline_name, found.thread_count()) == (2, "packed", 1)
-    assert [spec.batch for spec in found.points] == [2]
-    assert found.quality is not None and found.quality.text == tmp_path / "t"
+    scenario = build_scenario(
+        [path], **NONE_GIVEN | {"rounds": 2, "points": "2x8+4", "baseline": "packed", "threads": 1}
+    )
+    assert (scenario.rounds, scenario.baseline_name, scenario.thread_count()) == (2, "packed", 1)
+    assert [spec.batch for spec in scenario.points] == [2]
+    assert scenario.quality is not None and scenario.quality.text == tmp_path / "t"
     with pytest.raises(ConfigError, match="baseline 'none'"):
         build_scenario([path], **NONE_GIVEN | {"baseline": "none"})
 

@@ -19,8 +19,8 @@ def coverage(draws: np.ndarray, truth: float, level: float) -> float:
     """The share of rows whose interval of the geometric mean holds the truth."""
     hits = 0
     for seed, row in enumerate(draws):
-        found = statistics.log_mean(row, seed).interval(level)
-        hits += found.low <= truth <= found.high
+        interval = statistics.log_mean(row, seed).interval(level)
+        hits += interval.low <= truth <= interval.high
     return hits / len(draws)
 
 
@@ -45,9 +45,9 @@ def test_intervals_of_skewed_noise_cover_nearly_what_they_say() -> None:
 def test_the_estimate_is_unbiased() -> None:
     generator = np.random.default_rng(2)
     pairs = generator.lognormal(0, 0.2, (2000, 2, 6))
-    found = [math.log(statistics.paired_ratio(1.15 * first, second).value) for first, second in pairs[:300]]
+    logs = [math.log(statistics.paired_ratio(1.15 * first, second).value) for first, second in pairs[:300]]
     error = 0.2 * math.sqrt(2 / 6 / 300)
-    assert np.mean(found) == pytest.approx(math.log(1.15), abs=4 * error)
+    assert np.mean(logs) == pytest.approx(math.log(1.15), abs=4 * error)
 
 
 def test_pairing_removes_what_both_arms_of_a_round_met() -> None:
@@ -86,18 +86,18 @@ def test_p_values_of_an_unchanged_candidate_are_uniform() -> None:
 def test_constants_have_no_width_and_one_sample_no_interval() -> None:
     constant = statistics.paired_ratio([3.0] * 5, [2.0] * 5)
     assert (constant.low, constant.value, constant.high) == pytest.approx((1.5, 1.5, 1.5), rel=1e-12)
-    estimate = statistics.paired_estimate([3.0] * 5, [2.0] * 5)
+    estimate = statistics.paired_log_mean([3.0] * 5, [2.0] * 5)
     assert estimate.p_above(1.4) == 0 and estimate.p_above(1.6) == 1
-    one = statistics.paired_estimate([3.0], [2.0])
+    one = statistics.paired_log_mean([3.0], [2.0])
     assert one.interval().model_dump() == {"value": pytest.approx(1.5), "low": None, "high": None}
     assert one.p_above(1.0) == 1
     assert one.over(estimate).interval().low is None
 
 
 def test_ties_among_samples_are_harmless() -> None:
-    found = statistics.paired_ratio([1.0, 1.0, 1.0, 1.1, 1.1, 1.0], [1.0] * 6)
-    assert found.low is not None and found.high is not None
-    assert found.low < found.value < found.high
+    ratio = statistics.paired_ratio([1.0, 1.0, 1.0, 1.1, 1.1, 1.0], [1.0] * 6)
+    assert ratio.low is not None and ratio.high is not None
+    assert ratio.low < ratio.value < ratio.high
 
 
 @pytest.mark.parametrize("values", [[], [0.0, 1.0], [-1.0], [math.nan], [math.inf]])
@@ -132,8 +132,8 @@ def test_quantiles_pooled_over_rounds_resample_rounds_and_not_requests() -> None
 def test_the_quantiles_interval_covers_the_true_quantile() -> None:
     generator = np.random.default_rng(9)
     truth = stats.expon.ppf(0.9)
-    found = [statistics.quantile(generator.exponential(1, 60), 0.9, seed) for seed in range(200)]
-    assert np.mean([one.low <= truth <= one.high for one in found]) >= 0.88
+    intervals = [statistics.quantile(generator.exponential(1, 60), 0.9, seed) for seed in range(200)]
+    assert np.mean([one.low <= truth <= one.high for one in intervals]) >= 0.88
 
 
 def test_the_noise_floor_of_two_equal_arms_is_their_intervals_half_width() -> None:
@@ -187,7 +187,7 @@ def test_holm_on_the_textbook_example_and_its_family_wise_error() -> None:
 @pytest.mark.parametrize("freedom", [1, 2.5, 4, 30, math.inf])
 @pytest.mark.parametrize("p", [0.8, 0.975, 0.99975])
 def test_intervals_and_p_values_are_students(p: float, freedom: float) -> None:
-    estimate = statistics.Estimate(0.3, 0.1, 0.2, freedom)
+    estimate = statistics.LogMean(0.3, 0.1, 0.2, freedom)
     t = stats.t.ppf(p, freedom)
     interval = estimate.interval(2 * p - 1)
     assert interval.low == pytest.approx(math.exp(0.3 - 0.1 * t), rel=1e-9)

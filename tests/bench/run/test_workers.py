@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ import pytest
 from click.testing import CliRunner
 from crepe_deploy.bench.benchmark import bench
 from crepe_deploy.bench.commands.bench import bench_command
-from crepe_deploy.bench.run import served_worker
-from crepe_deploy.bench.run.measure import Session
+from crepe_deploy.bench.run.measure import Session, start_worker
 from crepe_deploy.bench.run.metrics import METRICS, rounds_of
 from crepe_deploy.bench.run.result import Candidate, Point, Request, Run, Visit, load_run
 from crepe_deploy.bench.run.scenario import Scenario
+from crepe_deploy.bench.run.served_worker import Backend
 from crepe_deploy.bench.run.summary import failures
 
 from crepe_deploy.errors import ConfigError, CrepeError
@@ -49,8 +51,8 @@ def with_options(pair: tuple[Path, Path], engine: str = "fake", **options: Any) 
 def test_the_childs_times_are_the_engines(pair: tuple[Path, Path]) -> None:
     run, packed = candidate_of(with_options(pair, step_s=0.02, prefill_token_s=0.01), "packed")
     (request,) = packed.series[0].visits[0].requests
-    assert request.ttft_s is not None and 0.08 <= request.ttft_s < 0.3
-    assert len(request.itl_s) == 3 and all(0.02 <= gap < 0.2 for gap in request.itl_s)
+    assert request.ttft_s is not None and 0.08 <= request.ttft_s < 8
+    assert len(request.itl_s) == 3 and all(0.02 <= gap < 2 for gap in request.itl_s)
     assert request.latency_s == pytest.approx(request.ttft_s + sum(request.itl_s))
     assert failures(run) == []
     assert packed.load_s[0] > 0 and (packed.memory.peak_bytes or 0) >= (packed.memory.loaded_bytes or 1) > 0
@@ -67,9 +69,9 @@ def test_failed_requests_are_recorded_and_enter_no_statistic(
     requests = [request for visit in packed.series[0].visits for request in visit.requests]
     assert [request.error is None for request in requests] == [True, False] * 3
     assert all(request.ttft_s is None and request.itl_s == [] for request in requests if request.error)
-    found = failures(run)
-    assert len(found) == 3 and found[0].startswith("packed at b1-p8-o4: RuntimeError")
-    assert re.search(message, found[0])
+    messages = failures(run)
+    assert len(messages) == 3 and messages[0].startswith("packed at b1-p8-o4: RuntimeError")
+    assert re.search(message, messages[0])
     assert sorted(rounds_of(packed.series[0], METRICS["tpot_s"])) == [0, 1, 2]
 
 
@@ -86,9 +88,7 @@ def test_a_candidate_that_does_not_load_is_named(pair: tuple[Path, Path], tmp_pa
         bench(with_options((pair[0], broken), engine="transformers"), "c", quiet=True)
 
 
-def test_a_served_candidate_has_a_server_of_its_own_threads(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_served_candidate_has_a_server_of_its_own_threads(pair: tuple[Path, Path]) -> None:
     """The server is a stand-in, and the load generator too: what is tried is starting, asking and stopping."""
     server = Path(__file__).parents[2] / "serve" / "fake_server.py"
     seen: list[tuple[int, Point, int, int]] = []
@@ -104,11 +104,9 @@ def test_a_served_candidate_has_a_server_of_its_own_threads(
         seen.append((running.pid, point, seed, round))
         return Visit(round=round, duration_s=1.0, requests=[Request(prompt_tokens=8, output_tokens=0, error="none")])
 
-    monkeypatch.setattr(served_worker, "vllm_command", command)
-    monkeypatch.setattr(served_worker, "recorded_greedy", lambda _folder: None)
-    monkeypatch.setattr(served_worker, "served_visit", visit)
+    start = partial(start_worker, backend=Backend(command, lambda _folder: None, visit))
     points = [{"concurrency": 12, "prompt_tokens": 8, "output_tokens": 4, "requests": 24}]
-    with Session(scenario_of(pair, engine="vllm-serve", points=points, dtype="bfloat16"), "c") as session:
+    with Session(scenario_of(pair, engine="vllm-serve", points=points, dtype="bfloat16"), "c", start) as session:
         session.load()
         session.measure(2)
         run = session.run()
@@ -116,7 +114,7 @@ def test_a_served_candidate_has_a_server_of_its_own_threads(
     assert not any(Path(f"/proc/{pid}").exists() for pid, *_ in seen)
     assert len({pid for pid, *_ in seen}) == 2
     seeds = {round: {seed for *_, seed, index in seen if index == round} for round in (0, 1)}
-    assert [len(found) for found in seeds.values()] == [1, 1] and seeds[0] != seeds[1]
+    assert [len(own) for own in seeds.values()] == [1, 1] and seeds[0] != seeds[1]
     extra = " ".join(commands[0])
     for part in ("--no-enable-prefix-caching", "--enforce-eager", "--max-num-seqs 12", "--dtype bfloat16"):
         assert part in extra
@@ -126,16 +124,17 @@ def test_a_served_candidate_has_a_server_of_its_own_threads(
     assert len(failures(run)) == 8
 
 
-def test_a_server_that_does_not_start_is_named(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served_worker, "vllm_command", lambda *_: [sys.executable, "-c", "raise SystemExit(7)"])
+def test_a_server_that_does_not_start_is_named(pair: tuple[Path, Path]) -> None:
+    start = partial(start_worker, backend=Backend(lambda *_: [sys.executable, "-c", "raise SystemExit(7)"]))
     points = [{"concurrency": 1, "prompt_tokens": 8, "output_tokens": 4}]
-    session = Session(scenario_of(pair, engine="vllm-serve", points=points), "c")
+    session = Session(scenario_of(pair, engine="vllm-serve", points=points), "c", start)
     with session, pytest.raises(CrepeError, match="candidate 'dense': the server ended with code 7"):
         session.load()
 
 
 def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(bench_command, [str(argument) for argument in arguments])
+    words = [str(argument) for argument in arguments]
+    return CliRunner().invoke(bench_command, words, obj=shlex.join(["crepe-deploy", "bench", *words]))
 
 
 def test_the_command_writes_a_run_and_fails_where_requests_failed(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -145,6 +144,7 @@ def test_the_command_writes_a_run_and_fails_where_requests_failed(pair: tuple[Pa
     done = invoke(config, "--rounds", 2, "--out", out)
     assert done.exit_code == 0, done.output
     assert "time per output token, ms" in done.stdout and load_run(out).name == "test"
+    assert load_run(out).command == f"crepe-deploy bench {config} --rounds 2 --out {out}"
     config.write_text(json.dumps(with_options(pair, fail_every=1).model_dump(mode="json")))
     again = invoke(config, "--rounds", 2, "--out", out, "--overwrite")
     assert isinstance(again.exception, CrepeError) and "4 requests failed" in str(again.exception)

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from crepe_deploy.bench.studies.grid import ResultsFile, cells_of, publish, text_record
+from crepe_deploy.bench.studies.frame import publish
+from crepe_deploy.bench.studies.grid import ResultsFile, cells_of, text_record
 
 from crepe_deploy.errors import ConfigError
 
@@ -55,7 +56,7 @@ def test_other_conditions_are_refused_and_texts_are_told_by_their_hash(tmp_path:
 
 
 def test_cells_come_place_by_place_and_seed_by_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = list(cells_of(("a", "ab", "b"), "^a", "x,y", "0,2"))
-    assert found == [(label, at, seed) for at in "xy" for seed in (0, 2) for label in ("a", "ab")]
+    cells = list(cells_of(("a", "ab", "b"), "^a", "x,y", "0,2"))
+    assert cells == [(label, at, seed) for at in "xy" for seed in (0, 2) for label in ("a", "ab")]
     publish("page\n", tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == "page\n" and "page" in capsys.readouterr().out

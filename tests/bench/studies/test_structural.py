@@ -36,19 +36,19 @@ def test_the_grid_measures_each_cell_once_and_writes_the_page(pico: Path, tmp_pa
     assert first.exit_code == 0
     result = json.loads((tmp_path / "grid.json").read_text())
     assert sorted(result["cells"]) == ["Tyr|0.25|0", "magnitude|0.25|0", "uniform, best split|0.25|0"]
-    found, even = result["cells"]["Tyr|0.25|0"], result["cells"]["uniform, best split|0.25|0"]
-    assert found["config"]["search_samples"] == even["config"]["search_samples"] == 2
-    assert even["config"]["attention_share"] == found["split"]["best"]["attention_share"] and even["split"] is None
-    assert [sum(layer["kv_heads"] for layer in cell["layers"]) for cell in (found, even)] == [
-        found["split"]["best"]["attention"]
+    searched, even = result["cells"]["Tyr|0.25|0"], result["cells"]["uniform, best split|0.25|0"]
+    assert searched["config"]["search_samples"] == even["config"]["search_samples"] == 2
+    assert even["config"]["attention_share"] == searched["split"]["best"]["attention_share"] and even["split"] is None
+    assert [sum(layer["kv_heads"] for layer in cell["layers"]) for cell in (searched, even)] == [
+        searched["split"]["best"]["attention"]
     ] * 2
     kept = {cell["parameters"]["kept"] for cell in result["cells"].values()}
     assert len(kept) == 1
     assert result["cells"]["Tyr|0.25|0"]["kl"]["value"] > 0
     pace = result["throughput"]
     assert pace["largest_relative_fitness_difference"] < 1e-3
-    for found in (pace["same_windows"], pace["generation"]):
-        assert found["ratio"] == pytest.approx(found["candidates_a_minute"] / found["from_scratch_a_minute"])
+    for way in (pace["same_windows"], pace["generation"]):
+        assert way["ratio"] == pytest.approx(way["candidates_a_minute"] / way["from_scratch_a_minute"])
     page = (tmp_path / "grid.md").read_text()
     assert "searched on 2 further windows" in page
     assert "25.0% of the linear parameters removed" in page and "| Tyr | 1 |" in page and "Judging candidates" in page

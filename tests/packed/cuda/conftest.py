@@ -26,6 +26,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache of measurements, and measuring allowed."""
     monkeypatch.setenv("CREPE_DEPLOY_TUNE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    dispatch.measured.cache_clear()
+    dispatch.TUNER.reread()
     yield tmp_path / "crepe-deploy" / "plans"
-    dispatch.measured.cache_clear()
+    dispatch.TUNER.reread()

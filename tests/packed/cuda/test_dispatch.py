@@ -14,7 +14,7 @@ from crepe_deploy.packed.cuda import dispatch, launch, semi_structured
 from crepe_deploy.packed.cuda.dispatch import Held
 from crepe_deploy.packed.cuda.linear import CudaLinear
 from crepe_deploy.packed.linear import PackedLinear
-from crepe_deploy.packed.measurements import Timer, Times
+from crepe_deploy.packed.tuning.measurements import Timer, Times
 from tests.packed.cuda.weights import assert_product, held, stored
 
 
@@ -40,12 +40,12 @@ def test_the_fastest_is_chosen_remembered_and_forgotten(layer: Held, cache: Path
     dispatch.tune(layer, (1,), timer({"stream": 2.0, "stream n64": 1.0, "expand": 9.0, "dense": 3.0}))
     chosen = dispatch.choice_for(layer, 1)
     assert chosen.startswith("stream n64 m1")
-    dispatch.measured.cache_clear()  # as a new process
+    dispatch.TUNER.reread()  # as a new process
     assert dispatch.choice_for(layer, 1) == chosen
     dispatch.tune(layer, (1,), timer({}))  # nothing is asked again
     (entry,) = dispatch.describe()
     assert (entry["shape"], entry["batch"], entry["gain_over_dense"]) == ([16, 64], 1, 3.0)
-    dispatch.forget()
+    dispatch.TUNER.forget()
     assert dispatch.describe() == []
 
 
@@ -67,20 +67,21 @@ def test_dense_only_with_a_copy_that_clearly_pays(layer: Held) -> None:
     assert dispatch.choice_for(layer, 256).startswith("stream")
     copied = Held(layer.weight, layer.counters, None, launch.expand(layer.weight))
     assert dispatch.choice_for(copied, 256) == "dense"
-    assert dispatch.fastest({"stream n16 m1 s1 w4 p1": 1.0, "dense": 0.98}, True).startswith("stream")
+    assert dispatch.TUNER.fastest({"stream n16 m1 s1 w4 p1": 1.0, "dense": 0.98}, True).startswith("stream")
 
 
 def test_near_ties_go_to_what_allocates_least() -> None:
+    fastest = dispatch.TUNER.fastest
     stream = "stream n16 m1 s1 w4 p1"
-    assert dispatch.fastest({stream: 1.02, "tensor24 a0 s1": 1.0, "expand": 1.0, "dense": 1.0}) == stream
-    assert dispatch.fastest({stream: 1.3, "expand": 0.5, "dense": 1.2}) == "expand"
-    assert dispatch.fastest({stream: 1.1, "expand": 0.5, "dense": 1.2}) == stream  # expand cannot beat its own product
+    assert fastest({stream: 1.02, "tensor24 a0 s1": 1.0, "expand": 1.0, "dense": 1.0}) == stream
+    assert fastest({stream: 1.3, "expand": 0.5, "dense": 1.2}) == "expand"
+    assert fastest({stream: 1.1, "expand": 0.5, "dense": 1.2}) == stream  # expand cannot beat its own product
 
 
 def test_a_measured_block_too_small_for_this_batch_is_not_taken(layer: Held) -> None:
     index = dispatch.bucket(3)
     small, fits = "stream n16 m2 s1 w4 p1", "stream n16 m4 s1 w4 p1"
-    dispatch.measured()[dispatch.key(layer.weight, index)] = {small: 0.1, fits: 1.0}
+    dispatch.TUNER.remember({dispatch.key(layer.weight, index): {small: 0.1, fits: 1.0}})
     assert dispatch.choice_for(layer, 3) == fits
 
 
@@ -90,20 +91,20 @@ def test_buckets_and_rules_without_measurements(layer: Held) -> None:
     assert dispatch.choice_for(layer, 65) == "expand"
     assert dispatch.choice_for(Held(layer.weight, layer.counters, torch.zeros(1)), 65) == "tensor24 a0 s1"
     assert not dispatch.tune(layer, (1,))  # no CUDA device, no timer: nothing is measured
-    assert dispatch.measured() == {}
+    assert dispatch.TUNER.measured == {}
 
 
 @pytest.mark.parametrize("times", ['{"warp": 1}', '{"stream n1": 1}', '{"tensor24 x1 s1": 1}', '{"dense": 1}', "[]"])
 def test_a_damaged_or_foreign_cache_counts_as_empty(cache: Path, times: str) -> None:
-    path = dispatch.cache_path()
+    path = dispatch.TUNER.path()
     path.parent.mkdir(parents=True)
     path.write_text(f'{{"version": 1, "machine": {json.dumps(dispatch.machine())}, "times_ms": {{"k": {times}}}}}')
-    assert dispatch.measured() == {}
-    dispatch.measured.cache_clear()
+    assert dispatch.TUNER.measured == {}
+    dispatch.TUNER.reread()
     other = dispatch.machine() | {"cusparselt": "another"}
     good = '{"expand": 1}'
     path.write_text(f'{{"version": 1, "machine": {json.dumps(other)}, "times_ms": {{"k": {good}}}}}')
-    assert dispatch.measured() == {}
+    assert dispatch.TUNER.measured == {}
 
 
 def test_the_module_serves_every_shape_of_input_and_gives_its_tensors_back(cache: Path) -> None:

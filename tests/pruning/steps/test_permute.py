@@ -7,8 +7,7 @@ import itertools
 import pytest
 import torch
 
-from crepe_deploy.errors import ConfigError
-from crepe_deploy.pruning.steps.permute import PERMUTERS, Fold, assign_columns, retained_score, spread_columns, worth
+from crepe_deploy.pruning.steps.permute import Fold, assign_columns, retained_score, spread_columns, worth
 
 
 def scores(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -78,10 +77,3 @@ def test_columns_are_dealt_as_the_first_stage_says() -> None:
     score = torch.tensor([[5.0, 1.0, 7.0, 3.0, 8.0, 2.0, 6.0, 4.0]])
     # ascending columns: 1 5 | 3 7 | 0 6 | 2 4; odd slots backwards
     assert spread_columns(score, 4).tolist() == [1, 7, 0, 4, 5, 3, 6, 2]
-
-
-def test_gather_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"--permute gather is not available: .* use --permute fold"):
-        PERMUTERS["gather"]()
-    with pytest.raises(ConfigError, match="rounds"):
-        Fold(rounds=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,21 @@ def test_no_row_gets_worse_and_zeros_stay(name: str, pattern: Pattern) -> None:
     before, after = (output_errors(weight - new, inputs).sum() for new in (weight * mask, solution.weight))
     assert after < before
     assert 0 < solution.notes["error_left"] < 1
+
+
+@pytest.mark.parametrize("name", ["exact", "admm"])
+def test_layers_that_share_an_input_share_its_factorisations_and_nothing_else(name: str) -> None:
+    first, inputs, stats = layer(rows=8)
+    second, dense_inputs = torch.flip(first, (0,)), inputs + 0.1 * torch.flip(inputs, (0,))
+    together = replace(stats, cross=2 / 8 * dense_inputs.T @ inputs)
+    mask = select(first.abs(), NM(2, 4))
+    for weight in (first, second):
+        alone = replace(together)
+        expected = RECONSTRUCTORS[name]()(weight, weight, mask, alone, NM(2, 4))
+        shared = RECONSTRUCTORS[name]()(weight, weight, mask, together, NM(2, 4))
+        assert torch.equal(shared.weight, expected.weight)
+        assert shared.notes == expected.notes
+        assert len(together.memo) == len(alone.memo) == (1 if name == "exact" else 2)
 
 
 def test_exact_is_at_least_as_good_as_the_sweep_and_every_step_helps() -> None:

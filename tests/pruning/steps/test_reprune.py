@@ -11,7 +11,7 @@ from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import NM, Pattern, Unstructured
 from crepe_deploy.pruning.methods.ria import RIA
 from crepe_deploy.pruning.methods.wanda import Wanda
-from crepe_deploy.pruning.steps.reprune import REPAIRERS, DSnoT, DSnoTRia, Swaps
+from crepe_deploy.pruning.steps.reprune import REPRUNERS, DSnoT, DSnoTRia, Swaps
 from crepe_deploy.select import select
 
 PATTERNS: list[Pattern] = [NM(2, 4), NM(1, 4), NM(16, 32), Unstructured(0.5), Unstructured(0.6, "matrix")]
@@ -83,7 +83,7 @@ def counts(mask: Tensor, pattern: Pattern) -> Tensor:
 def test_counts_hold_and_no_row_shifts_further(name: str, pattern: Pattern) -> None:
     weight, inputs, stats = layer(rows=40)
     mask = select(weight.abs(), pattern)
-    found, notes = REPAIRERS[name]()(weight, mask, stats, pattern)
+    found, notes = REPRUNERS[name]()(weight, mask, stats, pattern)
     assert torch.equal(counts(found, pattern), counts(mask, pattern))
     before, after = ((inputs @ (weight * ~kept).T).sum(0).abs() for kept in (mask, found))
     assert (after <= before * (1 + 1e-4) + 1e-3).all()
@@ -121,8 +121,8 @@ def test_arguments_are_left_alone() -> None:
     weight, _, stats = layer()
     mask = select(weight.abs(), NM(2, 4))
     before = (weight.clone(), mask.clone())
-    for name in REPAIRERS:
-        REPAIRERS[name]()(weight, mask, stats, NM(2, 4))
+    for name in REPRUNERS:
+        REPRUNERS[name]()(weight, mask, stats, NM(2, 4))
     assert torch.equal(weight, before[0])
     assert torch.equal(mask, before[1])
 

@@ -16,7 +16,7 @@ from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.families import FAMILIES
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
-from crepe_deploy.pruning.steps.rescale import Logits, last_norm, minimum, scaled
+from crepe_deploy.pruning.steps.rescale import LogitRescaler, last_norm, minimum, scaled
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import Manifest, verify
 from crepe_deploy.store.sources import resolve_model
@@ -57,7 +57,11 @@ def test_the_factor_is_the_one_that_brute_force_finds(tmp_path: Path) -> None:
         return float((wanted.softmax(-1) * difference).sum(-1).mean())
 
     best = minimize_scalar(divergence, bounds=(0.5, 1.5), method="bounded")
-    rescaled = Logits().fit(Decoder(folder), tokens, dense, pruned)
+    decoder = Decoder(folder)
+    with decoder.head() as head:
+        before = head(tokens, pruned)
+        rescaled = LogitRescaler().fit(decoder, head, tokens, dense, pruned)
+        assert torch.equal(head(tokens, pruned), before)
     assert rescaled.factor == pytest.approx(best.x, abs=2e-3)
     assert rescaled.factor < 0.95
     assert rescaled.kl == pytest.approx(best.fun, rel=1e-3)
@@ -68,7 +72,9 @@ def test_a_model_that_is_right_is_left_alone(tmp_path: Path) -> None:
     folder = make_pico_llama(tmp_path / "m")
     tokens = torch.randint(VOCAB, (2, 32), generator=torch.Generator().manual_seed(1))
     dense = hidden_states(tf.AutoModelForCausalLM.from_pretrained(folder).eval(), tokens)
-    rescaled = Logits().fit(Decoder(folder), tokens, dense, dense)
+    decoder = Decoder(folder)
+    with decoder.head() as head:
+        rescaled = LogitRescaler().fit(decoder, head, tokens, dense, dense)
     assert rescaled.factor == pytest.approx(1, abs=1e-3)
     assert rescaled.kl_before == pytest.approx(0, abs=1e-6)
 
@@ -161,4 +167,4 @@ def test_a_gain_that_is_stored_less_one_is_scaled_whole() -> None:
 
 @pytest.mark.parametrize(("samples", "held"), [(4, 1), (16, 4), (128, 8), (256, 8)])
 def test_at_most_a_quarter_is_held_out(samples: int, held: int) -> None:
-    assert Logits().held_out(samples) == held
+    assert LogitRescaler().held_out(samples) == held

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from crepe_deploy.errors import ConfigError
+from crepe_deploy.model.calibrate import embed
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.proof import walk_logits
+from crepe_deploy.model.stats import Need
 from crepe_deploy.pattern import NM, Unstructured, parse_pattern, parse_record, zero_count
-from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.config import Origin, PruneConfig, prune_config
+from crepe_deploy.pruning.methods.magnitude import Magnitude
 from crepe_deploy.pruning.prune import prune
-from crepe_deploy.pruning.steps import KINDS, build_step, build_steps
+from crepe_deploy.pruning.steps import KINDS, Steps, build_step, build_steps
 from crepe_deploy.pruning.steps.allocate import allocate
 from crepe_deploy.pruning.steps.folds import foldables
 from crepe_deploy.pruning.steps.permute import Fold
@@ -114,27 +118,41 @@ def _folds(decoder: Decoder, path: str) -> bool:
     return any(fold.path == path for fold in foldables(decoder))
 
 
-def test_the_permuted_dense_model_is_the_same_model(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a mask that keeps everything, what is left of the pipeline is the permutation: logits must not move."""
-    monkeypatch.setattr(
-        "crepe_deploy.pruning.block.select", lambda score, pattern: torch.ones_like(score, dtype=torch.bool)
-    )
-    monkeypatch.setattr("crepe_deploy.pruning.prune.check_pattern", lambda name, weight, pattern: 0)
-    monkeypatch.setattr(Fold, "search", lambda self, score, n, m: torch.randperm(score.shape[1]))
-    for family, config in CONFIGS.items():
-        model = make_pico(tmp_path / family, config)
-        run(model, tmp_path / f"{family}-out", text, permute="fold")
-        before, after = CheckpointReader(model), CheckpointReader(tmp_path / f"{family}-out")
-        moved = {name for name in before.tensors if not torch.equal(before.load(name), after.load(name))}
-        decoder = Decoder(model)
-        paths = {path for fold in foldables(decoder) for path in (fold.path, *fold.producers)}
-        assert {path for path in paths if any(path in name for name in moved)} == paths
-        tokens = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
-        torch.testing.assert_close(
-            walk_logits(Decoder(tmp_path / f"{family}-out"), tokens), walk_logits(decoder, tokens), atol=2e-5, rtol=1e-4
-        )
+@dataclass(frozen=True)
+class Shuffle(Fold):
+    """Moves whole groups and shuffles inside them: a weight that holds its pattern holds it still."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def search(self, score: torch.Tensor, n: int, m: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(score.shape[1])
+        groups = torch.randperm(score.shape[1] // m, generator=generator)
+        inside = torch.stack([torch.randperm(m, generator=generator) for _ in groups])
+        return (groups.unsqueeze(1) * m + inside).flatten()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_permuted_model_is_the_same_model(tmp_path: Path, family: str) -> None:
+    """Where the mask prunes only zeros, what is left of the pipeline is the permutation: logits must not move."""
+    model, sparse, out = (tmp_path / name for name in ("m", "sparse", "out"))
+    make_pico(model, CONFIGS[family])
+    prune(resolve_model(str(model)), sparse, prune_config("magnitude", "2:4"), None)
+    shuffled = PruneConfig(Magnitude(), NM(2, 4), Origin("magnitude"), Steps(permute=Shuffle()))
+    prune(resolve_model(str(sparse)), out, shuffled, None)
+    before, after = CheckpointReader(sparse), CheckpointReader(out)
+    moved = {name for name in before.tensors if not torch.equal(before.load(name), after.load(name))}
+    decoder = Decoder(sparse)
+    paths = {path for fold in foldables(decoder) for path in (fold.path, *fold.producers)}
+    assert paths
+    assert {path for path in paths if any(path in name for name in moved)} == paths
+    tokens = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(walk_logits(Decoder(out), tokens), walk_logits(decoder, tokens), atol=2e-5, rtol=1e-4)
+
+
+def test_groups_wider_than_a_head_leave_its_channels_in_place(tmp_path: Path, llama: Path, text: Path) -> None:
+    manifest = run(llama, tmp_path / "out", text, pattern="16:32", permute="fold")
+    gains = {name for name, record in manifest.tensors.items() if "score_retained_gain" in record.notes}
+    assert gains == {f"model.layers.{block}.mlp.down_proj.weight" for block in range(2)}
 
 
 @pytest.mark.parametrize("pattern", ["16:32", "2:4", "0.5", "0.7", "0.6/matrix"])
@@ -163,8 +181,8 @@ def test_allocation_holds_the_budget_exactly(tmp_path: Path, llama: Path, text: 
 def test_allocation_with_excluded_blocks(llama: Path, text: Path) -> None:
     decoder = Decoder(llama)
     targets = [[], decoder.linears[1]]
-    tokens = windows(llama, text).tokens
-    patterns = allocate(decoder, targets, tokens, build_step("allocate", "error"), parse_pattern("16:32"))
+    (stream,) = embed(decoder, [windows(llama, text).tokens])
+    patterns = allocate(decoder, targets, stream, build_step("allocate", "error"), parse_pattern("16:32"))
     assert patterns.keys() == {spec.key for spec in decoder.linears[1]}
 
 
@@ -179,7 +197,7 @@ def test_steps_are_refused_by_name(tmp_path: Path, llama: Path, text: Path) -> N
     attempt("damping is 'x'", reconstruct="exact:damping=x")
     attempt(r"works in N:M groups, not in 0\.5/row; use dsnot", pattern="0.5", reprune="swaps")
     attempt(r"--permute changes nothing for pattern 0\.5/row", pattern="0.5", permute="fold")
-    attempt("--permute gather is not available", permute="gather")
+    attempt("--permute 'gather' is unknown; known: fold", permute="gather")
     attempt("--reprune undoes the weights that 'sparsegpt' updates", method="sparsegpt", reprune="dsnot")
     with pytest.raises(ConfigError, match="needs calibration text"):
         prune(resolve_model(str(llama)), tmp_path / "out", prune_config("magnitude", "2:4", reconstruct="obs"), None)

@@ -1,6 +1,7 @@
-"""Quantization method `crepe_nm` for vLLM: packed linear layers on CPUs and CUDA devices, dense ones elsewhere.
+"""Packed linear layers in vLLM, as its quantization method `crepe_nm`: on CPUs and CUDA devices, dense ones elsewhere.
 
-Importing this module registers the method; see `vllm_plugin`.
+Importing this module registers the method; see `vllm_plugin`. A layer's kernels are chosen when its weights are loaded
+(`process_weights_after_loading`), by what `packed.dispatch` or `packed.cuda.dispatch` measured on this machine.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from ..errors import CheckpointError, ConfigError
 from ..packed import dispatch, ops
-from ..packed.config import QUANT_METHOD, PackedConfig
+from ..packed.config import COLUMN_MULTIPLE, QUANT_METHOD, PackedConfig
 from ..packed.cuda.layout import misfit
 from ..packed.cuda.linear import CudaLinear
-from ..packed.format import COLUMN_MULTIPLE, DTYPES, slice_columns, unpack, validate
+from ..packed.format import DTYPES, slice_columns, unpack, validate
 from ..packed.prepare import Prepared, prepare
 from ..pattern import NM
 

@@ -16,7 +16,7 @@ from crepe_deploy.exporting.pipeline import export_checkpoint
 from safetensors.torch import load_file, save_file
 
 from crepe_deploy.errors import CheckpointError, ConfigError
-from crepe_deploy.packed import quantizer as hf
+from crepe_deploy.packed import hf_quantizer as hf
 from crepe_deploy.packed.linear import PackedLinear
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune

@@ -1,0 +1,65 @@
+"""`evaluate`, the command `eval`: perplexity, KL to a dense model and zero-shot accuracy, each with its convention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crepe_deploy.errors import ConfigError
+from crepe_deploy.progress import Progress, Say
+from crepe_deploy.quality import perplexity
+from crepe_deploy.quality.zeroshot import ZeroShotReport, zero_shot
+
+from .inputs import find_model
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured. quality: on the text, None without one. tasks: None without tasks."""
+
+    model: str
+    quality: perplexity.QualityReport | None
+    tasks: ZeroShotReport | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the command prints with --json."""
+        quality = {} if self.quality is None else self.quality.to_dict()
+        tasks = {} if self.tasks is None else {"tasks": self.tasks.to_dict()}
+        return {"model": self.model, **quality, **tasks}
+
+
+def evaluate(
+    model: str | Path, *, text: str | Path | None = None, text_field: str = "text", window: int = 2048,
+    stride: int | None = None, max_tokens: int | None = None, bos: str = "auto", dtype: str = "auto",
+    against: str | Path | None = None, tasks: str | Sequence[str] | None = None, task_dir: str | Path | None = None,
+    limit: int | None = None, seed: int = 0, progress: Progress | None = None, say: Say | None = None,
+) -> Evaluation:  # fmt: skip
+    """Measure a model on a text, on tasks, or both; paired with the model `against` on the same tokens.
+
+    model, against: a folder, dense or packed; a hub id; a GGUF file. text: .txt, .jsonl, .parquet (field `text_field`)
+    or a `datasets` name. window, stride: in tokens; stride None is the window. max_tokens: only the text's first.
+    bos: "auto", "none", "start" or "window". dtype: "auto", the checkpoint's, or bfloat16, float16, float32.
+    tasks: names of lm-eval, a list or comma-separated; task_dir: local task files instead of the hub's. limit:
+    documents of each task. seed: of the bootstrap. progress: told windows done and in all.
+    Perplexity is exp of the mean negative log-likelihood in nats over the predicted tokens; KL is KL(against || model)
+    in nats; intervals are 95 % bootstraps over windows.
+    Raises ConfigError (nothing to measure, models that cannot be compared), CheckpointError, CalibrationError,
+    MissingExtra: exit code 2; NumericalError: 1.
+    """
+    if text is None and tasks is None:
+        raise ConfigError("nothing to measure: give --text FILE_OR_DATASET, --tasks NAMES, or both")
+    folder = find_model(model, say=say).folder
+    reference = None if against is None else find_model(against, say=say).folder
+    quality = answers = None
+    if text is not None:
+        quality = perplexity.evaluate(
+            folder, text, field=text_field, window=window, stride=stride, max_tokens=max_tokens, dtype=dtype, bos=bos,
+            against=reference, seed=seed, progress=progress,
+        )  # fmt: skip
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
+        local = None if task_dir is None else Path(task_dir)
+        answers = zero_shot(folder, names, task_dir=local, limit=limit, against=reference)
+    return Evaluation(str(model), quality, answers)

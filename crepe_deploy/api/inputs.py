@@ -1,0 +1,96 @@
+"""What a person gives, made into what the core takes: a model, a pattern, calibration tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from crepe_deploy.errors import CalibrationError, ConfigError
+from crepe_deploy.model.decoder import load_config
+from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
+from crepe_deploy.progress import Say, unsaid
+from crepe_deploy.store.sources import Model, require_pinned, resolve_model
+from crepe_deploy.texts import SEPARATOR, CalibrationSet, Text, calibration_windows, load_tokenizer
+
+Granularity = Literal["row", "matrix"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources of text, files or `datasets` names, that give equal shares of the calibration windows."""
+
+    sources: Sequence[str | Path]
+
+
+Calibration = str | Path | Mixture | Sequence[str] | Tensor | CalibrationSet
+
+
+def find_model(model: str | Path, revision: str | None = None, say: Say | None = None) -> Model:
+    """A folder, a GGUF file (dequantised once, into the cache) or a hub id (fetched). CheckpointError, ConfigError."""
+    source = resolve_model(str(model), revision, say or unsaid)
+    require_pinned(revision, source)
+    return source
+
+
+def pattern_of(sparsity: Pattern | str | float, granularity: Granularity = "row") -> Pattern:
+    """The pattern of "2:4" (N kept of M), or of 0.5 or "0.5" of zeros, counted by row or matrix. PatternError."""
+    if isinstance(sparsity, NM | Unstructured):
+        return sparsity
+    return parse_pattern(str(sparsity), granularity)
+
+
+def windows_of(model: Model, calib: Calibration, field: str, samples: int, length: int, seed: int) -> CalibrationSet:
+    """Calibration windows of a source, of documents, or as given.
+
+    calib: a file or `datasets` name; a `Mixture` of those; documents; token ids, integer (samples, length), which are
+    taken as they are. length: clipped to the model's context. Raises CalibrationError, CheckpointError, ConfigError,
+    MissingExtra.
+    """
+    if isinstance(calib, CalibrationSet):
+        return calib
+    config = load_config(model.folder)
+    if isinstance(calib, Tensor):
+        return _as_given(calib, int(config.get_text_config().vocab_size), seed)
+    source = calib if isinstance(calib, str | Path) else _several(calib)
+    context = int(getattr(config, "max_position_embeddings", length))
+    return calibration_windows(
+        source, load_tokenizer(model.folder), samples, min(length, context), seed=seed, field=field
+    )
+
+
+def _several(calib: Mixture | Sequence[str]) -> Sequence[str | Path] | Text:
+    if isinstance(calib, Mixture):
+        return list(calib.sources)
+    documents = list(calib)
+    if not all(isinstance(document, str) for document in documents):
+        raise ConfigError("calibration documents are strings; for several files or datasets give Mixture([...])")
+    if not any(document.strip() for document in documents):
+        raise CalibrationError("the calibration documents hold no text")
+    digest = hashlib.sha256(SEPARATOR.join(documents).encode()).hexdigest()
+    return Text(f"{len(documents)} documents given", documents, digest)
+
+
+def _as_given(tokens: Tensor, vocabulary: int, seed: int) -> CalibrationSet:
+    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.shape[1] < 2:
+        raise CalibrationError(f"calibration tokens have shape (samples, length >= 2), not {tuple(tokens.shape)}")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise CalibrationError(f"calibration tokens are whole numbers, not {tokens.dtype}")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise CalibrationError(f"calibration tokens are ids from 0 to {vocabulary - 1}, the model's vocabulary")
+    ids = tokens.detach().to("cpu", torch.long).contiguous()
+    return CalibrationSet(
+        tokens=ids,
+        source="tokens given",
+        sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        field="",
+        seed=seed,
+        text_tokens=ids.numel(),
+        rule="as given",
+        bos="as given",
+    )

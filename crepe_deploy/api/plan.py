@@ -1,0 +1,123 @@
+"""`plan`: what a run will need and what it will gain, from configuration and headers alone; no weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypedDict
+
+from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.packed.config import PackedConfig
+from crepe_deploy.pattern import NM, Pattern, Unstructured
+from crepe_deploy.progress import Say
+from crepe_deploy.store.checkpoint import CheckpointReader
+
+from .inputs import Granularity, find_model, pattern_of
+
+# Per target: does it load, is it smaller, is it faster. Ratios are not repeated here: they depend on the machine.
+TARGETS: dict[str, str] = {
+    "dense: transformers, vLLM, any reader": "loads unchanged; no smaller, no faster: the zeros are stored",
+    "packed: CPU, our kernels": "smaller as below; decoding is faster where weights are the bottleneck (any N:M alike)",
+    "onnx: ONNX Runtime on CPU or CUDA": "loads there; no smaller, no faster for its zeros: they are stored",
+}
+UNMEASURED = "smaller on the device too; nothing was measured on a GPU here, so no speed is promised (docs/gpu.md)"
+ADVICE = (
+    "On a CPU every 50 % pattern costs the same bytes and runs at the same speed, and quality rises with M: "
+    "choose 16:32. Choose 2:4 only for the sparse tensor cores of NVIDIA GPUs."
+)
+
+
+class Plan(TypedDict):
+    """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors."""
+
+    model: str
+    pattern: str
+    prunable_tensors: int
+    does_not_divide: list[str]
+    not_packable: list[str]
+    checkpoint_bytes: int
+    packed_checkpoint_bytes: int
+    pruned_tensors_packed_over_dense: float
+    peak_memory_estimate_bytes: int
+    disk_needed_bytes: int
+    targets: dict[str, str]
+    advice: str
+
+
+def plan(
+    model: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
+    calib_samples: int = 128, calib_length: int = 2048, revision: str | None = None, say: Say | None = None,
+) -> Plan:  # fmt: skip
+    """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read.
+
+    Raises PatternError, CheckpointError, UnsupportedModel, ConfigError (exit code 2).
+    """
+    pattern = pattern_of(sparsity, granularity)
+    folder = find_model(model, revision, say).folder
+    decoder = Decoder(folder)
+    reader = decoder.reader
+    linears = [spec for block in decoder.linears for spec in block]
+    misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]
+    prunable = [spec for spec in linears if spec.key not in misfits]
+    total = sum(info.size_bytes for info in reader)
+    dense = sum(reader.info(spec.key).size_bytes for spec in prunable)
+    unpackable = [spec.key for spec in prunable if not packable(spec, pattern)]
+    packed = sum(packed_bytes(reader, spec, pattern) for spec in prunable if packable(spec, pattern))
+    kept = sum(reader.info(key).size_bytes for key in unpackable)
+    return {
+        "model": str(folder),
+        "pattern": str(pattern),
+        "prunable_tensors": len(prunable),
+        "does_not_divide": misfits,
+        "not_packable": unpackable,
+        "checkpoint_bytes": total,
+        "packed_checkpoint_bytes": total - dense + packed + kept,
+        "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
+        "peak_memory_estimate_bytes": peak_memory(decoder, calib_samples * min(calib_length, decoder.context_length)),
+        "disk_needed_bytes": 2 * total,
+        "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
+        "advice": ADVICE,
+    }
+
+
+def gpu_truth(shapes: set[tuple[int, int]]) -> str:
+    """What a packed checkpoint of these layer shapes gains on this machine's GPU, as far as it was measured."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return UNMEASURED
+    from crepe_deploy.packed.cuda import dispatch
+
+    measured = [entry for entry in dispatch.describe() if tuple(entry["shape"]) in shapes and entry["gain_over_dense"]]
+    return gpu_gains(measured) if measured else UNMEASURED
+
+
+def gpu_gains(measured: list[dict[str, Any]]) -> str:
+    """The measured gains over dense in one sentence: for each batch the range over kinds and shapes."""
+    gains: dict[int, list[float]] = {}
+    for entry in measured:
+        gains.setdefault(int(entry["batch"]), []).append(float(entry["gain_over_dense"]))
+    ranges = (f"batch {batch}: {min(all_):.2f}x to {max(all_):.2f}x" for batch, all_ in sorted(gains.items()))
+    return f"smaller on the device too; layers measured here, over dense: {', '.join(ranges)}"
+
+
+def packable(spec: LinearSpec, pattern: Pattern) -> bool:
+    """Whether the packed format holds this tensor: counted by group or row, stored (out, in)."""
+    by_matrix = isinstance(pattern, Unstructured) and pattern.granularity == "matrix"
+    return not spec.transposed and not by_matrix and PackedConfig(pattern).fits(spec.in_features)
+
+
+def packed_bytes(reader: CheckpointReader, spec: LinearSpec, pattern: Pattern) -> int:
+    """Bytes of the packed values and mask of one tensor."""
+    n, m = PackedConfig(pattern).geometry(spec.in_features)
+    kept = spec.in_features // m * n
+    return spec.out_features * (kept * reader.info(spec.key).dtype.itemsize + spec.in_features // 8)
+
+
+def peak_memory(decoder: Decoder, tokens: int) -> int:
+    """Upper estimate above the libraries: embeddings + 4 x the largest block + 2 x the calibration activations."""
+    blocks = [decoder.block_keys(index) for index in range(len(decoder.blocks))]
+    largest = max(sum(decoder.reader.info(key).size_bytes for key in keys) for keys in blocks)
+    in_blocks = {key for keys in blocks for key in keys}
+    outside = sum(info.size_bytes for info in decoder.reader if info.name not in in_blocks)
+    activations = tokens * int(decoder.config.hidden_size) * decoder.dtype.itemsize
+    return outside + 4 * largest + 2 * activations

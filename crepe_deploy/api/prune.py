@@ -1,0 +1,98 @@
+"""`prune` and `prune-and-export`: from a model to a pruned checkpoint, and on to the formats that are served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crepe_deploy.errors import ConfigError
+from crepe_deploy.pattern import Pattern
+from crepe_deploy.progress import Progress, Say, silent
+from crepe_deploy.pruning.config import PruneConfig, prune_config
+from crepe_deploy.pruning.prune import prune as prune_checkpoint
+from crepe_deploy.store.manifest import Manifest
+from crepe_deploy.store.sources import Model
+from crepe_deploy.texts import CalibrationSet
+
+from .inputs import Calibration, Granularity, find_model, pattern_of, windows_of
+
+
+def prune(
+    model: str | Path, out: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
+    method: str | None = None, preset: str | Path | None = None, params: Mapping[str, Any] | None = None,
+    recipe: str | Path | None = None, feed: str | None = None, allocate: str | None = None, permute: str | None = None,
+    reprune: str | None = None, reconstruct: str | None = None, rescale: str | None = None,
+    calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
+    seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
+    revision: str | None = None, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
+) -> Manifest:  # fmt: skip
+    """Prune the linear layers of `model` into the Hugging Face folder `out`, and return its manifest.
+
+    model: a folder, a GGUF file (dequantised) or a hub id, pinned by `revision`. out: appears whole and verified or
+    not at all. sparsity: "2:4" keeps 2 of every 4 consecutive inputs; 0.5 is the share of zeros, counted in each row
+    or over the `granularity` "matrix". method: "crepe" (default), "ria", "wanda", "sparsegpt" or "magnitude".
+    preset, params: its hyperparameters, by name or file and one by one. recipe: method and steps, a name or YAML file;
+    arguments go before it. feed: whose output calibrates the next block, "auto", "dense", "pruned" or "both".
+    allocate, permute, reprune, reconstruct, rescale: steps as "NAME" or "NAME:PARAMETER=VALUE,..." (docs/methods.md).
+    calib: a file or `datasets` name, a `Mixture` of them, a list of documents, or token ids, an integer tensor
+    (samples, length). calib_samples, calib_length: windows drawn, and tokens in each, clipped to the model's context.
+    include, exclude: regular expressions searched in tensor names. dtype: to compute in, "auto" is the checkpoint's.
+    progress: told pieces of work done and in all. say: told what is fetched or converted.
+    Raises ConfigError, PatternError, CheckpointError, UnsupportedModel, CalibrationError, OutputError, MissingExtra
+    (exit code 2) before any work that could be spared; NumericalError, VerifyError, ParityError, DiskFullError (1).
+    Source of each method: docs/methods.md, docs/crepe.md.
+    """
+    config = prune_config(
+        method, pattern_of(sparsity, granularity), preset=preset, params=params, recipe=recipe, feed=feed,
+        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, rescale=rescale, include=include,
+        exclude=exclude, dtype=dtype,
+    )  # fmt: skip
+    source = find_model(model, revision, say)
+    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed)
+    return prune_checkpoint(source, Path(out), config, windows, overwrite=overwrite, step=progress or silent)
+
+
+def prune_and_export(
+    model: str | Path, out: str | Path, *, format: str | Sequence[str] = "dense", onnx_flavor: str | None = None,
+    precision: str | None = None, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
+    method: str | None = None, preset: str | Path | None = None, params: Mapping[str, Any] | None = None,
+    recipe: str | Path | None = None, feed: str | None = None, allocate: str | None = None, permute: str | None = None,
+    reprune: str | None = None, reconstruct: str | None = None, rescale: str | None = None,
+    calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
+    seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
+    revision: str | None = None, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Prune `model` and write OUT/FORMAT/ for each format; returns the report that is OUT/report.json.
+
+    format: one or more of "dense", "packed", "int8" and "onnx", a list or comma-separated. onnx_flavor, precision: as
+    in `export`; the rest, and what is raised, as in `prune`. The report names the source, what was resolved (method,
+    parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on disk), `seconds` by
+    phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
+    """
+    from crepe_deploy.exporting.onnx.support import OnnxOptions
+    from crepe_deploy.exporting.pipeline import check_formats
+    from crepe_deploy.exporting.pipeline import prune_and_export as run
+
+    formats = check_formats([name.strip() for name in format.split(",")] if isinstance(format, str) else list(format))
+    config = prune_config(
+        method, pattern_of(sparsity, granularity), preset=preset, params=params, recipe=recipe, feed=feed,
+        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, rescale=rescale, include=include,
+        exclude=exclude, dtype=dtype,
+    )  # fmt: skip
+    source = find_model(model, revision, say)
+    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed)
+    return run(
+        source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
+        onnx=OnnxOptions(onnx_flavor or "portable", precision or "fp32"),
+    )  # fmt: skip
+
+
+def _calibration(
+    config: PruneConfig, model: Model, calib: Calibration | None, field: str, samples: int, length: int, seed: int
+) -> CalibrationSet | None:
+    if not config.needs_text:
+        return None
+    if calib is None:
+        raise ConfigError("this method needs calibration text: give --calib FILE_OR_DATASET")
+    return windows_of(model, calib, field, samples, length, seed)

@@ -1,0 +1,55 @@
+"""`tyr`: structural pruning, whole KV groups and FFN neurons removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from crepe_deploy.progress import Say, Show, hidden, unsaid
+from crepe_deploy.structural.config import TyrConfig
+from crepe_deploy.structural.local import DEFAULT_VARIANT
+from crepe_deploy.structural.tyr import tyr as prune_structurally
+
+from .inputs import Calibration, find_model, windows_of
+
+
+def tyr(
+    model: str | Path, out: str | Path, *, calib: Calibration, sparsity: float = 0.5,
+    method: Literal["tyr", "flap", "uniform", "magnitude", "random"] = "tyr",
+    widths: Literal["per-layer", "uniform"] = "per-layer", calib_field: str = "text", calib_samples: int = 16,
+    calib_length: int = 512, search_samples: int = 0, iterations: int = 4, generations: int = 10, offspring: int = 16,
+    ffn_multiple: int = 128, attention: Literal["auto", "groups", "queries"] = "auto",
+    attention_share: float | str | None = None, accumulation: str = "expectation", variant: str | None = None,
+    fitness: Literal["logits", "hidden"] = "logits", top_k: int = 1024, refit: bool | None = None,
+    finish: Literal["paired", "single", "supernet"] = "single", layout: Literal["plugin", "deci"] = "plugin",
+    remote_code: bool = False, seed: int = 0, dtype: str = "auto", revision: str | None = None, resume: bool = False,
+    overwrite: bool = False, show: Show | None = None, say: Say | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Remove attention units and FFN neurons from `model`; OUT/dense/ is a physically smaller checkpoint.
+
+    model, calib, calib_*, seed, dtype, revision: as in `prune`; tokens given are `calib_samples` windows and then
+    `search_samples` that only the search sees. sparsity: share of the decoder layers' linear parameters to remove;
+    embeddings, norms and lm_head stay. method: "tyr" searches the widths, the others are baselines. widths: "uniform"
+    is one width for all layers, a plain checkpoint. The rest: `structural.config.TyrConfig` and docs/tyr.md.
+    layout, remote_code: of the folder, docs/structural-serving.md. resume: go on with OUT.work, which a stopped run
+    leaves; on the command line that is exit code 75. show: wraps a label for each long step and yields its progress.
+    Returns the report that is written to OUT/report.json, the path `out` besides. Seconds and bytes unless named.
+    Raises ConfigError, OutputError, UnsupportedModel, CalibrationError (exit code 2) before the search;
+    NumericalError, VerifyError, ParityError, DiskFullError (1).
+    Source: Tyr-the-Pruner, docs/tyr.md.
+    """
+    from crepe_deploy.exporting.tyr import FolderWriter
+
+    config = TyrConfig(
+        sparsity=sparsity, method=method, widths=widths, iterations=iterations, generations=generations,
+        offspring=offspring, multiple=ffn_multiple, attention=attention, attention_share=attention_share,
+        accumulation=accumulation, variant=variant or DEFAULT_VARIANT, fitness=fitness, top_k=top_k, refit=refit,
+        finish=finish, search_samples=search_samples, seed=seed, dtype=dtype,
+    )  # fmt: skip
+    config.check()
+    source = find_model(model, revision, say)
+    text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed)
+    return prune_structurally(
+        source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
+        write=FolderWriter(widths, layout, remote_code),
+    )  # fmt: skip

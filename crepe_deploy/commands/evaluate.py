@@ -1,0 +1,70 @@
+"""The command `eval`, and the lines that it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import json_option, prepare_libraries, print_result, say
+
+EXAMPLES = """\b
+Examples:
+  crepe-deploy eval out/dense --text wiki.test.txt
+  crepe-deploy eval out/packed --text wiki.test.txt --window 1024 --against models/llama
+  crepe-deploy eval out/dense --tasks arc_easy,hellaswag --limit 200 --json
+"""
+
+
+@click.command("eval", epilog=EXAMPLES)
+@click.argument("model")
+@click.option("--text", default=None, help="Evaluation text: .txt, .jsonl, .parquet or a datasets name.")
+@click.option("--text-field", default="text", show_default=True)
+@click.option("--window", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in each window.")
+@click.option("--stride", type=click.IntRange(1), default=None, help="Default: the window, without overlap.")
+@click.option("--max-tokens", type=click.IntRange(2), default=None, help="Score only the first tokens.")
+@click.option("--bos", default="auto", show_default=True, help="auto, none, start or window.")
+@click.option("--dtype", default="auto", show_default=True)
+@click.option("--against", default=None, help="The dense model, for paired KL.")
+@click.option("--tasks", default=None, help="Comma-separated zero-shot tasks, through lm-eval.")
+@click.option("--task-dir", type=click.Path(path_type=Path), default=None, help="Local task files, for offline use.")
+@click.option("--limit", type=click.IntRange(1), default=None, help="Documents of each task.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@json_option
+def eval_command(model: str, as_json: bool, **options: Any) -> None:
+    """Measure MODEL: perplexity, KL to a dense model, zero-shot accuracy; each with its convention."""
+    prepare_libraries()
+    from crepe_deploy.api.evaluate import evaluate
+    from crepe_deploy.progress import progress
+
+    with progress("scoring windows") as step:
+        result = evaluate(model, progress=step, say=say, **options).to_dict()
+    print_result(result, as_json, lines(result))
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """What `eval` measured."""
+    text = []
+    if "perplexity" in result:
+        convention = ", ".join(f"{name}={value}" for name, value in result["convention"].items() if name != "sha256")
+        text += [f"perplexity {_interval(result['perplexity'])}", f"convention: {convention}"]
+    if paired := result.get("paired"):
+        text.append(f"against {paired['reference']} (perplexity {_interval(paired['reference_perplexity'])}):")
+        names = {
+            "perplexity_ratio": "perplexity ratio",
+            "kl_mean": "mean KL",
+            "kl_p99": "p99 KL",
+            "same_top": "same top token",
+        }
+        text += [f"  {label} {_interval(paired[name])}" for name, label in names.items()]
+    for name, task in result.get("tasks", {}).items():
+        text.append(f"{name}: {json.dumps(task)}")
+    return text
+
+
+def _interval(estimate: dict[str, Any]) -> str:
+    if estimate["low"] is None:
+        return f"{estimate['value']:.4g}"
+    return f"{estimate['value']:.4g} [{estimate['low']:.4g}, {estimate['high']:.4g}]"

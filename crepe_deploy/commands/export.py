@@ -1,0 +1,37 @@
+"""The command `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import json_option, onnx_options, overwrite_option, prepare_libraries, print_result
+
+EXAMPLES = """\b
+Examples:
+  crepe-deploy export pruned --format packed
+  crepe-deploy export pruned --format onnx --onnx-flavor genai --precision int4 --out served
+  crepe-deploy export out/dense --format deci --out for-stock-vllm
+"""
+
+
+@click.command("export", epilog=EXAMPLES)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: SOURCE/../FORMAT.")
+@click.option("--format", default="dense", show_default=True, help="dense, packed, int8, onnx or deci.")
+@onnx_options
+@overwrite_option
+@json_option
+def export_command(source: Path, out: Path | None, format: str, as_json: bool, **options: Any) -> None:
+    """Export the pruned checkpoint SOURCE into another format."""
+    prepare_libraries()
+    from crepe_deploy.api.export import export
+    from crepe_deploy.progress import progress
+
+    target = out if out is not None else source.resolve().parent / format
+    with progress(f"exporting as {format}") as step:
+        manifest = export(source, target, format=format, progress=step, **options)
+    summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}
+    print_result(summary, as_json, [f"{target}: {manifest.format}, verified"])

@@ -1,0 +1,48 @@
+"""The command `inspect`, and the lines that it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import json_option, print_result
+
+if TYPE_CHECKING:
+    from crepe_deploy.api.inspect import TensorRow
+
+EXAMPLES = """\b
+Examples:
+  crepe-deploy inspect out/dense
+  crepe-deploy inspect out/onnx --json
+"""
+
+
+@click.command("inspect", epilog=EXAMPLES)
+@click.argument("folder", type=click.Path(path_type=Path))
+@json_option
+def inspect_command(folder: Path, as_json: bool) -> None:
+    """Count the zeros of every tensor in FOLDER, name the pattern that holds, and say the widths of uneven layers."""
+    from crepe_deploy.api.inspect import inspect
+
+    result = inspect(folder)
+    print_result(result.to_dict(), as_json, [*tensor_lines(result.tensors), *width_lines(result.layers or [])])
+
+
+def tensor_lines(tensors: list[TensorRow]) -> list[str]:
+    """What `inspect` counted, one line a tensor."""
+    return [
+        f"{tensor['sparsity']:8.2%}  {tensor['pattern'] or '-':>6}  {tensor['dtype']:>9}  "
+        f"{tensor['shape']!s:>16}  {tensor['name']}"
+        for tensor in tensors
+    ]
+
+
+def width_lines(layers: list[dict[str, Any]]) -> list[str]:
+    """What each layer of a structurally pruned model kept, one line a layer."""
+    return [
+        f"layer {layer['layer']}: {layer['heads']} query heads, {layer['kv_heads']} KV heads, "
+        f"{layer['intermediate']} neurons"
+        for layer in layers
+    ]

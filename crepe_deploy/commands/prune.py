@@ -1,0 +1,33 @@
+"""The command `prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import prepare_libraries, print_result, prune_options, say, values
+
+EXAMPLES = """\b
+Examples:
+  crepe-deploy prune models/llama --calib wiki.txt --out pruned
+  crepe-deploy prune models/llama --method wanda --sparsity 0.5 --calib wiki.txt --out pruned
+  crepe-deploy prune models/llama --method magnitude --sparsity 4:8 --exclude lm_head --out pruned
+  crepe-deploy prune models/llama --reconstruct exact --feed both --calib allenai/c4:en:train --out pruned
+"""
+
+
+@click.command("prune", epilog=EXAMPLES)
+@prune_options
+def prune_command(out: Path, as_json: bool, **options: Any) -> None:
+    """Prune MODEL into the Hugging Face folder OUT, with its manifest."""
+    prepare_libraries()
+    from crepe_deploy.api.prune import prune
+    from crepe_deploy.progress import progress
+
+    with progress(f"pruning to {options['sparsity']}") as step:
+        manifest = prune(out=out, progress=step, say=say, **values(options))
+    asked = {name: manifest.config[name] for name in ("pattern", "method")}
+    text = [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros, verified"]
+    print_result({"out": str(out), **asked, **manifest.metrics}, as_json, text)

@@ -1,0 +1,60 @@
+"""The command `prune-and-export`, and the lines that it prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .options import onnx_options, prepare_libraries, print_result, prune_options, say, values
+
+EXAMPLES = """\b
+Examples:
+  crepe-deploy prune-and-export models/llama --calib wiki.txt --out out
+  crepe-deploy prune-and-export models/llama --sparsity 16:32 --calib wiki.txt --format dense,packed --out out
+  crepe-deploy prune-and-export models/llama --recipe best --calib wiki.txt --calib c4.txt --format packed --out out
+  crepe-deploy prune-and-export model.gguf --method magnitude --sparsity 0.5 --format onnx --onnx-flavor genai --out out
+"""
+
+
+@click.command("prune-and-export", epilog=EXAMPLES)
+@prune_options
+@click.option("--format", default="dense", show_default=True, help="Any of dense,packed,int8,onnx.")
+@onnx_options
+def prune_and_export_command(as_json: bool, **options: Any) -> None:
+    """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
+    prepare_libraries()
+    from crepe_deploy.api.prune import prune_and_export
+    from crepe_deploy.progress import progress
+
+    with progress(f"pruning to {options['sparsity']}") as step:
+        report = prune_and_export(progress=step, say=say, **values(options))
+    print_result(report, as_json, lines(report))
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """What `prune-and-export` did."""
+    seconds = sum(report["seconds"].values())
+    recipe = f", recipe {report['recipe']}" if report["recipe"] else ""
+    text = [
+        f"{report['pruned_tensors']} linear layers pruned to {report['pattern']} with {report['method']}{recipe}: "
+        f"{report['sparsity_of_pruned_tensors']:.2%} zeros counted on disk, {seconds:.1f} s",
+        f"reloaded logits differ by at most {report['parity']['max_abs_logit_difference']:.3g}",
+    ]
+    if report["steps"]:
+        steps = ", ".join(f"{kind} {step['class'].lower()}" for kind, step in report["steps"].items())
+        text.insert(1, f"steps: {steps}; patterns: {_counts(report['patterns'])}")
+    if rescaled := report["rescale"]:
+        text.append(
+            f"logits times {rescaled['factor']:.3f}: mean KL to the dense model on held-out calibration windows "
+            f"{rescaled['kl_before']:.3f} -> {rescaled['kl']:.3f}"
+        )
+    for name, export in report["formats"].items():
+        ratio = export["size"]["weight_bytes_over_dense"]
+        size = f"{export['weight_file_bytes'] / 1e6:.0f} MB, pruned layers {ratio:.4g} of their dense bytes"
+        text.append(f"{name}: {export['path']} ({size})")
+    return text
+
+
+def _counts(patterns: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {pattern}" for pattern, count in patterns.items())

@@ -1,0 +1,82 @@
+"""What one run will do to one model, settled before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crepe_deploy.errors import ConfigError
+from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.pattern import Pattern
+from crepe_deploy.store.files import require_disk
+from crepe_deploy.store.folders import check_output
+from crepe_deploy.store.sources import Model
+from crepe_deploy.texts import CalibrationSet
+
+from .config import PruneConfig
+from .steps.allocate import uniform
+from .steps.rescale import last_norm
+from .targets import choose_targets
+
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A model and what is to be done to it.
+
+    targets: the layers to prune, by block. patterns: theirs by tensor name, all alike until an allocation says more.
+    Token ids (windows, length) int64: calibration, what methods and steps read, or None; held, kept from everything
+    but rescaling, or None; probe, (1, at most 64), carried along to compare logits before and after writing.
+    """
+
+    decoder: Decoder
+    config: PruneConfig
+    targets: list[list[LinearSpec]]
+    patterns: Mapping[str, Pattern]
+    calibration: Tensor | None
+    held: Tensor | None
+    probe: Tensor
+
+
+def plan_run(
+    model: Model, out: Path, config: PruneConfig, calibration: CalibrationSet | None, *, overwrite: bool
+) -> RunPlan:
+    """Check everything that can be refused. Raises InputError, DiskFullError."""
+    check_output(out, overwrite=overwrite, inputs=(model.folder,))
+    decoder = Decoder(model.folder, config.dtype)
+    targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
+    tokens = _calibration_tokens(decoder, config, calibration)
+    held = None
+    probe = _probe_tokens(decoder, tokens)
+    if config.steps.rescale is not None and tokens is not None:
+        last_norm(decoder)
+        fitted = len(tokens) - config.steps.rescale.held_out(len(tokens))
+        tokens, held = tokens[:fitted], tokens[fitted:]
+    require_disk(out, sum(info.size_bytes for info in decoder.reader))
+    return RunPlan(decoder, config, targets, uniform(targets, config.pattern), tokens, held, probe)
+
+
+def _calibration_tokens(decoder: Decoder, config: PruneConfig, calibration: CalibrationSet | None) -> Tensor | None:
+    """The tokens that the run reads. Raises ConfigError where they are missing or longer than the model's context."""
+    if not config.needs_text:
+        return None
+    if calibration is None:
+        raise ConfigError(f"method '{config.origin.method}' needs calibration text: give --calib FILE_OR_DATASET")
+    length = calibration.tokens.shape[1]
+    if length > decoder.context_length:
+        raise ConfigError(
+            f"calibration windows of {length} tokens exceed the model's context of {decoder.context_length}"
+        )
+    return calibration.tokens
+
+
+def _probe_tokens(decoder: Decoder, tokens: Tensor | None) -> Tensor:
+    if tokens is not None:
+        return tokens[:1, :PROBE_TOKENS]
+    length = min(PROBE_TOKENS, decoder.context_length)
+    return torch.randint(decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,57 @@
+"""`OUT.work`: the folder of a structural search's journal and supernets, emptied of these and of nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import shutil
+from pathlib import Path
+from typing import Final
+
+from crepe_deploy.errors import OutputError
+from crepe_deploy.store.files import disk_errors
+
+JOURNAL: Final = "journal.jsonl"
+OWN: Final = (JOURNAL, "iteration-*", "split", "shared", "final")  # the names that a search gives what it keeps there
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run for `out` keeps its journal and its supernet until it is done."""
+    return out.with_name(out.name + ".work")
+
+
+def make_work_folder(work: Path, *, overwrite: bool) -> None:
+    """Make the folder; with `overwrite`, what a stopped search left in it goes.
+
+    Raises OutputError where something lies there that no search wrote.
+    """
+    strange = _strange(work)
+    if strange is not None:
+        raise OutputError(f"{strange} was not written by a search, which would work there: move it away")
+    with disk_errors(work):
+        if overwrite:
+            remove_work_folder(work)
+        work.mkdir(parents=True, exist_ok=True)
+
+
+def remove_work_folder(work: Path) -> None:
+    """Remove what a search wrote, and the folder where nothing else is in it."""
+    for path in work.iterdir() if work.is_dir() else ():
+        if _is_own(path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    with contextlib.suppress(OSError):
+        work.rmdir()
+
+
+def _strange(work: Path) -> Path | None:
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        return work
+    names = sorted(path.name for path in work.iterdir()) if work.exists() else []
+    foreign = next((name for name in names if not _is_own(name)), None)
+    if foreign is None and names and JOURNAL not in names:
+        foreign = names[0]
+    return None if foreign is None else work / foreign
+
+
+def _is_own(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in OWN)
