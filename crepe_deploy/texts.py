@@ -168,9 +168,9 @@ def calibration_windows(
         return _windows(names[0], tokenizer, samples, length, seed, field)
     if samples < len(names):
         raise ConfigError(f"{samples} calibration samples cannot come from {len(names)} sources: raise the samples")
-    each, more = divmod(samples, len(names))
+    share, more = divmod(samples, len(names))
     return _mixed([
-        _windows(name, tokenizer, each + (index < more), length, seed, field) for index, name in enumerate(names)
+        _windows(name, tokenizer, share + (index < more), length, seed, field) for index, name in enumerate(names)
     ])  # fmt: skip
 
 
@@ -285,8 +285,8 @@ def _field_of(row: Any, field: str, place: str) -> str:
     value = row.get(field) if isinstance(row, dict) else None
     if isinstance(value, str):
         return value
-    found = f"its fields are {', '.join(map(str, row))}" if isinstance(row, dict) else "it is no object"
-    raise CalibrationError(f"{place} has no text in field '{field}': {found}")
+    fields = f"its fields are {', '.join(map(str, row))}" if isinstance(row, dict) else "it is no object"
+    raise CalibrationError(f"{place} has no text in field '{field}': {fields}")
 
 
 def _read_parquet(path: Path, field: str) -> list[str]:

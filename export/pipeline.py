@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ParityError
-from ..model.decoder import Decoder, load_config
+from ..model.architecture import load_config
+from ..model.decoder import Decoder
 from ..packed.config import packed_config
 from ..progress import Progress, silent
 from ..pruning.config import PruneConfig
@@ -148,6 +149,7 @@ def _report(manifest: Manifest, exports: dict[str, Any]) -> dict[str, Any]:
         "pruned_tensors": manifest.metrics["pruned_tensors"],
         "mean_layer_error": manifest.metrics["mean_layer_error"],
         "rescale": manifest.metrics.get("rescale"),
+        "limits": manifest.metrics.get("limits", []),
         "parity": manifest.metrics["parity"],
         "seconds": manifest.metrics["seconds"],
         "versions": manifest.versions,

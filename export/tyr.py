@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from ..model.decoder import load_config
+from ..model.architecture import load_config
 from ..store.checkpoint import read_json
 from ..store.files import write_json
 from ..store.folders import atomic_folder

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crepe_deploy.errors import CalibrationError, ConfigError
-from crepe_deploy.model.decoder import load_config
+from crepe_deploy.model.architecture import load_config
 from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
 from crepe_deploy.progress import Say, unsaid
 from crepe_deploy.store.sources import Model, require_pinned, resolve_model

@@ -30,4 +30,4 @@ def prune_command(out: Path, as_json: bool, **options: Any) -> None:
         manifest = prune(out=out, progress=step, say=say, **values(options))
     asked = {name: manifest.config[name] for name in ("pattern", "method")}
     text = [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros, verified"]
-    print_result({"out": str(out), **asked, **manifest.metrics}, as_json, text)
+    print_result({"out": str(out), **asked, **manifest.metrics}, as_json, text + manifest.metrics.get("limits", []))

@@ -49,6 +49,7 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"logits times {rescaled['factor']:.3f}: mean KL to the dense model on held-out calibration windows "
             f"{rescaled['kl_before']:.3f} -> {rescaled['kl']:.3f}"
         )
+    text += report["limits"]
     for name, export in report["formats"].items():
         ratio = export["size"]["weight_bytes_over_dense"]
         size = f"{export['weight_file_bytes'] / 1e6:.0f} MB, pruned layers {ratio:.4g} of their dense bytes"

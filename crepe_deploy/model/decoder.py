@@ -1,4 +1,4 @@
-"""What a decoder looks like: its blocks and the linear layers in them, found by structure; its weights on demand.
+"""A decoder that computes block by block: its linear layers, and its weights on demand.
 
 A `Decoder` is the architecture built from `config.json` alone. Parameters live on the meta device until a module is
 materialised from the checkpoint and go back there when it is released, so the model is never whole in memory.
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
-from crepe_deploy.store.checkpoint import CheckpointReader, read_json
+from crepe_deploy.store.checkpoint import CheckpointReader
 
-from .families import FAMILIES, family_of
+from .architecture import build_meta, find_blocks, is_linear, load_config
+from .families import family_of
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROOF_DTYPE = "float64"  # for comparisons: real models' residuals reach 1e4, where float32 keeps three decimals
@@ -90,8 +91,8 @@ class Decoder:
         self.reader = CheckpointReader(root)
         self.config = load_config(root)
         self.dtype = self._compute_dtype(dtype)
-        self.model = _build_meta(self.config, self.dtype)
-        self.blocks_path, blocks = _find_blocks(self.model)
+        self.model = build_meta(self.config, self.dtype)
+        self.blocks_path, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self._check_weights()
         self.linears = [self._linears(index) for index in range(len(self.blocks))]
@@ -107,8 +108,8 @@ class Decoder:
             return COMPUTE_DTYPES[dtype]
         largest = max(self.reader, key=lambda info: info.size_bytes, default=None)
         if largest is None or largest.dtype not in COMPUTE_DTYPES.values():
-            found = "no tensors" if largest is None else f"{largest.dtype} weights"
-            raise UnsupportedModel(f"{self.reader.root} holds {found}; bfloat16, float16 or float32 weights are needed")
+            held = "no tensors" if largest is None else f"{largest.dtype} weights"
+            raise UnsupportedModel(f"{self.reader.root} holds {held}; bfloat16, float16 or float32 weights are needed")
         return largest.dtype
 
     @property
@@ -243,93 +244,6 @@ def check_dtype(dtype: str) -> None:
     """Raise ConfigError unless this names a dtype to compute in."""
     if dtype not in ("auto", PROOF_DTYPE, *COMPUTE_DTYPES):
         raise ConfigError(f"dtype '{dtype}' is unknown; known: auto, {', '.join(COMPUTE_DTYPES)}")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """True for nn.Linear and for the Conv1D of GPT-2."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def load_config(root: Path) -> Any:
-    """The transformers configuration of a folder, without remote code. Raises CheckpointError, UnsupportedModel."""
-    from transformers import AutoConfig
-
-    content = read_json(root / "config.json")
-    name = content.get("model_type", "unknown")
-    if "quantization_config" in content:
-        method = (content["quantization_config"] or {}).get("quant_method", "unknown")
-        raise UnsupportedModel(f"{root} is already quantised or packed ({method}); give the unquantised model")
-    if "auto_map" in content and name not in _known_model_types():
-        raise UnsupportedModel(f"{root}: model type '{name}' needs code from the checkpoint, which is never run")
-    try:
-        config = AutoConfig.from_pretrained(root, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise UnsupportedModel(f"{root}: config.json of model type '{name}' is not understood: {error}") from error
-    if getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config"):
-        raise UnsupportedModel(f"model type '{name}' is not a text-only decoder")
-    return config
-
-
-def _known_model_types() -> set[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return set(CONFIG_MAPPING.keys())
-
-
-def _build_meta(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise UnsupportedModel(f"model type '{config.model_type}' has no causal language model: {error}") from error
-    return model.eval()
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Inside, every parameter that a module registers lands on the meta device; buffers stay real.
-
-    Real buffers matter: rotary frequencies and embedding scales are computed at construction and are in no file.
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks: the outermost list of like modules that hold linear layers."""
-    name = type(model).__name__
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len({type(block) for block in module}) != 1:
-            continue
-        if any(is_linear(part) for part in module[0].modules()):
-            _check_block(name, path, module[0])
-            return path, module
-    raise UnsupportedModel(f"{name}: no list of decoder blocks with linear layers was found")
-
-
-def _check_block(name: str, path: str, block: nn.Module) -> None:
-    for parameter_name, parameter in block.named_parameters():
-        owner = block.get_submodule(parameter_name.rpartition(".")[0])
-        if parameter.ndim >= 2 and not is_linear(owner):
-            raise UnsupportedModel(
-                f"{name}: '{path}.0.{parameter_name}' of shape {tuple(parameter.shape)} belongs to "
-                f"{type(owner).__name__}, which is not a linear layer (experts and convolutions are not supported); "
-                f"tested families: {', '.join(FAMILIES)}"
-            )
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from .structure import FUSED, Structure
 
@@ -19,23 +19,35 @@ class Residual:
     """A layer whose output is added to the residual stream; paths are within the block.
 
     stream: the module that reads the stream just before the addition; "" is the block itself.
+    beside: parts whose outputs are added in the same sum, and before this layer is pruned.
+    norm: an RMS norm that the output of the layer's part passes before the addition.
+    when: (field, value) of the configuration, where it depends on that.
     """
 
     path: str
     stream: str
+    beside: tuple[str, ...] = ()
+    norm: str = ""
+    when: tuple[str, bool] | None = None
+
+    def holds(self, config: Any) -> bool:
+        """Whether models of this configuration have it."""
+        return self.when is None or getattr(config, self.when[0]) == self.when[1]
 
 
 @dataclass(frozen=True)
 class Fold:
     """A layer whose inputs may come in any order, for the rows of its `producers` can follow; paths are in the block.
 
-    kind: "neurons", any order; "values", the value channels of attention heads, which stay within their head and have
-    one order for all query heads that share a KV head.
+    kind: "neurons", any order; a fused producer holds them several times over. "values", the value channels of
+    attention heads, which stay within their head and have one order for all query heads that share a KV head: the
+    producer's rows are all values ("values"), its last ones are, behind those of queries and keys ("values last"), or
+    each head has its own queries, keys and values ("values in heads").
     """
 
     path: str
     producers: tuple[str, ...]
-    kind: Literal["neurons", "values"] = "neurons"
+    kind: Literal["neurons", "values", "values last", "values in heads"] = "neurons"
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,11 @@ def family_of(model_type: str) -> Family:
     return FAMILIES.get(model_type, Family())
 
 
+def covered() -> list[str]:
+    """The model types whose pruning, reloading and steps the tests cover."""
+    return [name for name, family in FAMILIES.items() if family.last_norm]
+
+
 def known(capability: str) -> str:
     """The model types that have a capability, a field of `Family`, for a message."""
     return ", ".join(name for name, family in FAMILIES.items() if getattr(family, capability))
@@ -83,6 +100,10 @@ _LLAMA: Final = Family(
     onnx=("portable", "genai"),
 )
 _GEMMA2: Final = Family(
+    residuals=(
+        Residual("self_attn.o_proj", "", norm="post_attention_layernorm"),
+        Residual("mlp.down_proj", "pre_feedforward_layernorm", norm="post_feedforward_layernorm"),
+    ),
     folds=(_GATED, _HEADS),
     last_norm="model.norm",
     gain_added=1.0,
@@ -94,6 +115,7 @@ _STOCK: Final = {
     "mistral": replace(_LLAMA, structural=Structure()),
     "qwen2": replace(_LLAMA, structural=Structure(qkv_bias=True, derives_head_dim=True, sibling="llama")),
     "qwen3": replace(_LLAMA, structural=Structure(deci_lacks="norms of queries and keys")),
+    "gemma": replace(_LLAMA, gain_added=1.0, bos=True, structural=None, onnx=()),
     "gemma2": _GEMMA2,
     "gemma3_text": replace(
         _GEMMA2,
@@ -103,7 +125,10 @@ _STOCK: Final = {
     ),
     "phi3": Family(
         residuals=_LLAMA.residuals,
-        folds=(Fold("mlp.down_proj", ("mlp.gate_up_proj",)),),
+        folds=(
+            Fold("mlp.down_proj", ("mlp.gate_up_proj",)),
+            Fold("self_attn.o_proj", ("self_attn.qkv_proj",), "values last"),
+        ),
         last_norm="model.norm",
         structural=Structure(
             FUSED,
@@ -114,19 +139,34 @@ _STOCK: Final = {
         ),
     ),
     "opt": Family(
+        residuals=(
+            Residual("self_attn.out_proj", ""),
+            Residual("fc2", "final_layer_norm", when=("do_layer_norm_before", True)),
+            Residual("fc2", "fc1", when=("do_layer_norm_before", False)),  # of 350M, whose norms follow the additions
+        ),
         folds=(Fold("fc2", ("fc1",)), Fold("self_attn.out_proj", ("self_attn.v_proj",), "values")),
         last_norm="model.decoder.final_layer_norm",
     ),
     "gpt_neox": Family(
         renamed={"lm_head.": "embed_out."},
-        folds=(Fold("mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",)),),
+        residuals=(
+            Residual("attention.dense", ""),
+            Residual("mlp.dense_4h_to_h", "", beside=("attention",), when=("use_parallel_residual", True)),
+            Residual("mlp.dense_4h_to_h", "post_attention_layernorm", when=("use_parallel_residual", False)),
+        ),
+        folds=(
+            Fold("mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",)),
+            Fold("attention.dense", ("attention.query_key_value",), "values in heads"),
+        ),
         last_norm="gpt_neox.final_layer_norm",
     ),
     "gpt2": Family(
         residuals=(Residual("attn.c_proj", ""), Residual("mlp.c_proj", "ln_2")),
-        folds=(Fold("mlp.c_proj", ("mlp.c_fc",)),),
+        folds=(Fold("mlp.c_proj", ("mlp.c_fc",)), Fold("attn.c_proj", ("attn.c_attn",), "values last")),
         last_norm="transformer.ln_f",
     ),
+    # Known, and tested, for nothing but their need of BOS.
+    **dict.fromkeys(("gemma3n_text", "gemma4_text", "recurrent_gemma", "vaultgemma"), Family(bos=True)),
 }
 
 
@@ -135,7 +175,6 @@ def _with_widths(name: str, family: Family) -> Family:
     own = {"onnx genai": "onnxruntime-genai's builder gives all layers one width"} if family.onnx else {}
     return replace(
         family,
-        folds=tuple(fold for fold in family.folds if fold.kind == "neurons"),
         structural=None,
         per_layer_of=name,
         onnx=tuple(flavor for flavor in family.onnx if flavor != "genai"),

@@ -2,7 +2,14 @@
 
 Each layer's statistics are taken behind everything pruned so far, the earlier layers of its own block included, and
 beside them what the dense model has at the same place. Reconstruction can then aim at the dense model's output, and,
-where a layer adds its output to the residual stream, make up for what that stream has lost already.
+where a layer adds its output to the residual stream, make up for what that stream has lost already: D W^T + R is wanted
+of it, with D its input in the dense model and R the stream there less the pruned model's.
+
+Where an RMS norm of gain g stands between the output y and the stream (Gemma 2 and 3), what is added is g * y / rms(y).
+Taken to first order, with the dense model's rms for either's, that is linear again: a token's input and output count
+1 / rms(y) times, and a channel's share of R is to come from an output of R / g. Exactly that would ask everything of
+the channels with the least gain, at the cost of all others, for the norm divides by what they have in common; so it
+is R g / (g^2 + RIDGE * mean g^2) that is asked for.
 """
 
 from __future__ import annotations
@@ -15,11 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .architecture import is_linear
 from .calibrate import Stream, bf16_products, shared_inputs
-from .decoder import LinearSpec, is_linear
+from .decoder import LinearSpec
 from .families import Residual, family_of
 from .stats import Stats
 
+EPSILON = 1e-6  # to the mean square in an RMS norm
+RIDGE = 0.1  # of 0, 0.1, 0.3, 1 and 3 the best for gains of one size and of many (0 is worse than no correction there)
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 Outputs = dict[str, Any]  # what the parts of a block returned for one micro-batch, by their names
 
@@ -36,26 +46,32 @@ class _Sums:
     cross: Tensor
     squares: Tensor
     total: Tensor
+    power: Tensor | None = None
     drift: Tensor | None = None
     tokens: int = 0
 
-    def add(self, pruned: Tensor, dense: Tensor, residual: Tensor | None) -> None:
-        """`pruned`, `dense` (..., in); `residual` (..., width) fp32 or None."""
+    def add(self, pruned: Tensor, dense: Tensor, residual: Tensor | None, scale: Tensor | None) -> None:
+        """`pruned`, `dense` (..., in); `residual` (..., width) fp32 or None; `scale` (..., 1), tokens' weights."""
         x, d = (batch.flatten(0, -2).float() for batch in (pruned, dense))
-        with bf16_products(pruned.dtype == torch.bfloat16):
+        self.squares += d.square().sum(0)
+        self.total += x.sum(0)
+        self.tokens += len(x)
+        if scale is not None:
+            power = x.square().sum(0)
+            self.power = power if self.power is None else self.power.add_(power)
+            x, d = (rows * scale.reshape(-1, 1) for rows in (x, d))
+        with bf16_products(pruned.dtype == torch.bfloat16 and scale is None):
             self.gram.addmm_(x.T, x)
             self.cross.addmm_(d.T, x)
             if residual is not None:  # may round what is left of a residual; a sum over all tokens does not feel it
                 product = residual.flatten(0, -2).T @ x
                 self.drift = product if self.drift is None else self.drift.add_(product)
-        self.squares += d.square().sum(0)
-        self.total += x.sum(0)
-        self.tokens += len(x)
 
     def stats(self, sequences: int) -> Stats:
         """Closed: col_norm is the dense input's, everything else the pruned one's."""
         mean = self.total / self.tokens
-        variance = (self.gram.diagonal() / self.tokens).sub_(mean.square_()).clamp_(min=0)
+        power = self.gram.diagonal() if self.power is None else self.power
+        variance = (power / self.tokens).sub_(mean.square_()).clamp_(min=0)
         return Stats(
             col_norm=(self.squares / sequences).sqrt_(),
             hessian=self.gram.mul_(2 / sequences),
@@ -75,31 +91,40 @@ class Side:
 
     @torch.inference_mode()
     def inputs(
-        self, block: nn.Module, index: int, position: int, path: str, residual: str | None, whole: str = ""
+        self, block: nn.Module, index: int, position: int, path: str, residual: Residual | None, whole: str = ""
     ) -> tuple[Tensor, Tensor | None]:
-        """What the layer at `path` reads, and what the module at `residual` reads, for one micro-batch.
+        """What the layer at `path` reads, and the stream that its output is added to (fp32), for one micro-batch.
 
         Parts that return before that layer is reached are finished, for the layers come in the order of their calls:
         they are not run again. whole: a part that is to be finished as well.
         """
         hidden = self.stream.hidden[position]
         args, kwargs = self.stream.calls[hidden.shape[0]][index]
-        found: dict[str, Tensor] = {} if residual != "" else {"residual": hidden}
+        read: dict[str, Tensor] = {"": hidden}
 
-        def note(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            found.setdefault("residual", given[0])
+        def note(name: str, stop: bool) -> Hook:
+            def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+                read.setdefault(name, given[0])
+                if stop:
+                    raise _ReachedError
 
-        def reach(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            found["input"] = given[0]
-            if not whole:
-                raise _ReachedError
+            return hook
 
-        hooks: dict[str, Hook] = {path: reach}
-        if residual:
-            hooks[residual] = note
+        hooks = {path: note(path, not whole)}
+        if residual is not None and residual.stream:
+            hooks[residual.stream] = note(residual.stream, False)
         with _hooks(block, hooks), self._replayed(block, position, path, whole), contextlib.suppress(_ReachedError):
             block(hidden, *args, **kwargs)
-        return found["input"], found.get("residual") if residual is not None else None
+        if residual is None:
+            return read[path], None
+        stream = read[residual.stream].float()
+        return read[path], sum((self.output(position, part).float() for part in residual.beside), stream)
+
+    def output(self, position: int, part: str) -> Tensor:
+        """What a finished part of the present block returned for a micro-batch: its first tensor."""
+        returned = self.outputs[position][part]
+        tensor: Tensor = returned[0] if isinstance(returned, tuple) else returned
+        return tensor
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Send the hidden states through the block and forget its parts."""
@@ -145,9 +170,9 @@ class Pair:
     own: frozenset[str] = frozenset()
 
     @classmethod
-    def start(cls, stream: Stream, model_type: str) -> Pair:
-        """Both sides in front of the first block, where they are equal."""
-        return cls(Side(stream), Side(stream.twin()), family_of(model_type).residuals)
+    def start(cls, stream: Stream, config: Any) -> Pair:
+        """Both sides in front of the first block, where they are equal; config: transformers' of the model."""
+        return cls(Side(stream), Side(stream.twin()), residuals_of(config))
 
     def groups(
         self, block: nn.Module, index: int, linears: list[LinearSpec], targets: list[LinearSpec]
@@ -169,15 +194,18 @@ class Pair:
         path, width = group[0].path, group[0].in_features
         square, row = (width, width), (width,)
         sums = _Sums(torch.zeros(square), torch.zeros(square), torch.zeros(row), torch.zeros(row))
-        residual = next((entry.stream for entry in self.residuals if entry.path == path), None)
+        residual = next((entry for entry in self.residuals if entry.path == path), None)
         whole = _part(path) if residual is not None else ""  # its last layer: nearly done anyway
+        gain = None if residual is None or not residual.norm else _gain(before.get_submodule(residual.norm))
         for position in range(len(self.pruned.stream.hidden)):
             dense, beside_dense = self.dense.inputs(before, index, position, path, residual, whole)
             pruned, beside_pruned = self.pruned.inputs(block, index, position, path, residual)
-            lost = None
-            if beside_dense is not None and beside_pruned is not None:
-                lost = beside_dense.float() - beside_pruned.float()
-            sums.add(pruned, dense, lost)
+            lost = None if beside_dense is None or beside_pruned is None else beside_dense - beside_pruned
+            scale = None
+            if gain is not None and lost is not None:
+                scale = self.dense.output(position, whole).float().square().mean(-1, keepdim=True).add(EPSILON).rsqrt()
+                lost *= gain / (gain.square() + RIDGE * gain.square().mean())
+            sums.add(pruned, dense, lost, scale)
         stats = sums.stats(self.pruned.stream.sequences)
         return replace(stats, cross=None) if path in self.own else stats
 
@@ -185,6 +213,19 @@ class Pair:
         """Send both on to the next block."""
         self.dense.advance(before, index)
         self.pruned.advance(block, index)
+
+
+def residuals_of(config: Any) -> tuple[Residual, ...]:
+    """What is known of the layers that write to the residual stream of a model with this configuration."""
+    return tuple(entry for entry in family_of(config.model_type).residuals if entry.holds(config))
+
+
+def _gain(norm: nn.Module) -> Tensor:
+    """The gain (width,) fp32 of an RMS norm, however it is stored: what the norm makes of ones."""
+    weight = norm.get_parameter("weight")
+    with torch.inference_mode():
+        gain: Tensor = norm(torch.ones_like(weight))
+    return gain.float()
 
 
 def _parts(block: nn.Module) -> dict[str, nn.Module]:

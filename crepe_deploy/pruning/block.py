@@ -43,7 +43,7 @@ def start_streams(plan: RunPlan) -> Streams:
     token_sets = [tokens for tokens in (plan.probe, plan.calibration, plan.held) if tokens is not None]
     probe, *rest = embed(plan.decoder, token_sets)
     both = plan.config.feed == "both"
-    pairs = [Pair.start(stream, plan.decoder.config.model_type) for stream in rest] if both else []
+    pairs = [Pair.start(stream, plan.decoder.config) for stream in rest] if both else []
     return Streams(probe, rest[0] if rest else None, pairs)
 
 

@@ -104,7 +104,8 @@ class LayerPruner:
 
         The score is taken before, for a neighbourhood means something only in the original order.
         """
-        fold = next((fold for fold in foldables(self.decoder) if fold.path == spec.path), None)
+        index = self.decoder.blocks.index(block)
+        fold = next((fold for fold in foldables(self.decoder, index) if fold.path == spec.path), None)
         pattern = self.patterns[spec.key]
         if fold is None or not isinstance(pattern, NM) or spec.in_features // fold.heads % pattern.m:
             return score, stats, {}  # a group that spans heads cannot be filled from within one
@@ -113,7 +114,7 @@ class LayerPruner:
         orders = [permuter.search(rows, pattern.n, pattern.m) for rows in fold.search_rows(judge)]
         columns = fold.input_order(orders)
         reorder_rows(weights[spec.key], columns, 0 if spec.transposed else 1)
-        prefix = f"{self.decoder.blocks_path}.{self.decoder.blocks.index(block)}"
+        prefix = f"{self.decoder.blocks_path}.{index}"
         for producer in fold.producers:
             self._reorder_outputs(block, prefix, producer, fold, orders, weights)
         notes = {"score_retained_gain": permuter.gain(judge, columns, pattern.n, pattern.m)}

@@ -199,6 +199,7 @@ def _metrics(
         "pruned_tensors": len(records),
         "mean_layer_error": sum(record.layer_error or 0.0 for record in records.values()) / len(records),
         **({} if rescaled is None else {"rescale": asdict(rescaled)}),
+        **({"limits": plan.limits} if plan.limits else {}),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "parity": parity,
     }

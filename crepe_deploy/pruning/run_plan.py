@@ -18,8 +18,8 @@ from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
 from .config import PruneConfig
+from .limits import limits
 from .steps.allocate import uniform
-from .steps.rescale import last_norm
 from .targets import choose_targets
 
 PROBE_TOKENS = 64
@@ -32,6 +32,7 @@ class RunPlan:
     targets: the layers to prune, by block. patterns: theirs by tensor name, all alike until an allocation says more.
     Token ids (windows, length) int64: calibration, what methods and steps read, or None; held, kept from everything
     but rescaling, or None; probe, (1, at most 64), carried along to compare logits before and after writing.
+    limits: what will be done only in part, for want of knowledge of the family.
     """
 
     decoder: Decoder
@@ -41,6 +42,7 @@ class RunPlan:
     calibration: Tensor | None
     held: Tensor | None
     probe: Tensor
+    limits: list[str]
 
 
 def plan_run(
@@ -50,15 +52,15 @@ def plan_run(
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
     decoder = Decoder(model.folder, config.dtype)
     targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
+    said = limits(decoder, targets, config)
     tokens = _calibration_tokens(decoder, config, calibration)
     held = None
     probe = _probe_tokens(decoder, tokens)
     if config.steps.rescale is not None and tokens is not None:
-        last_norm(decoder)
         fitted = len(tokens) - config.steps.rescale.held_out(len(tokens))
         tokens, held = tokens[:fitted], tokens[fitted:]
     require_disk(out, sum(info.size_bytes for info in decoder.reader))
-    return RunPlan(decoder, config, targets, uniform(targets, config.pattern), tokens, held, probe)
+    return RunPlan(decoder, config, targets, uniform(targets, config.pattern), tokens, held, probe, said)
 
 
 def _calibration_tokens(decoder: Decoder, config: PruneConfig, calibration: CalibrationSet | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import ConfigError
-from ...model.decoder import load_config
+from ...model.architecture import load_config
 from ...progress import Progress, silent, ticker
 from ...store.checkpoint import CheckpointReader
 from ...store.companions import copy_companions

@@ -82,4 +82,5 @@ def _rope_types(parameters: dict[str, Any]) -> set[str]:
     """Of the model, or of each kind of its layers."""
     if "rope_type" in parameters:
         return {str(parameters["rope_type"])}
-    return {str(each.get("rope_type", "default")) for each in parameters.values() if isinstance(each, dict)}
+    kinds = (entry for entry in parameters.values() if isinstance(entry, dict))
+    return {str(entry.get("rope_type", "default")) for entry in kinds}

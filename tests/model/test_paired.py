@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.calibrate import Stream, embed
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.families import FAMILIES
-from crepe_deploy.model.paired import Pair, Side
+from crepe_deploy.model.paired import RIDGE, Pair, Side, residuals_of
 from crepe_deploy.model.proof import walk_logits
 from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import NM
@@ -24,7 +26,7 @@ from crepe_deploy.pruning.steps.reconstruct import Admm, Exact, make_goal, solve
 from crepe_deploy.select import select
 from crepe_deploy.store.sources import resolve_model
 from tests.pico import VOCAB, make_pico, make_pico_llama, sample_text
-from tests.pruning.test_prune import CONFIGS, windows
+from tests.pruning.test_prune import CONFIGS, VARIANTS, windows
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +83,14 @@ def test_the_statistics_are_those_of_two_stock_models(tmp_path: Path) -> None:
                 torch.testing.assert_close(stats.drift, 2 / 3 * (lost[0] - lost[1]).T @ pruned, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, *VARIANTS])
 def test_replaying_finished_parts_changes_nothing(tmp_path: Path, family: str) -> None:
     """Every family: with groups in order and weights changed in between, a pair that never replays sees the same."""
-    decoder = Decoder(make_pico(tmp_path / "m", CONFIGS[family]))
+    decoder = Decoder(make_pico(tmp_path / "m", {**CONFIGS, **VARIANTS}[family]))
     tokens = torch.randint(VOCAB, (3, 16), generator=torch.Generator().manual_seed(1))
     stream = embed(decoder, [tokens])[0]
-    pair = Pair.start(stream, family)
+    pair = Pair.start(stream, decoder.config)
+    assert len(pair.residuals) == 2
     for index in range(2):
         with decoder.block(index) as (block, _), torch.inference_mode():
             before = copy.deepcopy(block)
@@ -106,12 +109,83 @@ def test_replaying_finished_parts_changes_nothing(tmp_path: Path, family: str) -
             assert not torch.equal(pair.dense.stream.hidden[0], pair.pruned.stream.hidden[0])
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+WRITERS = {  # layers that write to the stream -> the stream before that: what a module reads, and what others put out
+    "llama": {"self_attn.o_proj": [""], "mlp.down_proj": ["post_attention_layernorm"]},
+    "gemma2": {"self_attn.o_proj": [""], "mlp.down_proj": ["pre_feedforward_layernorm"]},
+    "gemma3_text": {"self_attn.o_proj": [""], "mlp.down_proj": ["pre_feedforward_layernorm"]},
+    "opt": {"self_attn.out_proj": [""], "fc2": ["final_layer_norm"]},
+    "opt, norms after": {"self_attn.out_proj": [""], "fc2": ["fc1"]},
+    "gpt_neox": {"attention.dense": [""], "mlp.dense_4h_to_h": ["", "attention.dense"]},
+    "gpt_neox, one after the other": {"attention.dense": [""], "mlp.dense_4h_to_h": ["post_attention_layernorm"]},
+    "gpt2": {"attn.c_proj": [""], "mlp.c_proj": ["ln_2"]},
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_drift_is_that_of_the_stream_in_two_stock_models(tmp_path: Path, name: str) -> None:
+    """Where a norm lies behind the layer, in units of what it makes of the dense model's output."""
+    config = {**CONFIGS, **VARIANTS}[name]
+    folders = [make_pico(tmp_path / str(seed), config, seed=seed) for seed in (0, 1)]
+    tokens = torch.randint(VOCAB, (3, 16), generator=torch.Generator().manual_seed(1))
+    decoders = [Decoder(folder) for folder in folders]
+    first, second = (Side(embed(decoder, [tokens])[0]) for decoder in decoders)
+    pair, path_of_block = Pair(first, second, residuals_of(config)), f"{decoders[0].blocks_path}.1"
+    with decoders[0].block(0) as (before, _), decoders[1].block(0) as (block, _):
+        pair.advance(before, block, 0)
+    stock = [
+        record(tf.AutoModelForCausalLM.from_pretrained(folder).eval(), tokens, path_of_block) for folder in folders
+    ]
+    (reads, puts), (others, other_puts) = stock
+    with decoders[0].block(1) as (before, _), decoders[1].block(1) as (block, _):
+        for group in pair.groups(block, 1, decoders[1].linears[1], decoders[1].linears[1]):
+            path = group[-1].path
+            stats = pair.stats(before, block, 1, group)
+            if path not in WRITERS[name]:
+                assert stats.drift is None
+                continue
+            stream, *beside = WRITERS[name][path]
+            lost = reads[stream] - others[stream] + sum(puts[part] - other_puts[part] for part in beside)
+            dense, pruned = reads[path], others[path]
+            norm = next(entry.norm for entry in pair.residuals if entry.path == path)
+            if norm:
+                output, gain = puts[path], before.get_submodule(norm).get_parameter("weight") + 1
+                scale = (output.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+                torch.testing.assert_close(before.get_submodule(norm)(output), output * scale * gain)
+                dense, pruned, lost = dense * scale, pruned * scale, lost * gain / (gain.square() + RIDGE)
+            torch.testing.assert_close(stats.hessian, 2 / 3 * pruned.T @ pruned, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(stats.cross, 2 / 3 * dense.T @ pruned, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(stats.drift, 2 / 3 * lost.T @ pruned, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(stats.variance, others[path].var(0, correction=0), atol=1e-3, rtol=1e-3)
+
+
+def record(model: tf.PreTrainedModel, tokens: Tensor, block: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the modules of a block read, and what its linear layers put out: (tokens, width) by path in the block."""
+    reads: dict[str, Tensor] = {}
+    puts: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def note(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if given is not None:
+                reads[name] = given.flatten(0, -2)
+            if isinstance(output, Tensor):
+                puts[name] = output.flatten(0, -2)
+
+        return note
+
+    for name, module in model.get_submodule(block).named_modules():
+        module.register_forward_hook(hook(name), with_kwargs=True)
+    with torch.inference_mode():
+        model(tokens)
+    return reads, puts
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, *VARIANTS])
 def test_layers_whose_part_ends_in_a_dense_layer_aim_at_their_own_output(tmp_path: Path, family: str) -> None:
     """Nothing would make up for their fits: gate and up of SmolLM2 fitted to the dense outputs end in noise."""
-    decoder = Decoder(make_pico(tmp_path / "m", CONFIGS[family]))
+    decoder = Decoder(make_pico(tmp_path / "m", {**CONFIGS, **VARIANTS}[family]))
     stream = embed(decoder, [torch.randint(VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))])[0]
-    pair = Pair.start(stream, family)
+    pair = Pair.start(stream, decoder.config)
     specs = decoder.linears[0]
     with decoder.block(0) as (block, _):
         called = [spec for group in pair.groups(block, 0, specs, specs) for spec in group]
@@ -188,6 +262,24 @@ def test_every_family_is_paired(tmp_path: Path, text: Path, family: str) -> None
         logits = walk_logits(Decoder(tmp_path / feed), calibration.tokens)
         distance[feed] = float((logits - dense).square().mean())
     assert distance["both"] < distance["dense"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "opt", "gpt_neox", *VARIANTS])
+def test_correcting_the_stream_brings_the_logits_closer(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = make_pico(tmp_path / "m", {**CONFIGS, **VARIANTS}[name])
+    calibration = windows(model, text, samples=16, length=48)
+    dense, distance = walk_logits(Decoder(model), calibration.tokens), {}
+    config = prune_config("ria", NM(2, 4), feed="both", reconstruct="exact")
+    kind = Decoder(model).config.model_type
+    for what in ("whole", "halved"):
+        if what == "halved":
+            monkeypatch.setitem(FAMILIES, kind, replace(FAMILIES[kind], residuals=()))
+        manifest = prune(resolve_model(str(model)), tmp_path / what, config, calibration)
+        assert ("limits" in manifest.metrics) == (what == "halved")
+        distance[what] = float((walk_logits(Decoder(tmp_path / what), calibration.tokens) - dense).square().mean())
+    assert distance["whole"] < distance["halved"]
 
 
 def test_both_without_reconstruction_is_refused(tmp_path: Path, text: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from crepe_deploy.errors import ConfigError, OutputError, PatternError, UnsupportedModel
 from crepe_deploy.model.decoder import Decoder
-from crepe_deploy.model.families import FAMILIES
+from crepe_deploy.model.families import FAMILIES, covered
 from crepe_deploy.model.proof import walk_logits
 from crepe_deploy.pattern import Pattern, parse_pattern, zero_count
 from crepe_deploy.pruning.config import prune_config
@@ -21,6 +21,7 @@ from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import Manifest, verify
 from crepe_deploy.store.sources import resolve_model
+from crepe_deploy.structural import hf_auto
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
 from tests.pico import VOCAB, make_pico, make_pico_llama, sample_text
 
@@ -45,6 +46,7 @@ CONFIGS: dict[str, tf.PretrainedConfig] = {
     "mistral": tf.MistralConfig(**_HEADS, sliding_window=8),
     "qwen2": tf.Qwen2Config(**_COMMON, tie_word_embeddings=True),
     "qwen3": tf.Qwen3Config(**_HEADS),
+    "gemma": tf.GemmaConfig(**_HEADS),
     "gemma2": tf.Gemma2Config(**_HEADS, sliding_window=8),
     "gemma3_text": tf.Gemma3TextConfig(**_HEADS, sliding_window=8, layer_types=_GEMMA_LAYERS),
     "phi3": tf.Phi3Config(**_COMMON),
@@ -52,6 +54,16 @@ CONFIGS: dict[str, tf.PretrainedConfig] = {
     "gpt_neox": tf.GPTNeoXConfig(**_NO_GROUPS, intermediate_size=128),
     "gpt2": tf.GPT2Config(**_SMALL, n_embd=64, n_layer=3, n_head=4, n_positions=128),
 }  # fmt: skip
+# Models of these families whose blocks add up otherwise, or whose layers have widths of their own.
+VARIANTS: dict[str, tf.PretrainedConfig] = {
+    "opt, norms after": tf.OPTConfig(**{**CONFIGS["opt"].to_dict(), "do_layer_norm_before": False}),
+    "gpt_neox, one after the other": tf.GPTNeoXConfig(
+        **{**CONFIGS["gpt_neox"].to_dict(), "use_parallel_residual": False}
+    ),
+    "crepe_llama": hf_auto.load()["crepe_llama"](
+        **_HEADS, per_layer_config={"1": {"num_attention_heads": 2, "intermediate_size": 96}}
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +90,7 @@ def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_supported_family_is_tested() -> None:
-    assert CONFIGS.keys() == {name for name, family in FAMILIES.items() if not family.per_layer_of}
+    assert CONFIGS.keys() == {name for name in covered() if not FAMILIES[name].per_layer_of}
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from crepe_deploy.errors import UnsupportedModel
-from crepe_deploy.model.decoder import load_config
+from crepe_deploy.model.architecture import load_config
 
 CONTENT = {
     "model_type": "crepe_qwen3",
