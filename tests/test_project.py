@@ -33,7 +33,6 @@ MODULES = {
 MUTUAL = {
     frozenset({"crepe_deploy.packed", "crepe_deploy.packed.cuda"}),  # cuda/ is `packed` on another device
     frozenset({"crepe_deploy.exporting", "crepe_deploy.exporting.onnx"}),
-    frozenset({"crepe_deploy.model", "crepe_deploy.structural"}),
 }
 
 
@@ -182,6 +181,39 @@ def test_public_functions_say_what_they_do() -> None:
         if not node.name.startswith("_") and node.col_offset == 0 and ast.get_docstring(node) is None
     ]
     assert silent == []
+
+
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOPS = ("crepe_deploy", "export", "serve", "bench", "tests", "configs", "docs")
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_docs_name_what_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(rf"(?<![\w/.:-])((?:{'|'.join(TOPS)})/[\w./-]*\w)", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for command in re.findall(r"-m (crepe_deploy[\w.]*\w)", text):
+        assert command in MODULES, f"{page.name} names {command}"
+
+
+def test_rooms_import_only_what_stands_above_them_on_the_map() -> None:
+    rows = re.findall(r"^\| `.*?/`.*? \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    folders = [folder for row in rows for folder in re.findall(r"`([\w/]+)/`", row) if folder != "tests"]
+    inside = {folder: name for name, folder in OUTER.items()}
+    order = [f"crepe_deploy.{inside.get(folder, folder.removeprefix('crepe_deploy/'))}" for folder in folders]
+    rooms = {module: ".".join(folder_of(module).split(".")[:2]) for module in MODULES}
+    assert set(order) == set(rooms.values()) - {"crepe_deploy"}
+    for module in MODULES:
+        for other, _ in modules_imported(module):
+            if rooms[module] in order and rooms[other] in order:
+                assert order.index(rooms[other]) <= order.index(rooms[module]), f"{module} imports {other}"
+
+
+def test_the_map_names_files_of_its_rooms() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for room, inside in re.findall(r"^\| `([\w/]+)/(?:\*\.py)?` \| (.*) \|$", text, re.MULTILINE):
+        for name in re.findall(r"`([\w/]+(?:\.py|\.cpp|/))`", inside):
+            assert (ROOT / room / name).exists(), f"{room} has no {name}"
 
 
 def test_no_pickle_and_no_remote_code() -> None:

@@ -39,8 +39,8 @@ def search(
     Raises ConfigError, OutputError, PatternError, CalibrationError, MissingExtra (exit code 2), NumericalError (1).
     Source: CRePE and PHO, docs/crepe.md.
     """
-    for source in (text,) if isinstance(text, str | Path) else ():
-        refuse_test_split(str(source))
+    if isinstance(text, str | Path):
+        refuse_test_split(str(text))
     config = SearchConfig(
         pattern_of(sparsity, granularity), optimizer=optimizer, proxy=proxy, evaluations=evaluations, minutes=minutes,
         fit=fit, finalists=finalists, kernel_sizes=tuple(kernels), seed=seed, workers=workers, include=include,
