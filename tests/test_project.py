@@ -31,7 +31,6 @@ MODULES = {
 }
 # A folder and the one inside it that may import each other.
 MUTUAL = {
-    frozenset({"crepe_deploy.packed", "crepe_deploy.packed.cuda"}),  # cuda/ is `packed` on another device
     frozenset({"crepe_deploy.exporting", "crepe_deploy.exporting.onnx"}),
 }
 
