@@ -115,12 +115,12 @@ def test_exit_codes_stand_in_one_place() -> None:
 
 def test_every_package_is_listed() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    found = {
+    present = {
         ".".join([top, *path.parent.relative_to(folder).parts])
         for top, folder in FOLDERS.items()
         for path in folder.rglob("__init__.py")
     }
-    assert listed == found
+    assert listed == present
 
 
 @pytest.fixture(scope="module")
