@@ -7,14 +7,17 @@ when it meets such a checkpoint, see `vllm_plugin`.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
+from vllm.model_executor.models.gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM
+from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCausalLM
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2Model
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.utils import extract_layer_index, make_layers, maybe_prefix
 
 
 def layer_config(config: Any, prefix: str) -> Any:
@@ -79,3 +82,52 @@ class CrepeQwen3ForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: type[nn.Module] | None = None) -> nn.Module:
         model: nn.Module = Qwen2Model(vllm_config=vllm_config, prefix=prefix, decoder_layer_type=CrepeQwen3DecoderLayer)
         return model
+
+
+class CrepePhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
+    """Phi-3 with widths per layer, on Llama's layers as in vLLM itself."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=CrepeLlamaDecoderLayer)
+
+
+class GemmaPerLayer:
+    """A Gemma with widths per layer: vLLM's classes name their own layers, so the model is built without any first."""
+
+    layer: ClassVar[Any]
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        super().__init__(vllm_config=without_layers(vllm_config), prefix=prefix)  # type: ignore[call-arg]
+        self.config = config
+        model: Any = self.model  # type: ignore[attr-defined]
+        model.config = config
+        model.vllm_config = vllm_config  # what the hash of compiled code is made of: widths are in it
+        model.start_layer, model.end_layer, model.layers = make_layers(
+            config.num_hidden_layers,
+            lambda prefix: self.layer(
+                layer_config(config, prefix), vllm_config.cache_config, vllm_config.quant_config, prefix=prefix
+            ),
+            prefix=f"{maybe_prefix(prefix, 'model')}.layers",
+        )
+
+
+def without_layers(vllm_config: Any) -> Any:
+    """A copy of vLLM's configuration with which a model's constructor builds everything but layers."""
+    empty = copy.copy(vllm_config)
+    empty.model_config = copy.copy(vllm_config.model_config)
+    empty.model_config.hf_config = copy.copy(layer_config(vllm_config.model_config.hf_config, "layers.0"))
+    empty.model_config.hf_config.num_hidden_layers = 0
+    return empty
+
+
+class CrepeGemma2ForCausalLM(GemmaPerLayer, Gemma2ForCausalLM):  # type: ignore[misc]
+    """Gemma 2 with widths per layer."""
+
+    layer = Gemma2DecoderLayer
+
+
+class CrepeGemma3TextForCausalLM(GemmaPerLayer, Gemma3ForCausalLM):  # type: ignore[misc]
+    """Gemma 3, text only, with widths per layer."""
+
+    layer = Gemma3DecoderLayer

@@ -37,7 +37,8 @@ def _of_folding(decoder: Decoder, targets: list[list[LinearSpec]], pattern: NM) 
             f"--permute fold does not know which layers of '{kind}' compute another one's inputs; known: "
             f"{known('folds')}"
         )
-    reordered, wide = set(), set()
+    reordered: set[str] = set()
+    wide: set[str] = set()
     for index, block in enumerate(targets):
         by_path = {fold.path: fold for fold in foldables(decoder, index)}
         for spec in (spec for spec in block if spec.path in by_path):

@@ -32,7 +32,7 @@ def level_shares(kept: Sequence[int], centre: int, how: str) -> list[float]:
     if how == "single":
         return [float(position == centre) for position in range(len(kept))]
     worth = [float(count) if how == "expectation" else 1.0 for count in kept]
-    return [each / sum(worth) for each in worth]
+    return [share / sum(worth) for share in worth]
 
 
 def mean_weight(levels: Sequence[Level], shares: Sequence[float], size: int) -> Tensor:

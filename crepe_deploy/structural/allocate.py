@@ -19,7 +19,7 @@ from .units import Allocation, Budget, Units
 def flap_scores(decoder: Decoder, tokens: Tensor, step: Progress = silent) -> list[tuple[Tensor, Tensor]]:
     """FLAP's score of every channel of `o_proj` and `down_proj`, (in,) fp64, layer by layer, on the dense model."""
     (stream,) = embed(decoder, [tokens])
-    found = []
+    scores = []
     for index in range(len(decoder.blocks)):
         specs = output_specs(decoder, index)
         collector = Collector(frozenset({"moments"}))
@@ -27,10 +27,10 @@ def flap_scores(decoder: Decoder, tokens: Tensor, step: Progress = silent) -> li
             with collector.watching(block, specs):
                 stream.run(block, index, advance=True)
             stats = [collector.stats(spec.path, stream.sequences) for spec in specs]
-            attention, neurons = (flap(weights[spec.key], each) for spec, each in zip(specs, stats, strict=True))
-        found.append((attention, neurons))
+            attention, neurons = (flap(weights[spec.key], moments) for spec, moments in zip(specs, stats, strict=True))
+        scores.append((attention, neurons))
         step(index + 1, len(decoder.blocks))
-    return found
+    return scores
 
 
 def flap_allocation(scores: Sequence[tuple[Tensor, Tensor]], units: Units, budget: Budget) -> Allocation:

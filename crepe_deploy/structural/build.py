@@ -106,9 +106,9 @@ def _put_means(
     attention = [store.attention(index, size) for size in layer.attention]
     neurons = [store.neurons(index, size) for size in layer.neurons]
     centres = layer.attention.index(layer.attention_centre), layer.neurons.index(layer.neuron_centre)
-    for spec, found, centre in zip(specs, (attention, neurons), centres, strict=True):
-        shares = level_shares([len(level.columns) for level in found], centre, accumulation)
-        _put(block, spec, mean_weight(found, shares, spec.in_features))
+    for spec, levels, centre in zip(specs, (attention, neurons), centres, strict=True):
+        shares = level_shares([len(level.columns) for level in levels], centre, accumulation)
+        _put(block, spec, mean_weight(levels, shares, spec.in_features))
 
 
 def _put(block: nn.Module, spec: LinearSpec, weight: Tensor) -> None:

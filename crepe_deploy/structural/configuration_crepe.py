@@ -77,3 +77,6 @@ class CrepePhi3Config(PerLayerWidths, Phi3Config):  # type: ignore[misc]
     """Phi-3 with widths per layer; `head_dim` is stated."""
 
     model_type = "crepe_phi3"
+
+    def validate_rope(self) -> None:
+        """Phi-3's checks, which vLLM asks for, count rotary factors by a head count of the whole model."""

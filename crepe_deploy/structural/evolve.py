@@ -65,13 +65,13 @@ class Rules:
 
 def selection(candidates: int, pool: int) -> tuple[Stage, ...]:
     """The stages for so many candidates and windows; those that would judge all on everything are left out."""
-    found = (
+    stages = (
         Stage(max(1, pool // 8), max(1, candidates // 4)),
         Stage(max(1, pool // 4), max(1, candidates // 8)),
         Stage(pool, 1),
     )
-    early = [stage for stage in found[:-1] if stage.windows < pool and stage.keep < candidates]
-    return (*early, found[-1])
+    early = [stage for stage in stages[:-1] if stage.windows < pool and stage.keep < candidates]
+    return (*early, stages[-1])
 
 
 def ladders(units: Units, centre: Allocation, attention_step: int, neuron_step: int) -> Ladders:
@@ -109,14 +109,14 @@ def _flip(kept: list[int], rungs: tuple[tuple[int, ...], ...], draw: random.Rand
 
 def brood(parent: Allocation, rungs: Ladders, count: int, draw: random.Random) -> list[Allocation]:
     """Up to `count` different children, none of them the parent; fewer where so many do not exist."""
-    found: dict[Allocation, None] = {}
+    children: dict[Allocation, None] = {}
     for _ in range(count * ATTEMPTS_A_CHILD):
         child = mutate(parent, rungs, draw)
         if child != parent:
-            found[child] = None
-        if len(found) == count:
+            children[child] = None
+        if len(children) == count:
             break
-    return list(found)
+    return list(children)
 
 
 def staged(

@@ -125,14 +125,14 @@ class FitnessJudge:
                 distance = [before + per_node[node] for before, node in zip(distance, nodes, strict=True)]
         self.evaluated[len(windows)] = self.evaluated.get(len(windows), 0) + len(candidates)
         if self.reference.hidden:
-            found = [total / len(self.reference.hidden) for total in distance]
+            fitness = [total / len(self.reference.hidden) for total in distance]
         else:
             per_node = self._divergences(hidden, chosen)
-            found = [per_node[node] for node in nodes]
-        for candidate, value in zip(candidates, found, strict=True):
+            fitness = [per_node[node] for node in nodes]
+        for candidate, value in zip(candidates, fitness, strict=True):
             if not value < float("inf"):
                 raise NumericalError(f"a candidate gives NaN or infinite outputs; its first layer is {candidate[0]}")
-        return found
+        return fitness
 
     def _advance(
         self, index: int, candidates: Sequence[Candidate], nodes: list[int], hidden: dict[int, list[Tensor]],
@@ -149,7 +149,7 @@ class FitnessJudge:
                 count += 1
             after.append(children[node])
         uses = {node: sum(node in children for children in wanted.values()) for node in set(nodes)}
-        found: dict[int, list[Tensor]] = {}
+        behind: dict[int, list[Tensor]] = {}
         with self.decoder.block(index) as (block, _):
             for width, children in wanted.items():
                 attention = self.store.attention(index, (width.groups, width.queries))
@@ -158,13 +158,13 @@ class FitnessJudge:
                     for node, child in children.items():
                         states = list(hidden[node])
                         Stream(states, stream.calls).run(block, index, advance=True)
-                        found[child] = states
+                        behind[child] = states
                         uses[node] -= 1
                         if not uses[node]:
                             del hidden[node]
         self.blocks_run += count
         self.blocks_alone += len(candidates)
-        return after, found
+        return after, behind
 
     def _difference(self, states: list[Tensor], index: int, chosen: Tensor) -> float:
         dense = self.reference.hidden[index][chosen].float()

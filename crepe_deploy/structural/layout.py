@@ -147,9 +147,9 @@ def per_layer_content(
     digits = len(str(len(widths) - 1))
     differing = {
         str(index).zfill(digits): {
-            _NAMES[field]: value for field, value in found._asdict().items() if value != getattr(whole, field)
+            _NAMES[field]: value for field, value in layer._asdict().items() if value != getattr(whole, field)
         }
-        for index, found in enumerate(widths)
+        for index, layer in enumerate(widths)
     }
     written = {
         **content,
@@ -174,11 +174,11 @@ def deci_widths(widths: Sequence[Widths]) -> list[Widths]:
 
     Of the possible head counts the one with the fewest padded query and KV heads over all layers is taken.
     """
-    most = max(found.heads for found in widths)
+    most = max(layer.heads for layer in widths)
     # The power of two from twice `most` up always fits: no group count needs more than doubling to become one.
     candidates = range(most, 4 * most + 1)
-    fitted = [found for heads in candidates if (found := _padded(widths, heads))]
-    return min(fitted, key=lambda found: sum(layer.heads + layer.kv_heads for layer in found))
+    fitted = [padded for heads in candidates if (padded := _padded(widths, heads))]
+    return min(fitted, key=lambda padded: sum(layer.heads + layer.kv_heads for layer in padded))
 
 
 def _padded(widths: Sequence[Widths], heads: int) -> list[Widths] | None:

@@ -84,10 +84,10 @@ class LocalRules:
     @property
     def needs(self) -> frozenset[Need]:
         """Statistics of the inputs that are read."""
-        found: set[Need] = {"moments"} if self.select == "flap" else set()
+        needs: set[Need] = {"moments"} if self.select == "flap" else set()
         if self.refit or self.select == "saliency":
-            found.add("hessian")
-        return frozenset(found)
+            needs.add("hessian")
+        return frozenset(needs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,18 +131,18 @@ class _Projection:
     def weights(self, problem: Quadratic | None, columns: Tensor, kept: list[Tensor]) -> list[Tensor]:
         """The weight (out, len(k)) for each k of `kept`: nested, ascending positions in `columns`, largest first."""
         if not self.rules.refit or problem is None:
-            return [self.weight[:, columns[each]] for each in kept]
+            return [self.weight[:, columns[stay]] for stay in kept]
         order, last = [kept[-1]], kept[-1]
-        for each in reversed(kept[:-1]):
-            order.append(each[~torch.isin(each, last)])
-            last = each
+        for stay in reversed(kept[:-1]):
+            order.append(stay[~torch.isin(stay, last)])
+            last = stay
         nested = torch.cat(order)
-        found = refit_nested(problem, nested, [len(each) for each in kept])
+        refits = refit_nested(problem, nested, [len(stay) for stay in kept])
         weights = []
-        for each, rows in zip(kept, found, strict=True):
-            ascending = nested[: len(each)].argsort()
+        for stay, rows in zip(kept, refits, strict=True):
+            ascending = nested[: len(stay)].argsort()
             weights.append(rows[ascending].T.to(self.weight.dtype).contiguous())
-            if len(each) == self.weight.shape[1] and self.stats.cross is None:
+            if len(stay) == self.weight.shape[1] and self.stats.cross is None:
                 weights[-1] = self.weight.clone()  # nothing is removed: not even a rounding
         return weights
 
@@ -161,7 +161,7 @@ def neuron_levels(
     kept = [_without(everything, removed[: weight.shape[1] - size]) for size in wanted]
     weights = projection.weights(problem, everything, kept)
     return {
-        size: Level(columns, found) for size, columns, found in zip(wanted, kept, weights, strict=True)
+        size: Level(columns, pruned) for size, columns, pruned in zip(wanted, kept, weights, strict=True)
     }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def attention_levels(
     fewest = min(groups for groups, _ in sizes)
     by_group = everything.view(geometry.kv_heads, -1)
     removed = projection.order(problem, everything, by_group, fewest, 1)
-    found: dict[AttentionSize, Level] = {}
+    levels: dict[AttentionSize, Level] = {}
     whole = sorted({groups for groups, queries in sizes if queries == geometry.queries_per_group}, reverse=True)
     stay = {
         count: _without(torch.arange(geometry.kv_heads), removed[: geometry.kv_heads - count])
@@ -188,12 +188,12 @@ def attention_levels(
         kept = [by_group[stay[count]].flatten() for count in whole]
         for count, columns, level in zip(whole, kept, projection.weights(problem, everything, kept), strict=True):
             heads = tuple(tuple(range(geometry.queries_per_group)) for _ in range(count))
-            found[count, geometry.queries_per_group] = Level(columns, level, tuple(stay[count].tolist()), heads)
+            levels[count, geometry.queries_per_group] = Level(columns, level, tuple(stay[count].tolist()), heads)
     for count, groups in stay.items():
         fewer = sorted({queries for at, queries in sizes if at == count} - {geometry.queries_per_group}, reverse=True)
         if fewer:
-            found |= _fewer_queries(projection, problem, geometry, tuple(groups.tolist()), fewer)
-    return found
+            levels |= _fewer_queries(projection, problem, geometry, tuple(groups.tolist()), fewer)
+    return levels
 
 
 def _fewer_queries(
@@ -208,15 +208,15 @@ def _fewer_queries(
     labels = [position // size for position in range(len(heads))]
     removed = projection.order(inner, channels, units, len(groups) * counts[-1], 1, labels)
     stays = [_without(torch.arange(len(heads)), removed[: len(groups) * (size - count)]) for count in counts]
-    kept = [units[each].flatten() for each in stays]
+    kept = [units[stay].flatten() for stay in stays]
     weights = projection.weights(inner, channels, kept)
-    found = {}
+    levels = {}
     for count, stay, places, weight in zip(counts, stays, kept, weights, strict=True):
         queries = tuple(
             tuple(int(head) % size for head in stay.tolist() if head // size == place) for place in range(len(groups))
         )
-        found[len(groups), count] = Level(channels[places], weight, groups, queries)
-    return found
+        levels[len(groups), count] = Level(channels[places], weight, groups, queries)
+    return levels
 
 
 def _without(everything: Tensor, removed: Sequence[int]) -> Tensor:

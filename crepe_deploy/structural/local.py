@@ -215,5 +215,5 @@ def cholesky(matrix: Tensor) -> Tensor:
         raise NumericalError(
             "a layer's Hessian is not positive definite: its calibration inputs are degenerate; give more text"
         )
-    found: Tensor = factor
-    return found
+    lower: Tensor = factor
+    return lower

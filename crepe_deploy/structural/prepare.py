@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.texts import CalibrationSet
 
 from .config import TyrConfig
-from .fitness import Candidate, Reference, cache_bytes
+from .fitness import Candidate, Reference, cache_bytes, dense_reference
 from .layout import Widths, uniform_content
 from .narrow import require_family
 from .plan import Geometry
@@ -37,7 +38,7 @@ class Run:
     """budgets: of units, with per-layer widths; several are judged. shared: the splits that all layers could have,
     with uniform ones.
 
-    work: the folder of the journal and the supernets. reference: the dense model's side, once it was needed.
+    work: the folder of the journal and the supernets.
     """
 
     config: TyrConfig
@@ -52,7 +53,12 @@ class Run:
     show: Show
     say: Say
     phases: Phases = field(default_factory=Phases)
-    reference: Reference | None = None
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """The dense model's side of the fitness, computed when it is first needed."""
+        with self.phases("reference"):
+            return dense_reference(self.decoder, self.search_tokens, self.config.fitness, self.config.top_k)
 
     @property
     def pruning_tokens(self) -> Tensor:
@@ -123,7 +129,7 @@ def config_units(config: TyrConfig, geometry: Geometry) -> Units:
 def _shared_widths(folder: Path, geometry: Geometry, config: TyrConfig) -> list[Width]:
     """The splits that a plain configuration can hold. Raises ConfigError where there is none."""
     content, refused = read_json(folder / "config.json"), ""
-    found: list[Width] = []
+    held: list[Width] = []
     for width in splits(geometry, config.multiple, config.sparsity):
         sizes = Widths(width.groups * width.queries, width.groups, width.neurons)
         try:
@@ -131,10 +137,10 @@ def _shared_widths(folder: Path, geometry: Geometry, config: TyrConfig) -> list[
         except ConfigError as error:
             refused = str(error)
         else:
-            found.append(width)
-    if not found:
+            held.append(width)
+    if not held:
         raise ConfigError(f"no width of --widths uniform can be written as a plain configuration: {refused}")
-    return found
+    return held
 
 
 def _plan_room(

@@ -14,7 +14,7 @@ from .allocate import flap_allocation, flap_scores
 from .build import Builder
 from .config import METHODS
 from .evolve import Rules, Stage, evolve, ladders, selection, staged
-from .fitness import FitnessJudge, Reference, dense_reference
+from .fitness import FitnessJudge, Reference
 from .prepare import Run, even_splits, split_levels
 from .stored import StoredPlans
 from .supernet import LayerLevels, Store
@@ -30,8 +30,8 @@ def find_widths(run: Run) -> tuple[Widths, dict[str, Any]]:
         return _search_shared(run) if allocate == "search" else (_shared_start(run), {})
     budget, facts = _budget(run)
     if allocate == "search":
-        widths, found = _search(run, budget)
-        return widths, {**facts, **found}
+        widths, search = _search(run, budget)
+        return widths, {**facts, **search}
     if allocate == "flap":
         with run.phases("allocate"), run.show("scoring channels") as step:
             scores = flap_scores(run.decoder, run.pruning_tokens, step)
@@ -78,13 +78,6 @@ def _build(run: Run, wanted: Sequence[LayerLevels], store: Store, label: str) ->
         _builder(run, step).build(wanted, store, run.config.accumulation)
 
 
-def _reference(run: Run) -> Reference:
-    if run.reference is None:
-        with run.phases("reference"):
-            run.reference = dense_reference(run.decoder, run.search_tokens, run.config.fitness, run.config.top_k)
-    return run.reference
-
-
 def iteration_levels(units: Units, centre: Allocation, iteration: int) -> list[LayerLevels]:
     """The levels of one iteration's supernet around `centre`."""
     rungs = ladders(units, centre, *_steps(units, iteration))
@@ -120,7 +113,7 @@ def _search(run: Run, budget: Budget) -> tuple[Widths, dict[str, Any]]:
                 run.store(f"iteration-{iteration - 1}").remove()
             wanted = iteration_levels(units, allocation, iteration)
             _build(run, wanted, store, f"supernet {iteration + 1}/{config.iterations}")
-            reference = _reference(run)
+            reference = run.reference
         judge = FitnessJudge(run.decoder, run.geometry, reference, store) if reference is not None else None
         rungs = ladders(units, allocation, *_steps(units, iteration))
         begun = time.monotonic()
@@ -155,7 +148,7 @@ def _budget(run: Run) -> tuple[Budget, dict[str, Any]]:
         return run.budgets[0], {}
     units, pool = run.units, len(run.search_tokens)
     own = plan_budget(units, run.config.sparsity)
-    found = _judge_splits(run, units.widths(even(units, own)), (Stage(pool, 1),), "split", keep=False)
+    splits = _judge_splits(run, units.widths(even(units, own)), (Stage(pool, 1),), "split", keep=False)
     judged = [
         {
             "attention_share": units.attention_share(budget),
@@ -163,19 +156,19 @@ def _budget(run: Run) -> tuple[Budget, dict[str, Any]]:
             "neurons": budget.neurons,
             **fit,
         }
-        for budget, fit in zip(run.budgets, found["judged"], strict=True)
+        for budget, fit in zip(run.budgets, splits["judged"], strict=True)
     ]
-    return run.budgets[found["best"]], {"split": {"judged": judged, "best": judged[found["best"]]}}
+    return run.budgets[splits["best"]], {"split": {"judged": judged, "best": judged[splits["best"]]}}
 
 
 def _search_shared(run: Run) -> tuple[Widths, dict[str, Any]]:
     """One width for all layers: every split of the budget between attention and FFN, judged in stages."""
     stages = selection(len(run.shared), len(run.search_tokens))
     stages = tuple(replace(stage, keep=max(stage.keep, 2)) for stage in stages[:-1]) + stages[-1:]
-    found = _judge_splits(run, _shared_start(run), stages, "shared", keep=run.config.finish == "supernet")
-    judged = [{**asdict(width), **fit} for width, fit in zip(run.shared, found["judged"], strict=True)]
-    best = (run.shared[found["best"]],) * run.geometry.layers
-    return best, {"split": {"judged": judged, "best": judged[found["best"]]}}
+    splits = _judge_splits(run, _shared_start(run), stages, "shared", keep=run.config.finish == "supernet")
+    judged = [{**asdict(width), **fit} for width, fit in zip(run.shared, splits["judged"], strict=True)]
+    best = (run.shared[splits["best"]],) * run.geometry.layers
+    return best, {"split": {"judged": judged, "best": judged[splits["best"]]}}
 
 
 def _judge_splits(run: Run, centre: Widths, stages: Sequence[Stage], name: str, *, keep: bool) -> dict[str, Any]:
@@ -189,7 +182,7 @@ def _judge_splits(run: Run, centre: Widths, stages: Sequence[Stage], name: str, 
     if entry is None or keep:
         _build(run, split_levels(candidates, centre), store, f"supernet of {len(candidates)} splits")
     if entry is None:
-        judge, pool = FitnessJudge(run.decoder, run.geometry, _reference(run), store), len(run.search_tokens)
+        judge, pool = FitnessJudge(run.decoder, run.geometry, run.reference, store), len(run.search_tokens)
         fits: dict[int, dict[str, Any]] = {}
 
         def score(alive: Sequence[int], windows: Sequence[int]) -> list[float]:

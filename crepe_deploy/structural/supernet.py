@@ -152,8 +152,8 @@ class Store:
 def _tensors(level: Level) -> dict[str, Tensor]:
     if not torch.isfinite(level.weight).all():
         raise CrepeError("a refit weight is not finite")
-    found = {"columns": level.columns.to(torch.int32), "weight": level.weight.contiguous()}
+    tensors = {"columns": level.columns.to(torch.int32), "weight": level.weight.contiguous()}
     if level.groups:
-        found["groups"] = torch.tensor(level.groups, dtype=torch.int32)
-        found["queries"] = torch.tensor(level.queries, dtype=torch.int32)
-    return found
+        tensors["groups"] = torch.tensor(level.groups, dtype=torch.int32)
+        tensors["queries"] = torch.tensor(level.queries, dtype=torch.int32)
+    return tensors

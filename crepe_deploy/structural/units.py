@@ -205,22 +205,22 @@ def splits(geometry: Geometry, multiple: int, sparsity: float) -> list[Width]:
     """
     units = Units(geometry, multiple, "groups")
     room = target_parameters(geometry, sparsity) // geometry.layers
-    found = []
+    shared = []
     for groups in range(1, geometry.kv_heads + 1):
         for queries in range(1, geometry.queries_per_group + 1):
             left = room - groups * geometry.group_parameters(queries)
             neurons = left // units.neuron_parameters
             if 1 <= neurons <= units.neuron_count:
-                found.append(Width(groups, queries, neurons * multiple))
-    if not found:
+                shared.append(Width(groups, queries, neurons * multiple))
+    if not shared:
         raise ConfigError(
             f"--sparsity {sparsity} with --ffn-multiple {multiple} leaves no width that all layers can share: "
             f"{room} parameters for each layer; give a smaller --sparsity or --ffn-multiple"
         )
-    return found
+    return shared
 
 
-def proportional(geometry: Geometry, found: Sequence[Width]) -> Width:
+def proportional(geometry: Geometry, shared: Sequence[Width]) -> Width:
     """The split that prunes attention and FFN most alike; of equals the one with more KV groups."""
     dense = geometry.kv_heads * geometry.group_parameters()
 
@@ -228,4 +228,4 @@ def proportional(geometry: Geometry, found: Sequence[Width]) -> Width:
         attention = width.groups * geometry.group_parameters(width.queries) / dense
         return abs(attention - width.neurons / geometry.intermediate), -width.groups
 
-    return min(found, key=imbalance)
+    return min(shared, key=imbalance)

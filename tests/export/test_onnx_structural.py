@@ -31,7 +31,12 @@ def sliced(folder: Path, family: str, kept: tuple[Kept, ...], widths: Any, **ove
 
 @pytest.mark.parametrize(
     ("family", "kept", "widths"),
-    [("llama", EVEN, "uniform"), ("llama", UNEVEN, "per-layer"), ("qwen3", UNEVEN, "per-layer")],
+    [
+        ("llama", EVEN, "uniform"),
+        ("llama", UNEVEN, "per-layer"),
+        ("qwen3", UNEVEN, "per-layer"),
+        ("gemma3_text", UNEVEN, "per-layer"),
+    ],
 )
 def test_the_graph_says_what_the_smaller_model_says(
     tmp_path: Path, family: str, kept: tuple[Kept, ...], widths: Any

@@ -149,3 +149,12 @@ def test_the_record_names_what_was_asked_and_what_it_came_to() -> None:
         "resolved_method": {"class": "Magnitude"},
         "resolved_steps": {"allocate": {"class": "Alpha", "spread": 0.5}},
     }
+
+
+def test_steps_are_recorded_as_manifests_always_had_them() -> None:
+    steps = prune_config(recipe="best").record()["resolved_steps"]
+    assert {kind: step["class"] for kind, step in steps.items()} == {
+        "permute": "Fold",
+        "reconstruct": "Admm",
+        "rescale": "Logits",
+    }

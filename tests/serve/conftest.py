@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.once import once
-from tests.serve.models import exports, narrowed
+from tests.serve.models import OTHERS, exports, narrowed, per_layer
 from tests.serve.vllm_process import WITHOUT_US, Answers, ask_vllm, generation
 
 UNITS = Path(__file__).with_name("vllm_units.py")
@@ -39,12 +39,14 @@ def _ask(root: Path) -> dict[str, Any]:
     even = exports(root / "even", "2:4", torch.float32)
     uneven = exports(root / "uneven", "16:32", torch.float32, allocate="alpha:spread=0.5")
     narrow = narrowed(root / "narrow")
+    others = {family: per_layer(root / family, family) for family in OTHERS}
     plugin = ask_vllm(
         [
             {"name": "units", "script": str(UNITS)},
             generation("2:4", even["packed"]),
             generation("patterns of their own", uneven["packed"]),
             generation("per-layer", narrow["per-layer"], NARROW_TOKENS),
+            *(generation(family, folder, NARROW_TOKENS) for family, folder in others.items()),
         ]
     )
     stock = ask_vllm(
@@ -56,7 +58,7 @@ def _ask(root: Path) -> dict[str, Any]:
         **WITHOUT_US,
     )
     folders = {f"even {name}": folder for name, folder in even.items()}
-    folders |= {f"uneven {name}": folder for name, folder in uneven.items()} | narrow
+    folders |= {f"uneven {name}": folder for name, folder in uneven.items()} | narrow | others
     return {
         "folders": {name: str(folder) for name, folder in folders.items()},
         "plugin": asdict(plugin),

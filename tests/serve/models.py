@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
@@ -16,6 +17,13 @@ from tests.pico import make_pico_llama
 from tests.structural.random_plans import Kept, make_model, random_plans
 
 KEPT: tuple[Kept, ...] = ((4, 2, 256), (2, 2, 64), (3, 1, 96), (1, 1, 200))
+# vLLM's Gemma 2 has no output layer but the tied one, and transformers' SDPA leaves the soft cap on scores out.
+GEMMA = {"tie_word_embeddings": True, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma2": {**GEMMA, "attn_logit_softcapping": None},
+    "gemma3_text": GEMMA,
+    "phi3": {},
+}
 
 
 def exports(folder: Path, pattern: str, dtype: torch.dtype, allocate: str | None = None) -> dict[str, Path]:
@@ -27,10 +35,16 @@ def exports(folder: Path, pattern: str, dtype: torch.dtype, allocate: str | None
 
 
 def narrowed(folder: Path) -> dict[str, Path]:
-    """One random Llama with heads of 32, pruned to other widths in each layer: "per-layer" and the "deci" layout."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
-    model = make_model(folder / "model", "llama", torch.float32, **sizes)
-    plans = random_plans(Geometry.from_config(Decoder(model).config), KEPT)
-    assemble(resolve_model(str(model)), plans, folder / "per-layer")
+    """One random Llama, pruned to other widths in each layer: "per-layer" and the "deci" layout."""
+    per_layer(folder, "llama")
     export_checkpoint(folder / "per-layer", folder / "deci", "deci")
     return {name: folder / name for name in ("per-layer", "deci")}
+
+
+def per_layer(folder: Path, family: str) -> Path:
+    """A random model with heads of 32, pruned to other widths in each layer."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
+    model = make_model(folder / "model", family, torch.float32, **sizes, **OTHERS.get(family, {}))
+    plans = random_plans(Geometry.from_config(Decoder(model).config), KEPT)
+    assemble(resolve_model(str(model)), plans, folder / "per-layer")
+    return folder / "per-layer"

@@ -79,3 +79,10 @@ def test_the_configuration_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert [layer.intermediate_size for layer in again.per_layer_config] == [96, 32]
     with pytest.raises(RuntimeError, match="per-layer attribute"):  # rather than one layer's width taken for all
         _ = again.intermediate_size
+
+
+def test_a_phi3_configuration_is_checked_without_one_head_count(tmp_path: Path) -> None:
+    rotary = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = AutoConfig.from_pretrained(write(tmp_path, model_type="crepe_phi3", pad_token_id=1, rope_scaling=rotary))
+    config.validate_rope()
+    assert config.head_dim == 8 and [layer.num_attention_heads for layer in config.per_layer_config] == [8, 2]

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from crepe_deploy.cli import run
+from crepe_deploy.cli import cli, run
 from crepe_deploy.errors import EXIT_RESUMABLE
 from crepe_deploy.store import files
-from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.checkpoint import CheckpointReader, read_json
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.structural import build, evolve, stages
 from crepe_deploy.structural.plan import Geometry
 from tests.pico import make_pico_llama, sample_text
+from tests.structural.random_plans import make_model
 
 GEOMETRY = Geometry(hidden=64, heads=8, kv_heads=4, head_dim=8, intermediate=128, layers=3)
 
@@ -100,6 +102,35 @@ def test_per_layer_widths_spend_the_budget_to_the_last_unit(
     assert manifest.calibration is not None and manifest.calibration["samples"] == 4
     assert manifest.config["seed"] == 0 and manifest.config["accumulation"] == "expectation"
     assert report["search"]["iterations"][-1]["attention"] == [layer["kv_heads"] for layer in report["layers"]]
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per-layer"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "phi3"])
+def test_other_families_are_searched_inspected_and_planned_for(
+    capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, family: str, widths: str
+) -> None:
+    model, out = make_model(tmp_path / family, family, intermediate_size=128), tmp_path / "out"
+    more = ("--widths", widths, "--iterations", "1", "--finish", "paired")
+    code, report, _ = command(capsys, model, text, out, *more)
+    assert code == 0
+    assert parameters_on_disk(out / "dense") == report["parameters"]["kept"] <= 0.75 * report["parameters"]["dense"]
+    assert verify(out / "dense").metrics["parity"]["what"].endswith("in float64")
+    assert read_json(out / "dense" / "config.json")["model_type"] == (
+        family if widths == "uniform" else f"crepe_{family}"
+    )
+    runner = CliRunner()
+    shown = json.loads(runner.invoke(cli, ["inspect", str(out / "dense"), "--json"]).stdout)
+    if widths == "per-layer":
+        assert [layer["intermediate"] for layer in shown["layers"]] == [
+            layer["intermediate_size"] for layer in report["layers"]
+        ]
+    assert runner.invoke(cli, ["verify", str(out / "dense")]).exit_code == 0
+    assert runner.invoke(cli, ["plan", str(out / "dense"), "--sparsity", "2:4"]).exit_code == 0
+    reloaded = AutoModelForCausalLM.from_pretrained(out / "dense", dtype=torch.float32)
+    greedy = verify(out / "dense").metrics["greedy"]
+    prompt = torch.tensor([greedy["prompt_token_ids"]])
+    options = {"max_new_tokens": len(greedy["token_ids"]), "do_sample": False, "eos_token_id": None}
+    assert reloaded.generate(prompt, **options)[0, prompt.shape[1] :].tolist() == greedy["token_ids"]
 
 
 def test_the_best_even_split_is_where_the_search_and_its_baseline_start(
