@@ -61,8 +61,8 @@ def test_examples_parse(line: str) -> None:
     command: click.Command = cli
     context = cli.make_context("crepe-deploy", arguments)
     while isinstance(command, click.Group):
-        name, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-        assert found is not None and name is not None, line
-        command = found
+        name, chosen, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert chosen is not None and name is not None, line
+        command = chosen
         context = command.make_context(name, rest, parent=context)
     assert context.params

@@ -49,8 +49,8 @@ def test_doctor_says_which_kernels_run_and_why(capsys: pytest.CaptureFixture[str
 
 
 def test_gpu_gains_are_ranges_over_what_was_measured() -> None:
-    found = [{"batch": 1, "gain_over_dense": gain} for gain in (1.5, 1.2)] + [{"batch": 64, "gain_over_dense": 0.9}]
-    assert gpu_gains(found).endswith("batch 1: 1.20x to 1.50x, batch 64: 0.90x to 0.90x")
+    measured = [{"batch": 1, "gain_over_dense": gain} for gain in (1.5, 1.2)] + [{"batch": 64, "gain_over_dense": 0.9}]
+    assert gpu_gains(measured).endswith("batch 1: 1.20x to 1.50x, batch 64: 0.90x to 0.90x")
 
 
 def test_without_a_gpu_no_speed_is_promised() -> None:
@@ -62,6 +62,6 @@ def test_without_a_gpu_no_speed_is_promised() -> None:
 
 def test_measured_gpu_choices_are_one_line_a_shape() -> None:
     entry = {"dtype": "bfloat16", "kind": "nibble", "shape": [64, 128], "choice": "stream n16 m1 s1 w4 p1"}
-    found = [entry | {"batch": 16, "gain_over_dense": None}, entry | {"batch": 1, "gain_over_dense": 1.5}]
-    (line,) = gpu_lines(found)
+    measured = [entry | {"batch": 16, "gain_over_dense": None}, entry | {"batch": 1, "gain_over_dense": 1.5}]
+    (line,) = gpu_lines(measured)
     assert line == "  64x128 bfloat16 nibble, by batch, over dense: 1: stream 1.50x, 16: stream"
