@@ -167,12 +167,15 @@ def lineage_name(digest: str) -> str:
     return f"{LINEAGE}/{digest}.json"
 
 
-def inherit(source: Path, folder: Path) -> str | None:
+def inherit(source: Path, folder: Path, files: Mapping[str, str] | None = None) -> str | None:
     """Give `folder` the manifest of `source` and all that came before it, as `lineage/`; returns the manifest's sha256.
 
-    None, and nothing written, where `source` has no manifest: a model that was made elsewhere. Raises DiskFullError.
+    files: sha256 by name of what was read, where `source` was not verified. None, and nothing written, where `source`
+    has no manifest or is no longer what that says: a model that was made elsewhere. Raises DiskFullError.
     """
     if not (source / MANIFEST_NAME).is_file():
+        return None
+    if files is not None and not files.items() <= load_manifest(source).files.items():
         return None
     digest = sha256_file(source / MANIFEST_NAME)
     with disk_errors(folder):

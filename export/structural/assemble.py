@@ -158,10 +158,11 @@ def assemble(
             **layer_record(chosen),
             "dense": [geometry.heads, geometry.kv_heads, geometry.intermediate],
         }
+        described = describe_source(source)
         manifest = Manifest(
-            stage="structural", format=chosen.format, versions=versions(), source=describe_source(source),
+            stage="structural", format=chosen.format, versions=versions(), source=described,
             config=config, calibration=calibration, dense_tensors=sorted(CheckpointReader(folder).tensors),
-            metrics=measured, parent=inherit(source.folder, folder),
+            metrics=measured, parent=inherit(source.folder, folder, described.files),
         )  # fmt: skip
         seal(folder, chosen)
         return finish(folder, manifest, chosen.words, {})

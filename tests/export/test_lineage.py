@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from pathlib import Path
 
 import pytest
 from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
+from crepe_deploy.exporting.structural.assemble import assemble
 
 from crepe_deploy.errors import VerifyError
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.manifest import ancestors, hash_folder, load_manifest, save_manifest, sha256_file, verify
 from crepe_deploy.store.sources import resolve_model
-from tests.export.sliced import assembled
+from tests.export.sliced import EVEN, assembled, plans_for
 from tests.export.test_bitmask24 import orphan
 from tests.pico import make_pico_llama
-from tests.structural.random_plans import UNEVEN
+from tests.structural.random_plans import UNEVEN, Kept
 
 CONFIG = prune_config("magnitude", "2:4")
 
+SMALLER: tuple[Kept, ...] = ((1, 2, 16),) * 3
 
-def chain(folder: Path) -> list[tuple[str, str]]:
+
+def chain(folder: Path, sources: int = 1) -> list[tuple[str, str]]:
     """Stage and format of a verified folder and of all before it, each found by the hash that the next one names."""
     manifest = verify(folder)
     line = [manifest, *ancestors(folder, manifest)]
-    for child, parent in itertools.pairwise(line):
+    for child in line[:-1]:
         assert child.parent is not None
         path = folder / "lineage" / f"{child.parent}.json"
         assert sha256_file(path) == child.parent and manifest.files[f"lineage/{child.parent}.json"] == child.parent
-        assert parent.source == child.source
-    assert line[-1].parent is None
+    assert line[-1].parent is None and len({member.source.id for member in line}) == sources
     assert len(list((folder / "lineage").glob("*"))) == len(line) - 1
     return [(manifest.stage, manifest.format) for manifest in line]
 
@@ -74,6 +75,16 @@ def test_structural_pruning_and_the_decilm_layout(tmp_path: Path) -> None:
     assert verify(out).parent is None and not (out / "lineage").exists()  # of a model that was made elsewhere
     export_checkpoint(out, tmp_path / "deci", "deci")
     assert chain(tmp_path / "deci") == [("export", "deci"), ("structural", "dense")]
+
+
+def test_structural_pruning_of_what_was_made_here(tmp_path: Path) -> None:
+    first, _ = assembled(tmp_path, "llama", EVEN, "uniform")
+    assemble(resolve_model(str(first)), plans_for(first, SMALLER), tmp_path / "second", widths="uniform")
+    assert chain(tmp_path / "second", sources=2) == [("structural", "dense"), ("structural", "dense")]
+    config = first / "config.json"
+    config.write_text(config.read_text() + "\n")  # changed since: its manifest is no longer about what is there
+    assemble(resolve_model(str(first)), plans_for(first, SMALLER), tmp_path / "third", widths="uniform")
+    assert verify(tmp_path / "third").parent is None
 
 
 def test_an_imported_bitmask_checkpoint(tmp_path: Path) -> None:
