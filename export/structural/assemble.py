@@ -154,10 +154,7 @@ def assemble(
             "parameters": _parameters(plans, geometry), "size": relative_size(folder, decoder.reader, {}),
         }  # fmt: skip
         config = {"method": "structural", **(record or {}), "pattern": "structural"}
-        config["structural"] = {
-            **layer_record(chosen),
-            "dense": [geometry.heads, geometry.kv_heads, geometry.intermediate],
-        }
+        config["structural"] = {**layer_record(chosen), "dense": list(_dense(geometry))}
         described = describe_source(source)
         manifest = Manifest(
             stage="structural", format=chosen.format, versions=versions(), source=described,
@@ -257,6 +254,11 @@ def layer_record(layout: Layout) -> dict[str, Any]:
     padding = {"padded_to": [list(widths) for widths in layout.written]} if layout.written != layout.kept else {}
     layers = [list(widths) for widths in layout.kept]
     return {"layout": layout.name, "order": list(Widths._fields), "layers": layers, **padding}
+
+
+def _dense(geometry: Geometry) -> Widths:
+    """What every layer of the dense model has."""
+    return Widths(geometry.heads, geometry.kv_heads, geometry.intermediate)
 
 
 def _parameters(plans: Plans, geometry: Geometry) -> dict[str, Any]:
