@@ -66,7 +66,7 @@ class Builder:
         up for, as with `--feed both --reconstruct`. wanted: one level each.
         """
         (stream,) = embed(self.decoder, [self.tokens])
-        pair = Pair.start(stream, self.decoder.config.model_type)
+        pair = Pair.start(stream, self.decoder.config)
         for index, layer in enumerate(wanted):
             specs = output_specs(self.decoder, index)
             with self.decoder.block(index) as (block, weights):
