@@ -13,7 +13,7 @@ from ..progress import Progress, silent
 from ..pruning.config import PruneConfig
 from ..pruning.prune import prune
 from ..store.files import write_json
-from ..store.folders import atomic_folder, check_output
+from ..store.folders import atomic_folder, check_output, free_name
 from ..store.manifest import Manifest, save_manifest
 from ..store.sources import Model
 from ..texts import CalibrationSet
@@ -51,8 +51,7 @@ def kept_if_wrong(folder: Path, out: Path) -> Iterator[None]:
     try:
         yield
     except ParityError as error:
-        failed = out.with_name(out.name + ".failed")
-        shutil.rmtree(failed, ignore_errors=True)
+        failed = free_name(out.with_name(out.name + ".failed"))
         folder.rename(failed)
         raise ParityError(f"{error}; what was written is kept in {failed}") from error
 

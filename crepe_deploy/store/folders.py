@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import fnmatch
+import itertools
 import json
 import os
 import shutil
@@ -23,7 +24,13 @@ from crepe_deploy.errors import OutputError
 
 from .files import disk_errors
 
-DERIVED: Final = (".partial", ".old", ".work", ".failed")  # folders beside OUT that belong to the run that writes it
+DERIVED: Final = (
+    ".partial",
+    ".old",
+    ".work",
+    ".failed",
+    ".unpacked",
+)  # folders beside OUT that belong to the run that writes it
 MANIFEST: Final = "manifest.json"
 REPORT: Final = "report.json"
 _RECORD_BYTES: Final = 1 << 16
@@ -132,6 +139,28 @@ def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = 
             claim.recover()
 
 
+@contextlib.contextmanager
+def scratch_folder(place: Path) -> Iterator[Path]:
+    """Yield the new, empty folder `place`, removed at the end whatever happens, at the latest by the next run.
+
+    Raises OutputError where something bears its name.
+    """
+    with _Uninterrupted() as signals, Claim(place) as claim:
+        claim.recover()
+        claim.make(place)
+        try:
+            with signals.delivered():
+                yield place
+        finally:
+            claim.recover()
+
+
+def free_name(place: Path) -> Path:
+    """`place`, or with -2, -3, ... behind it the first name that nothing bears yet."""
+    numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([place], numbered) if not name.exists() and not name.is_symlink())
+
+
 class Claim:
     """One run's hold on an output: a locked record beside it of the folders that the run made.
 
@@ -219,7 +248,7 @@ class Claim:
         try:
             content = json.loads(os.pread(self._handle, _RECORD_BYTES, 0) or b"{}")
             folders = content["folders"] if content else {}
-            names = {self.out.name + suffix for suffix in DERIVED}
+            names = {self.out.name + suffix for suffix in ("", *DERIVED)}
             return {name: [int(part) for part in folders[name]] for name in names & folders.keys()}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return {}  # cut off while it was written: then nothing is known to be ours

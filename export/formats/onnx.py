@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,8 @@ from ...model.architecture import load_config
 from ...pattern import Pattern
 from ...store.checkpoint import CheckpointReader
 from ...store.companions import copy_companions
-from ...store.files import disk_errors, require_disk, write_json
+from ...store.files import require_disk, write_json
+from ...store.folders import scratch_folder
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from ..frame.greedy import greedy_of
 from ..onnx.checks import finish_graph
@@ -72,15 +72,9 @@ class Onnx(Exporter[OnnxPlan]):
         if source.manifest.format != "packed":
             yield source.folder
             return
-        copy = folder.with_name(folder.name + ".unpacked")
-        try:
-            with disk_errors(copy):
-                shutil.rmtree(copy, ignore_errors=True)  # left by a run that was killed
-                copy.mkdir()
+        with scratch_folder(folder.with_name(folder.name + ".unpacked")) as copy:
             _unpack(source, copy)
             yield copy
-        finally:
-            shutil.rmtree(copy, ignore_errors=True)
 
     def plan(self, source: Source, weights: Path) -> OnnxPlan:
         check_model(load_config(weights), self.flavor)

@@ -101,8 +101,7 @@ def _front_matter(manifest: Manifest, words: Words) -> str:
     if manifest.source.license:
         names = manifest.source.license.split(", ")
         content["license"] = names if len(names) > 1 else names[0]
-    text: str = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True)
-    return text
+    return str(yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True))
 
 
 def _size_rows(manifest: Manifest, words: Words) -> dict[str, str]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...store.files import disk_errors
-from ...store.folders import check_output
+from ...store.folders import scratch_folder
 from ...store.manifest import Manifest
 
 
@@ -35,13 +33,6 @@ def as_ours(importers: Sequence[Importer], source: Path, out: Path) -> Iterator[
     if importer is None:
         yield source
         return
-    folder = out.with_name(out.name + ".unpacked.partial")
-    check_output(folder, overwrite=True, inputs=(source,))
-    try:
-        with disk_errors(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
-            folder.mkdir(parents=True)
+    with scratch_folder(out.with_name(out.name + ".unpacked")) as folder:
         importer.convert(source, folder)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -238,7 +238,7 @@ def test_a_stale_claim_over_dense_weights_is_named(tmp_path: Path) -> None:
 
 
 def test_the_source_is_never_the_place_of_the_copy(tmp_path: Path, whole: Path) -> None:
-    source = copy(whole, tmp_path / "out.unpacked.partial")
+    source = copy(whole, tmp_path / "out.unpacked")
     with pytest.raises(OutputError, match="choose another"):
         export_checkpoint(source, tmp_path / "out", "dense")
     assert (source / "model.safetensors").exists() and not (tmp_path / "out").exists()

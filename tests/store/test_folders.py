@@ -12,7 +12,7 @@ import pytest
 
 from crepe_deploy.errors import DiskFullError, OutputError
 from crepe_deploy.store.files import require_disk
-from crepe_deploy.store.folders import DERIVED, Claim, atomic_folder, check_output, foreign
+from crepe_deploy.store.folders import DERIVED, Claim, atomic_folder, check_output, foreign, free_name, scratch_folder
 
 
 def write_ours(folder: Path, text: str) -> Path:
@@ -197,3 +197,32 @@ def test_the_record_is_private_to_its_output(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "out") as folder:
         assert not list(folder.iterdir())
     assert (tmp_path / "elsewhere" / "weights").exists()
+
+
+def test_a_scratch_folder_goes_at_the_end_and_takes_nobody_elses(tmp_path: Path) -> None:
+    place = tmp_path / "out.unpacked"
+    with pytest.raises(KeyboardInterrupt), scratch_folder(place) as folder:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    place.mkdir()
+    (place / "theirs").write_text("x")
+    with pytest.raises(OutputError, match="was not made by a run"), scratch_folder(place):
+        pass
+    assert tree(tmp_path) == {"out.unpacked/theirs": "x"}
+
+
+def test_a_scratch_folder_of_a_killed_run_goes_with_the_next(tmp_path: Path) -> None:
+    place = tmp_path / "out.unpacked"
+    with Claim(place) as claim:
+        claim.make(place)  # and the process is killed here
+    with scratch_folder(place) as folder:
+        assert folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_kept_for_a_look_takes_a_name_that_is_free(tmp_path: Path) -> None:
+    assert free_name(tmp_path / "out.failed") == tmp_path / "out.failed"
+    (tmp_path / "out.failed").mkdir()
+    (tmp_path / "out.failed-2").symlink_to("nowhere")
+    assert free_name(tmp_path / "out.failed") == tmp_path / "out.failed-3"
