@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import json_option, onnx_options, overwrite_option, prepare_libraries, print_result
+from .options import format_option, json_option, onnx_options, overwrite_option, prepare_libraries, print_result
 
 EXAMPLES = """\b
 Examples:
@@ -20,7 +20,7 @@ Examples:
 @click.command("export", epilog=EXAMPLES)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: SOURCE/../FORMAT.")
-@click.option("--format", default="dense", show_default=True, help="dense, packed, int8, onnx or deci.")
+@format_option("One of:")
 @onnx_options
 @overwrite_option
 @json_option

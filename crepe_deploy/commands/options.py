@@ -83,6 +83,28 @@ sparsity_options = options(
     click.option("--granularity", type=click.Choice(["row", "matrix"]), default="row", show_default=True,
                  help="Where a fraction of zeros is counted."),
 )  # fmt: skip
+
+
+class _FormatOption(click.Option):
+    """`--format`, whose help names the formats as the registry has them when it is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The names of the option and its help."""
+        from crepe_deploy.exporting.registry import EXPORTERS
+
+        help_text = self.help
+        self.help = f"{help_text} {', '.join(EXPORTERS)}."
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.help = help_text
+
+
+def format_option(meaning: str) -> Callable[[Command], Command]:
+    """`--format`; meaning: what comes before the names of the formats in its help."""
+    return click.option("--format", cls=_FormatOption, default="dense", show_default=True, help=meaning)
+
+
 onnx_options = options(
     click.option("--onnx-flavor", default=None,
                  help="portable (default): one graph for any runtime; genai: onnxruntime-genai's, faster, no padding."),

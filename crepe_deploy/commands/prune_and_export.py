@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import onnx_options, prepare_libraries, print_result, prune_options, say, values
+from .options import format_option, onnx_options, prepare_libraries, print_result, prune_options, say, values
 
 EXAMPLES = """\b
 Examples:
@@ -19,7 +19,7 @@ Examples:
 
 @click.command("prune-and-export", epilog=EXAMPLES)
 @prune_options
-@click.option("--format", default="dense", show_default=True, help="Any of dense,packed,int8,onnx.")
+@format_option("One or more, with commas between them, of:")
 @onnx_options
 def prune_and_export_command(as_json: bool, **options: Any) -> None:
     """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""

@@ -29,7 +29,7 @@ class TransformersEngine:
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
         for module in self.model.modules():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedLinear) and module.on_device is None:  # a GPU chooses for each call
                 module.tune()
 
     def generate(self, prompts: Prompts, tokens: int) -> list[float]:
@@ -62,7 +62,7 @@ class TransformersEngine:
 
         sizes, kernels = [], {}
         for name, module in self.model.named_modules():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedLinear) and module.on_device is None:  # a GPU chooses for each call
                 kernels[f"{module.out_features}x{module.in_features}"] = plan_names(module.kernel_plan.tolist())
             if isinstance(module, PackedLinear) or (isinstance(module, nn.Linear) and "layers." in name):
                 sizes.append(held_bytes(module))
