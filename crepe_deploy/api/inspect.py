@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from crepe_deploy.store.audit import inspect_folder
+from crepe_deploy.packed.config import QUANT_METHOD
+from crepe_deploy.store.audit import audit, inspect_folder, recorded
+from crepe_deploy.store.checkpoint import read_json
 from crepe_deploy.structural.check import describe
 
 
@@ -15,6 +17,7 @@ class TensorRow(TypedDict):
 
     pattern: the one that its manifest records where the count confirms it, else the finest N:M that every group of the
     input dimension holds, or None. sparsity: zeros over entries. axis: of an ONNX initialiser, the one reduced.
+    packed: the weight is stored without its zeros; shape and counts are the dense weight's.
     """
 
     name: str
@@ -24,6 +27,7 @@ class TensorRow(TypedDict):
     sparsity: float
     pattern: str | None
     axis: NotRequired[int | None]
+    packed: NotRequired[bool]
 
 
 @dataclass(frozen=True)
@@ -50,4 +54,22 @@ def inspect(folder: str | Path) -> Inspection:
     root = Path(folder)
     if is_onnx(root):
         return Inspection(root, cast(list[TensorRow], inspect_onnx(root)), None)
-    return Inspection(root, cast(list[TensorRow], inspect_folder(root)), describe(root))
+    rows = _packed_rows(root) if _is_packed(root) else cast(list[TensorRow], inspect_folder(root))
+    return Inspection(root, rows, describe(root))
+
+
+def _is_packed(root: Path) -> bool:
+    quantization = read_json(root / "config.json").get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def _packed_rows(root: Path) -> list[TensorRow]:
+    """The tensors of a packed folder as the dense ones that they stand for."""
+    from crepe_deploy.exporting.formats.packed import unpacked
+
+    records = recorded(root)
+    rows = []
+    for name, tensor, packed in unpacked(root):
+        row = cast(TensorRow, asdict(audit(name, tensor, records.get(name))))
+        rows.append(cast(TensorRow, {**row, "packed": True}) if packed else row)
+    return rows

@@ -34,7 +34,7 @@ def tensor_lines(tensors: list[TensorRow]) -> list[str]:
     """What `inspect` counted, one line a tensor."""
     return [
         f"{tensor['sparsity']:8.2%}  {tensor['pattern'] or '-':>6}  {tensor['dtype']:>9}  "
-        f"{tensor['shape']!s:>16}  {tensor['name']}"
+        f"{tensor['shape']!s:>16}  {tensor['name']}{'  packed' if tensor.get('packed') else ''}"
         for tensor in tensors
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,30 +70,32 @@ def check_pattern(name: str, weight: Tensor, pattern: Pattern) -> int:
 
 def inspect_folder(root: Path) -> list[dict[str, Any]]:
     """Audit every tensor of a checkpoint folder, one in memory at a time. Raises CheckpointError."""
-    return [asdict(audit) for audit in _audits(root)]
+    reader, records = CheckpointReader(root), recorded(root)
+    return [asdict(audit(info.name, reader.load(info.name), records.get(info.name))) for info in reader]
 
 
-def _audits(root: Path) -> Iterator[TensorAudit]:
-    reader = CheckpointReader(root)
-    records: dict[str, TensorRecord] = {}
-    if (root / MANIFEST_NAME).is_file():
-        records = load_manifest(root).tensors
-    for info in reader:
-        tensor = reader.load(info.name)
-        record = records.get(info.name)
-        weight = tensor.T.contiguous() if record is not None and record.transposed else tensor
-        zeros = count_zeros(tensor)
-        yield TensorAudit(
-            name=info.name,
-            shape=info.shape,
-            dtype=str(info.dtype).removeprefix("torch."),
-            zeros=zeros,
-            sparsity=zeros / max(tensor.numel(), 1),
-            pattern=_counted_pattern(weight, record),
-        )
+def recorded(root: Path) -> dict[str, TensorRecord]:
+    """The records of the folder's manifest by tensor name; none where it has no manifest. Raises CheckpointError."""
+    return load_manifest(root).tensors if (root / MANIFEST_NAME).is_file() else {}
 
 
-def _counted_pattern(weight: Tensor, record: TensorRecord | None) -> str | None:
+def audit(name: str, tensor: Tensor, record: TensorRecord | None) -> TensorAudit:
+    """Count one tensor, dense, in the shape of its file."""
+    zeros = count_zeros(tensor)
+    return TensorAudit(
+        name=name,
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        zeros=zeros,
+        sparsity=zeros / max(tensor.numel(), 1),
+        pattern=_counted_pattern(tensor, record),
+    )
+
+
+def _counted_pattern(tensor: Tensor, record: TensorRecord | None) -> str | None:
+    if tensor.ndim != 2 or not tensor.numel():
+        return None
+    weight = tensor.T.contiguous() if record is not None and record.transposed else tensor
     if record is not None and holds(weight, parse_record(record.pattern)):
         return record.pattern
-    return held_pattern(weight) if weight.ndim == 2 and weight.is_floating_point() else None
+    return held_pattern(weight) if weight.is_floating_point() else None

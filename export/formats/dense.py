@@ -52,7 +52,7 @@ class Dense(Exporter[DensePlan]):
 
     def plan(self, source: Source, weights: Path) -> DensePlan:
         packed = source.manifest.format == "packed"
-        unpacking = plan_unpacking(weights, source.manifest) if packed else None
+        unpacking = plan_unpacking(weights, source.manifest.tensors) if packed else None
         return DensePlan(source, list(CheckpointReader(weights)), unpacking)
 
     def room(self, plan: DensePlan) -> int:

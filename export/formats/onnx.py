@@ -151,7 +151,7 @@ class Onnx(Exporter[OnnxPlan]):
 
 def _unpack(source: Source, copy: Path) -> None:
     """The packed source as a dense checkpoint without a manifest; its zeros are recounted in the graph."""
-    unpacking = plan_unpacking(source.folder, source.manifest)
+    unpacking = plan_unpacking(source.folder, source.manifest.tensors)
     require_disk(copy, sum(planned.size_bytes for planned in unpacking.plan.values()))
     write_unpacked(unpacking, copy)
     copy_companions(source.folder, copy)

@@ -8,7 +8,7 @@ weight with random numbers. Tensors stream through one at a time; the model is n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -231,8 +231,11 @@ class Unpacking:
     packed: set[str]
 
 
-def plan_unpacking(source: Path, manifest: Manifest) -> Unpacking:
-    """From headers alone. Raises CheckpointError naming the tensor that is missing, ConfigError."""
+def plan_unpacking(source: Path, records: Mapping[str, TensorRecord]) -> Unpacking:
+    """From headers alone. records: the manifest's, of tensors that must be there.
+
+    Raises CheckpointError naming the tensor that is missing, ConfigError.
+    """
     content = read_json(source / "config.json")
     config = PackedConfig.from_dict(content.pop("quantization_config", None) or {})
     reader = CheckpointReader(source)
@@ -245,7 +248,7 @@ def plan_unpacking(source: Path, manifest: Manifest) -> Unpacking:
         elif info.name.endswith(VALUES_SUFFIX):
             rows, mask_bytes = _matrix(reader, base + MASK_SUFFIX)
             plan[base] = Planned(info.file.name, info.dtype, (rows, mask_bytes * 8))
-    for name in manifest.tensors:
+    for name in records:
         if name not in plan:
             raise CheckpointError(f"{source}: tensor '{name}' is missing")
     return Unpacking(reader, config, content, plan, packed)
@@ -262,6 +265,18 @@ def write_unpacked(unpacking: Unpacking, folder: Path) -> dict[str, str]:
             packed = name in unpacking.packed
             writer.write(name, unpack(*load_packed(stored, name, unpacking.config)) if packed else stored.load(name))
     return writer.fingerprints
+
+
+def unpacked(folder: Path) -> Iterator[tuple[str, Tensor, bool]]:
+    """Every tensor of a packed checkpoint, dense, one at a time: its name, itself, and whether it is stored packed.
+
+    Raises CheckpointError naming what is missing or inconsistent.
+    """
+    unpacking = plan_unpacking(folder, {})
+    for name in unpacking.plan:
+        packed = name in unpacking.packed
+        stored = unpacking.reader
+        yield name, unpack(*load_packed(stored, name, unpacking.config)) if packed else stored.load(name), packed
 
 
 def packed_names(reader: CheckpointReader) -> set[str]:
