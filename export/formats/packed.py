@@ -230,6 +230,14 @@ class Unpacking:
     plan: dict[str, Planned]
     packed: set[str]
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, dense, one at a time. Raises CheckpointError naming one that does not fit the pattern."""
+        for name in self.plan:
+            if name in self.packed:
+                yield name, unpack(*load_packed(self.reader, name, self.config))
+            else:
+                yield name, self.reader.load(name)
+
 
 def plan_unpacking(source: Path, records: Mapping[str, TensorRecord]) -> Unpacking:
     """From headers alone. records: the manifest's, of tensors that must be there.
@@ -260,10 +268,8 @@ def write_unpacked(unpacking: Unpacking, folder: Path) -> dict[str, str]:
     Raises CheckpointError naming the tensor that is inconsistent with the pattern.
     """
     with CheckpointWriter(folder, unpacking.plan, fingerprint=True) as writer:
-        for name in unpacking.plan:
-            stored = unpacking.reader
-            packed = name in unpacking.packed
-            writer.write(name, unpack(*load_packed(stored, name, unpacking.config)) if packed else stored.load(name))
+        for name, tensor in unpacking.tensors():
+            writer.write(name, tensor)
     return writer.fingerprints
 
 
@@ -273,10 +279,8 @@ def unpacked(folder: Path) -> Iterator[tuple[str, Tensor, bool]]:
     Raises CheckpointError naming what is missing or inconsistent.
     """
     unpacking = plan_unpacking(folder, {})
-    for name in unpacking.plan:
-        packed = name in unpacking.packed
-        stored = unpacking.reader
-        yield name, unpack(*load_packed(stored, name, unpacking.config)) if packed else stored.load(name), packed
+    for name, tensor in unpacking.tensors():
+        yield name, tensor, name in unpacking.packed
 
 
 def packed_names(reader: CheckpointReader) -> set[str]:
