@@ -6,6 +6,8 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -35,7 +37,8 @@ Examples:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
 @click.version_option(__version__)
-def cli() -> None:
+@click.option("--debug", is_flag=True, help="Before the command: show where an unexpected error came from.")
+def cli(debug: bool) -> None:  # `run` reads it: errors may come before parsing
     """Prune language models after training; export, prove and measure the result.
 
     Exit codes: 0 done, 1 tool error, 2 usage or invalid input, 3 gate failed, 4 gate inconclusive,
@@ -82,7 +85,7 @@ def interrupt_on_sigterm() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; every known failure is one line on stderr.
+    """Run one command and return its exit code; every failure is one line on stderr.
 
     The context's object is the command as a person would type it.
     """
@@ -99,6 +102,30 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         say("stopped; nothing was left behind")
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what reads our output has left: nobody to tell
+        return CrepeError.exit_code
+    except Exception as error:  # noqa: BLE001 - the one place where anything may arrive
+        report_unexpected(error, typed, debug="--debug" in arguments[:1])
+        return CrepeError.exit_code
+
+
+def report_unexpected(error: Exception, typed: str, *, debug: bool) -> None:
+    """The last line of defence: one line on what nobody foresaw, and a file with the details; with `debug` here too."""
+    details = "".join(traceback.format_exception(error))
+    if debug:
+        say(details)
+    reason = " ".join(str(error).split())[:200]
+    line = f"error: unexpected {type(error).__name__}" + (f": {reason}" if reason else "")
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="backslashreplace", prefix="crepe-deploy-", suffix=".txt", delete=False
+        ) as file:
+            file.write(f"crepe-deploy {__version__}, Python {sys.version}\n{typed}\n\n{details}")
+    except OSError:
+        say(f"{line}; this is a defect of crepe-deploy; crepe-deploy --debug COMMAND shows where it came from")
+    else:
+        say(f"{line}; this is a defect of crepe-deploy: please report it with {file.name}")
 
 
 def main() -> NoReturn:

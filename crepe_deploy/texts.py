@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import CalibrationError, CheckpointError, ConfigError, MissingExtra
 from .model.families import family_of
-from .store.checkpoint import read_json
+from .store.reading import read_object
 
 SEPARATOR = "\n\n"
 DATASET_MAX_CHARS = 50_000_000
@@ -134,7 +134,7 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 def wants_bos_each_window(tokenizer: Any) -> bool:
     """Whether the model beside this tokenizer needs BOS in front of every text; CheckpointError if there is no BOS."""
     path = Path(tokenizer.name_or_path) / "config.json"
-    content = read_json(path) if path.is_file() else {}
+    content = read_object(path) if path.is_file() else {}
     kind = (content.get("text_config") or content).get("model_type", "")
     if family_of(kind).bos and tokenizer.bos_token_id is None:
         raise CheckpointError(f"{path}: model type '{kind}' needs BOS before every text, and its tokenizer has none")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from ..model.architecture import load_config
-from ..store.checkpoint import read_json
+from ..store.checkpoint import read_config
 from ..store.files import write_json
 from ..store.folders import atomic_folder
 from ..store.sources import Model
@@ -30,7 +30,7 @@ class FolderWriter:
 
     def check(self, model: Model) -> None:
         """Refuse what no widths could make fit. Raises ConfigError, UnsupportedModel."""
-        content = read_json(model.folder / "config.json")
+        content = read_config(model.folder)
         check_family(content)
         geometry = Geometry.from_config(load_config(model.folder))
         dense = [Widths(geometry.heads, geometry.kv_heads, geometry.intermediate)] * geometry.layers

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from ..errors import CheckpointError, ConfigError, MissingExtra, ServeError
 from ..packed.config import QUANT_METHOD
-from ..store.checkpoint import read_json
+from ..store.checkpoint import read_config
 from ..store.manifest import MANIFEST_NAME, load_manifest
 from .ort import flavor_of, is_onnx, require_onnx
 from .smoke import compare, complete, healthy, model_name
@@ -75,7 +75,7 @@ def serve(options: ServeOptions, say: Say, ready: Callable[[dict[str, Any]], Non
 
 def check(options: ServeOptions) -> None:
     """Refuse what cannot or must not be served. Raises ConfigError, CheckpointError."""
-    read_json(options.folder / "config.json")
+    read_config(options.folder)
     if not is_loopback(options.host) and not options.api_key:
         raise ConfigError(
             f"--host {options.host} can be reached from other machines: give --api-key, or serve on 127.0.0.1"

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import CheckpointError, ConfigError, CrepeError
-from ..store.checkpoint import read_json
+from ..store.checkpoint import read_config
+from ..store.reading import read_object
 from .onnx_generate import Sampling, generate
 from .ort import Runner, load_runner
 
@@ -39,7 +40,7 @@ class Model:
     def __init__(self, folder: Path, name: str, max_tokens: int, threads: int) -> None:
         from ..texts import load_tokenizer
 
-        config = read_json(folder / "config.json")
+        config = read_config(folder)
         self.name = name
         self.max_tokens = min(max_tokens, int(config.get("max_position_embeddings", max_tokens)))
         self.vocab_size = int(config["vocab_size"])
@@ -108,7 +109,7 @@ class Model:
 def _ends(config: dict[str, Any], folder: Path) -> Any:
     """End-of-text tokens: those of generation_config.json where it names any."""
     path = folder / "generation_config.json"
-    named = read_json(path).get("eos_token_id") if path.is_file() else None
+    named = read_object(path).get("eos_token_id") if path.is_file() else None
     return config.get("eos_token_id") if named is None else named
 
 

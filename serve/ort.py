@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError, ConfigError, MissingExtra, ServeError
-from ..store.checkpoint import read_json
+from ..store.reading import read_object
 
 GRAPH_NAME: Final = "model.onnx"
 GENAI_CONFIG: Final = "genai_config.json"
@@ -96,7 +96,7 @@ class Graph:
             raise CheckpointError(f"{folder / GRAPH_NAME} is no decoder with a key-value cache: {list(self.inputs)}")
         self.pads = "position_ids" in self.inputs  # without them attention takes each row to start at its first column
         genai = folder / GENAI_CONFIG
-        self.head_size = int(read_json(genai)["model"]["decoder"]["head_size"]) if genai.is_file() else 0
+        self.head_size = int(read_object(genai)["model"]["decoder"]["head_size"]) if genai.is_file() else 0
         self.mask = np.zeros((0, 0), np.int64)
         self.past: dict[str, Any] = {}
 
@@ -157,7 +157,7 @@ class Generator:
         import onnxruntime_genai as og
 
         self.folder, self.threads = folder, threads
-        context = int(read_json(folder / GENAI_CONFIG)["model"]["context_length"])
+        context = int(read_object(folder / GENAI_CONFIG)["model"]["context_length"])
         self.max_tokens = min(max_tokens, context)
         session = {"intra_op_num_threads": threads} if threads else {}
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import VerifyError
-from ...store.checkpoint import read_json
+from ...store.checkpoint import read_config
 from ...store.manifest import MANIFEST_NAME, Manifest, load_manifest, sha256_file
 from ...structural.layout import is_per_layer, layer_widths
 from .result import Layer
@@ -46,7 +46,7 @@ def model_sha256(folder: Path, manifest: Manifest | None) -> str:
 def describe_folder(folder: Path) -> dict[str, Any]:
     """method, pattern, format, kind and layers of a candidate, from its manifest and its config.json."""
     manifest = manifest_of(folder)
-    quantised = read_json(folder / "config.json").get("quantization_config") or {}
+    quantised = read_config(folder).get("quantization_config") or {}
     if manifest is None:
         scheme = str(quantised.get("quant_method", "dense"))
         return {"method": None, "pattern": None, "format": scheme, "kind": scheme, "layers": []}
@@ -94,7 +94,7 @@ def kv_token_bytes(folder: Path, dtype: str) -> int | None:
 
 def text_config(folder: Path) -> dict[str, Any]:
     """config.json, or its part about the text model where there are several."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     part: dict[str, Any] = config.get("text_config") or config
     return part
 

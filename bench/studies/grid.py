@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...store.checkpoint import read_json
 from ...store.files import write_json
 from ...store.manifest import sha256_file, versions
+from ...store.reading import read_object
 
 Cell = dict[str, Any]
 
@@ -59,7 +59,7 @@ class ResultsFile:
             "conditions": conditions, "versions": versions(), "commands": [], "cells": {}, **more,
         }  # fmt: skip
         if path.is_file():
-            self.content = read_json(path)
+            self.content = read_object(path)
             if self.content["conditions"] != conditions:
                 differences = _differences(self.content["conditions"], conditions)
                 raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from crepe_deploy.packed.config import QUANT_METHOD
 from crepe_deploy.store.audit import audit, inspect_folder, recorded
-from crepe_deploy.store.checkpoint import read_json
+from crepe_deploy.store.checkpoint import read_config
 from crepe_deploy.structural.check import describe
 
 
@@ -59,7 +59,7 @@ def inspect(folder: str | Path) -> Inspection:
 
 
 def _is_packed(root: Path) -> bool:
-    quantization = read_json(root / "config.json").get("quantization_config")
+    quantization = read_config(root).get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from crepe_deploy.errors import EXIT_RESUMABLE, ConfigError
+from crepe_deploy.store.files import to_json
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -23,7 +24,7 @@ def say(message: str) -> None:
 
 def print_result(result: Mapping[str, Any], as_json: bool, lines: list[str]) -> None:
     """On stdout: the result as one JSON document, or lines for a person."""
-    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
+    click.echo(to_json(result) if as_json else "\n".join(lines))
 
 
 def prepare_libraries() -> None:

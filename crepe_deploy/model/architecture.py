@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from crepe_deploy.errors import UnsupportedModel
-from crepe_deploy.store.checkpoint import read_json
+from crepe_deploy.store.checkpoint import read_config
 
 from .families import covered
 
@@ -27,7 +27,7 @@ def load_config(root: Path) -> Any:
     """The transformers configuration of a folder, without remote code. Raises CheckpointError, UnsupportedModel."""
     from transformers import AutoConfig
 
-    content = read_json(root / "config.json")
+    content = read_config(root)
     name = content.get("model_type", "unknown")
     if "quantization_config" in content:
         method = (content["quantization_config"] or {}).get("quant_method", "unknown")

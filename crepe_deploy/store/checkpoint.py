@@ -7,8 +7,8 @@ nothing else. Nothing here writes; see `writing.py`.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from crepe_deploy.errors import CheckpointError
+
+from .reading import open_file, parse_json, read_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -56,8 +58,8 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Parse and check one safetensors header against the file's size. Raises CheckpointError."""
     try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            file_bytes = os.fstat(file.fileno()).st_size
             start = file.read(8)
             if len(start) < 8:
                 raise CheckpointError(f"{path}: {file_bytes} bytes is too short for a safetensors file")
@@ -67,8 +69,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path}: its header claims {header_bytes} bytes and the file has {file_bytes}: "
                     "it is truncated or not a safetensors file; download it again"
                 )
-            header = json.loads(file.read(header_bytes))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            header = parse_json(file.read(header_bytes), f"{path}: its safetensors header")
+    except OSError as error:
         raise CheckpointError(f"{path}: its safetensors header cannot be read: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header is not a table of tensors")
@@ -105,17 +107,9 @@ def _check_layout(path: Path, infos: list[TensorInfo], data_start: int, file_byt
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError when missing, unreadable or not an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return content
+def read_config(root: Path) -> dict[str, Any]:
+    """`config.json` of a model folder. Raises CheckpointError."""
+    return read_object(root / "config.json", lenient=True)
 
 
 def shard_paths(root: Path) -> list[Path]:
@@ -133,7 +127,7 @@ def shard_paths(root: Path) -> list[Path]:
             )
         names = [SINGLE_NAME]
     else:
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{index}: 'weight_map' is missing or not a table of file names")
         names = sorted(set(weight_map.values()))
@@ -176,7 +170,7 @@ class CheckpointReader:
     def _check_index(self) -> None:
         if not (self.root / INDEX_NAME).exists():
             return
-        for name, file in read_json(self.root / INDEX_NAME)["weight_map"].items():
+        for name, file in read_object(self.root / INDEX_NAME)["weight_map"].items():
             if name not in self.tensors or self.tensors[name].file.name != file:
                 raise CheckpointError(f"{self.root / INDEX_NAME}: tensor '{name}' is not in {file}")
 

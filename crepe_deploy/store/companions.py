@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from .checkpoint import read_json
+from .checkpoint import read_config
 from .files import disk_errors, write_json
 
 _NOT_COPIED = re.compile(
@@ -20,7 +20,7 @@ def copy_companions(source: Path, folder: Path) -> None:
         if path.is_file() and not _NOT_COPIED.match(path.name) and path.name != "config.json":
             with disk_errors(folder):
                 shutil.copyfile(path, folder / path.name)
-    config = read_json(source / "config.json")
+    config = read_config(source)
     config.pop("sparsity_config", None)
     config.pop("auto_map", None)
     write_json(folder / "config.json", config)

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crepe_deploy.errors import VerifyError
 
-from .checkpoint import read_json
 from .files import disk_errors, write_json
+from .reading import read_object
 
 MANIFEST_NAME = "manifest.json"
 LINEAGE = "lineage"
@@ -116,7 +116,7 @@ def load_manifest(root: Path) -> Manifest:
 
 def read_manifest(path: Path) -> Manifest:
     """`load_manifest` of one file, an ancestor's under `lineage/` among them."""
-    content = read_json(path)
+    content = read_object(path)
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         raise VerifyError(f"{path} has schema version {version}; this crepe-deploy reads version {SCHEMA_VERSION}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from crepe_deploy.errors import VerifyError
-from crepe_deploy.store.checkpoint import CheckpointReader, TensorInfo, read_json
+from crepe_deploy.store.checkpoint import CheckpointReader, TensorInfo, read_config
 from crepe_deploy.store.manifest import Manifest
 
 from .layout import is_per_layer, layer_shapes, layer_widths
@@ -26,7 +26,7 @@ def check_shapes(folder: Path) -> None:
     a configuration or an index that cannot be read.
     """
     reader = CheckpointReader(folder)
-    shapes = layer_shapes(read_json(folder / "config.json"))
+    shapes = layer_shapes(read_config(folder))
     for index, layer in enumerate(shapes):
         for path, expected in layer.items():
             info = _find(reader, f"layers.{index}.{path}")
@@ -56,7 +56,7 @@ def describe(folder: Path) -> list[dict[str, Any]] | None:
     """The widths of each layer of a folder whose layers may differ; None for all others. Raises CheckpointError."""
     if not (folder / "config.json").is_file():
         return None
-    content = read_json(folder / "config.json")
+    content = read_config(folder)
     if not is_per_layer(content):
         return None
     return [{"layer": index, **widths._asdict()} for index, widths in enumerate(layer_widths(content))]

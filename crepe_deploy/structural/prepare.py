@@ -13,7 +13,7 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.phases import Phases
 from crepe_deploy.progress import Say, Show
-from crepe_deploy.store.checkpoint import read_json
+from crepe_deploy.store.checkpoint import read_config
 from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.journal import Journal, open_journal
@@ -128,7 +128,7 @@ def config_units(config: TyrConfig, geometry: Geometry) -> Units:
 
 def _shared_widths(folder: Path, geometry: Geometry, config: TyrConfig) -> list[Width]:
     """The splits that a plain configuration can hold. Raises ConfigError where there is none."""
-    content, refused = read_json(folder / "config.json"), ""
+    content, refused = read_config(folder), ""
     held: list[Width] = []
     for width in splits(geometry, config.multiple, config.sparsity):
         sizes = Widths(width.groups * width.queries, width.groups, width.neurons)

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crepe_deploy.errors import CheckpointError, CrepeError, VerifyError
-from crepe_deploy.store.checkpoint import read_json
 from crepe_deploy.store.files import disk_errors, write_json
 from crepe_deploy.store.manifest import sha256_file
+from crepe_deploy.store.reading import read_object
 
 from .levels import AttentionSize, Level
 from .plan import Geometry
@@ -129,7 +129,7 @@ class Store:
 
     def _layer_hashes(self, index: int) -> dict[str, str]:
         if index not in self._hashes:
-            files = read_json(self.layer(index) / INDEX).get("files")
+            files = read_object(self.layer(index) / INDEX).get("files")
             if not isinstance(files, dict):
                 raise VerifyError(f"{self.layer(index) / INDEX} names no files")
             self._hashes[index] = files

@@ -23,7 +23,7 @@ from ...model.decoder import Decoder
 from ...packed.format import DTYPES, unpack_mask
 from ...pattern import NM
 from ...store.audit import check_pattern
-from ...store.checkpoint import CheckpointReader, read_json, same_bits
+from ...store.checkpoint import CheckpointReader, read_config, same_bits
 from ...store.companions import copy_companions
 from ...store.files import require_disk, write_json
 from ...store.manifest import MANIFEST_NAME, Manifest, TensorRecord, hash_folder, save_manifest, versions
@@ -49,7 +49,7 @@ class Bitmask24(Importer):
         """Whether the folder is none of ours (no manifest) and claims to be written by compressed-tensors."""
         if (source / MANIFEST_NAME).exists() or not (source / "config.json").is_file():
             return False
-        quant, sparsity = _configs(read_json(source / "config.json"))
+        quant, sparsity = _configs(read_config(source))
         return quant.get("quant_method") == QUANT_METHOD or sparsity.get("format") == FORMAT
 
     def convert(self, source: Path, folder: Path) -> Manifest:
@@ -62,7 +62,7 @@ def import_bitmask24(source: Path, folder: Path) -> Manifest:
     Raises UnsupportedModel for real quantisation or another format, CheckpointError naming a tensor that is missing
     or inconsistent, ParityError.
     """
-    content = read_json(source / "config.json")
+    content = read_config(source)
     _check_config(source, content)
     reader = CheckpointReader(source)
     shapes = _shapes(reader)
@@ -80,7 +80,7 @@ def import_bitmask24(source: Path, folder: Path) -> Manifest:
             packed = module in shapes
             writer.write(name, _decoded(reader, module, shapes[module]) if packed else reader.load(name))
     copy_companions(source, folder)
-    config = {key: value for key, value in read_json(folder / "config.json").items() if key not in _CONFIGS}
+    config = {key: value for key, value in read_config(folder).items() if key not in _CONFIGS}
     write_json(folder / "config.json", config)
     manifest = _manifest(source, folder, shapes, writer.fingerprints)
     save_manifest(folder, manifest)

@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import check_parity, walk_logits
 from ...pattern import Pattern
-from ...store.checkpoint import read_json
+from ...store.checkpoint import read_config
 from ...store.files import write_json
 from ...store.writing import Planned
 from ...structural import layout as layouts
@@ -54,7 +54,7 @@ class Deci(Exporter[DeciPlan]):
         raise ConfigError("--format deci is for folders with widths per layer: crepe-deploy export DIR --format deci")
 
     def plan(self, source: Source, weights: Path) -> DeciPlan:
-        content = read_json(weights / "config.json")
+        content = read_config(weights)
         if content.get("model_type") not in layouts.PER_LAYER_CLASSES:
             raise ConfigError(f"{weights} has no widths per layer; --format deci reads a dense folder that has")
         if source.manifest.tensors:

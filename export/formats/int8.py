@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import ConfigError, ParityError, UnsupportedModel
 from ...model.decoder import Decoder
 from ...pattern import Pattern
-from ...store.checkpoint import CheckpointReader, read_json
+from ...store.checkpoint import CheckpointReader, read_config
 from ...store.files import write_json
 from ...store.manifest import TensorRecord
 from ...store.readback import prove_written
@@ -109,7 +109,7 @@ class Int8(Exporter[Int8Plan]):
     def companions(self, plan: Int8Plan, weights: Path, folder: Path) -> None:
         super().companions(plan, weights, folder)
         quantization = quantization_config(dense_modules(plan.decoder, plan.chosen))
-        write_json(folder / "config.json", {**read_json(folder / "config.json"), "quantization_config": quantization})
+        write_json(folder / "config.json", {**read_config(folder), "quantization_config": quantization})
 
     def compare(self, plan: Int8Plan, written: Written, folder: Path, tick: Tick) -> Written:
         return replace(written, hashes=prove_written(folder, written.fingerprints, tick))

@@ -29,7 +29,7 @@ from ...packed.format import (
     validate,
 )
 from ...pattern import Pattern, parse_record
-from ...store.checkpoint import CheckpointReader, read_json, same_bits
+from ...store.checkpoint import CheckpointReader, read_config, same_bits
 from ...store.files import write_json
 from ...store.manifest import Manifest, TensorRecord
 from ...store.readback import prove_written
@@ -101,7 +101,7 @@ class Packed(Exporter[PackedPlan]):
 
     def companions(self, plan: PackedPlan, weights: Path, folder: Path) -> None:
         super().companions(plan, weights, folder)
-        content = read_json(folder / "config.json")
+        content = read_config(folder)
         write_json(folder / "config.json", {**content, "quantization_config": plan.config.to_dict()})
 
     def compare(self, plan: PackedPlan, written: Written, folder: Path, tick: Tick) -> Written:
@@ -244,7 +244,7 @@ def plan_unpacking(source: Path, records: Mapping[str, TensorRecord]) -> Unpacki
 
     Raises CheckpointError naming the tensor that is missing, ConfigError.
     """
-    content = read_json(source / "config.json")
+    content = read_config(source)
     config = PackedConfig.from_dict(content.pop("quantization_config", None) or {})
     reader = CheckpointReader(source)
     packed = packed_names(reader)

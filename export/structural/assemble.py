@@ -21,7 +21,7 @@ from ...model.calibrate import embed
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import check_parity
 from ...progress import Progress, silent, ticker
-from ...store.checkpoint import CheckpointReader, read_json
+from ...store.checkpoint import CheckpointReader, read_config
 from ...store.companions import copy_companions
 from ...store.files import require_disk, write_json
 from ...store.folders import atomic_folder, check_output
@@ -129,7 +129,7 @@ def assemble(
     """
     check_output(out, overwrite=overwrite, inputs=(source.folder,))
     decoder = Decoder(source.folder, PROOF_DTYPE)
-    content = read_json(source.folder / "config.json")
+    content = read_config(source.folder)
     layouts.check_family(content)
     geometry = Geometry.from_config(decoder.config)
     kept = _checked(plans, geometry)

@@ -173,7 +173,7 @@ def forget_tensor(model: Path) -> None:
         (lambda model: (model / "model.safetensors").unlink(), "reads safetensors only"),
         (lambda model: (model / "model.safetensors").write_bytes(b"garbage"), "too short for a safetensors file"),
         (lambda model: (model / "config.json").unlink(), "config.json is missing"),
-        (lambda model: (model / "config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda model: (model / "config.json").write_text("{"), "is not JSON that can be read"),
     ],
 )
 def test_damaged_models(
@@ -301,3 +301,20 @@ def test_a_hub_that_does_not_answer(
     assert prune_to(tmp_path / "out", model="nobody/nothing-of-this-name") == 2
     assert "the hub did not give it" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_file_with_the_details(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_root: Path) -> None:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("crepe_deploy.store.manifest.verify", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert run(["verify", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    (details,) = tmp_path.glob("crepe-deploy-*.txt")
+    assert line.startswith("error: unexpected ZeroDivisionError: division by zero;") and line.endswith(str(details))
+    assert "Traceback" in details.read_text() and f"crepe-deploy verify {tmp_path}" in details.read_text()
+    assert run(["--debug", "verify", str(tmp_path)]) == 1
+    assert "Traceback" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from crepe_deploy.packed.linear import PackedLinear
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
 from crepe_deploy.quality.perplexity import evaluate
-from crepe_deploy.store.checkpoint import read_json
+from crepe_deploy.store.checkpoint import read_config
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.structural.check import check_shapes
@@ -102,7 +102,7 @@ def test_a_model_with_widths_per_layer_saves_reloads_and_generates(
     model = load(out)
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again", attn_implementation="eager")
-    assert read_json(tmp_path / "again" / "config.json")["per_layer_config"] == {
+    assert read_config(tmp_path / "again")["per_layer_config"] == {
         "1": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32},
         "2": {"num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 50},
     }
@@ -121,7 +121,7 @@ def test_a_model_with_widths_per_layer_saves_reloads_and_generates(
 
 def test_equal_widths_per_layer_are_allowed(tmp_path: Path) -> None:
     out, expected = assembled(tmp_path, "llama", ((4, 2, 96),) * 3, "per-layer")
-    assert read_json(out / "config.json")["per_layer_config"] == {}
+    assert read_config(out)["per_layer_config"] == {}
     same(logits(load(out)), expected)
 
 
@@ -144,7 +144,7 @@ def test_unmodified_transformers_refuses_widths_per_layer_unless_code_lies_besid
     same(logits(load(out)), expected)  # with crepe-deploy its own classes are used, and nothing need be trusted
     for path in out.glob("*.py"):
         path.unlink()
-    config = read_json(out / "config.json")
+    config = read_config(out)
     del config["auto_map"]
     (out / "config.json").write_text(json.dumps(config))
     done, _ = plain(out)
@@ -153,7 +153,7 @@ def test_unmodified_transformers_refuses_widths_per_layer_unless_code_lies_besid
 
 def test_code_lies_beside_the_weights_only_when_asked_for(tmp_path: Path) -> None:
     out, _ = assembled(tmp_path, "llama", UNEVEN, "per-layer")
-    assert not list(out.glob("*.py")) and "auto_map" not in read_json(out / "config.json")
+    assert not list(out.glob("*.py")) and "auto_map" not in read_config(out)
 
 
 @pytest.mark.parametrize("widths", ["uniform", "per-layer"])
@@ -215,7 +215,7 @@ def test_manifest_card_verify_and_inspect(tmp_path: Path) -> None:
 def test_shapes_that_config_json_does_not_promise_are_named(tmp_path: Path, change: Any, part: str) -> None:
     out, _ = assembled(tmp_path, "llama", UNEVEN, "per-layer")
     check_shapes(out)
-    config = read_json(out / "config.json")
+    config = read_config(out)
     change(config)
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(VerifyError, match=part):
@@ -260,14 +260,14 @@ def test_uniform_widths_that_no_stock_class_holds_are_refused_with_the_way_out(
 
 def test_a_phi3_that_does_not_state_the_size_of_its_heads(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "phi3")
-    config = read_json(model / "config.json")
+    config = read_config(model)
     del config["head_dim"]
     (model / "config.json").write_text(json.dumps(config))
     plans = plans_for(model, EVEN)
     expected = masked_model_logits(model, plans, TOKENS)
     for widths in ("uniform", "per-layer"):
         assemble(resolve_model(str(model)), plans, tmp_path / widths, widths=widths)
-        assert read_json(tmp_path / widths / "config.json")["head_dim"] == 8
+        assert read_config(tmp_path / widths)["head_dim"] == 8
         same(logits(load(tmp_path / widths)), expected)
 
 

@@ -16,7 +16,7 @@ from crepe_deploy.errors import ConfigError, UnsupportedModel
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
-from crepe_deploy.store.checkpoint import read_json
+from crepe_deploy.store.checkpoint import read_config
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.store.sources import resolve_model
 from tests.export.sliced import EVEN, assembled, load, logits, plain, same
@@ -57,9 +57,9 @@ def test_the_decilm_layout_holds_the_same_model_padded(tmp_path: Path, family: s
         export_checkpoint(tmp_path / "deci", tmp_path / "copy", "dense")
     done, _ = plain(tmp_path / "deci", READ_DECI)
     assert done.returncode == 0 and done.stdout.strip() == "[(4, 96), (1, 32), (4, 50)]", done.stderr[-2000:]
-    assert read_json(tmp_path / "logits.pt" / "config.json")["block_configs"][1]["ffn"]["intermediate_size"] == 32
+    assert read_config(tmp_path / "logits.pt")["block_configs"][1]["ffn"]["intermediate_size"] == 32
     # Read as a model with widths per layer, the padded files compute the same.
-    config = read_json(out / "config.json")
+    config = read_config(out)
     config["per_layer_config"] = {
         str(index): {"num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": neurons}
         for index, (heads, groups, neurons) in enumerate(manifest.config["structural"]["padded_to"])
@@ -75,7 +75,7 @@ def test_the_decilm_layout_written_at_once_is_the_exported_one(tmp_path: Path) -
     out, _ = assembled(tmp_path / "a", "llama", UNEVEN, "per-layer")
     export_checkpoint(out, tmp_path / "deci", "deci")
     direct, _ = assembled(tmp_path / "b", "llama", UNEVEN, "per-layer", layout="deci")
-    assert read_json(direct / "config.json") == read_json(tmp_path / "deci" / "config.json")
+    assert read_config(direct) == read_config(tmp_path / "deci")
     first, second = load_file(direct / "model.safetensors"), load_file(tmp_path / "deci" / "model.safetensors")
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from crepe_deploy.cli import cli, run
 from crepe_deploy.errors import EXIT_RESUMABLE
 from crepe_deploy.store import files
-from crepe_deploy.store.checkpoint import CheckpointReader, read_json
+from crepe_deploy.store.checkpoint import CheckpointReader, read_config
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.structural import build, evolve, stages
 from crepe_deploy.structural.plan import Geometry
@@ -115,9 +115,7 @@ def test_other_families_are_searched_inspected_and_planned_for(
     assert code == 0
     assert parameters_on_disk(out / "dense") == report["parameters"]["kept"] <= 0.75 * report["parameters"]["dense"]
     assert verify(out / "dense").metrics["parity"]["what"].endswith("in float64")
-    assert read_json(out / "dense" / "config.json")["model_type"] == (
-        family if widths == "uniform" else f"crepe_{family}"
-    )
+    assert read_config(out / "dense")["model_type"] == (family if widths == "uniform" else f"crepe_{family}")
     runner = CliRunner()
     shown = json.loads(runner.invoke(cli, ["inspect", str(out / "dense"), "--json"]).stdout)
     if widths == "per-layer":
