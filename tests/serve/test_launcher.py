@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from crepe_deploy.exporting.frame.greedy import GREEDY_TOKENS
-from crepe_deploy.serve import launcher
+from crepe_deploy.serve import process as processes
 from crepe_deploy.serve.command import serve_command, usage
 from crepe_deploy.serve.launcher import ServeOptions, check, free_port, run, served_dtype, vllm_command
 from crepe_deploy.serve.smoke import compare, healthy
@@ -89,7 +89,7 @@ def test_failures_end_with_the_cause(tmp_path: Path, mode: str, match: str) -> N
 
 
 def test_a_server_that_ignores_signals_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "STOP_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(processes, "STOP_TIMEOUT_S", 0.5)
     assert start("stubborn", tmp_path)["smoke"]["agreed"] == 4
 
 
@@ -152,7 +152,7 @@ def test_the_users_options_win(tmp_path: Path) -> None:
 
 def test_the_command_passes_unknown_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ServeOptions] = []
-    monkeypatch.setattr(launcher, "serve", lambda options, say, ready: seen.append(options))
+    monkeypatch.setattr("crepe_deploy.serve.launcher.serve", lambda options, say, ready: seen.append(options))
     arguments = [str(tmp_path), "--port", "9", "--enforce-eager", "--max-model-len", "64"]
     result = CliRunner().invoke(serve_command, arguments, catch_exceptions=False)
     assert result.exit_code == 0
