@@ -50,9 +50,9 @@ def main(command: list[str]) -> int:
             process.kill()
             process.wait()
     while left := list(descendants(us)):
-        for number in left:
+        for each in left:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
+                os.kill(each, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

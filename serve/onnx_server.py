@@ -19,7 +19,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,7 +58,11 @@ class Job:
 
     def start(self, model: Model, worker: ThreadPoolExecutor) -> None:
         """Have it answered when its turn comes."""
-        emit = partial(asyncio.get_running_loop().call_soon_threadsafe, self.pieces.put_nowait)
+        loop = asyncio.get_running_loop()
+
+        def emit(piece: Piece) -> None:
+            loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+
         self.answer = asyncio.wrap_future(worker.submit(model.answer, self.ask, emit, self.cancelled))
         self.answer.add_done_callback(lambda _: self.pieces.put_nowait(None))
 
@@ -171,7 +174,7 @@ async def stream(name: str, job: Job, first: Piece) -> AsyncIterator[str]:
     head = envelope(name, job.ask)
 
     def event(said: dict[str, Any], reason: str | None = None, token: int | None = None) -> str:
-        choice = {"index": 0, "finish_reason": reason, "logprobs": None, **said}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None, **said}
         if job.ask.return_token_ids and token is not None:
             choice["token_ids"] = [token]
         return _data(head | {"choices": [choice]})
