@@ -42,8 +42,14 @@ SIZES: Final = {name: size for size, names in _SIZES.items() for name in names.s
 
 
 _PATTERNS: Final = ("layer_types", "layers_block_type", "block_types")  # one word for each layer
-_INDEXER: Final = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
-                   "indexer_compress_ratio": 2, "num_hidden_layers": 2, "layer_types": ["linear_attention", "indexed_attention"]}  # fmt: skip
+_ENCODERS: Final = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
+)  # fmt: skip
+_INDEXER: Final = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+    "indexer_compress_ratio": 2, "num_hidden_layers": 2, "layer_types": ["linear_attention", "indexed_attention"],
+}  # fmt: skip
 _ASSISTANT: Final = {"model_type": "gemma4_text", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                      "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB,
                      "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}  # fmt: skip
@@ -55,12 +61,18 @@ _OWN: Final[dict[str, dict[str, Any]]] = {
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16},
+    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16, "attention_hidden_size": 128, "attention_head_dim": 32},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4},
     },
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+        },
+    },
+    "gptj": {"rotary_dim": 8}, "codegen": {"rotary_dim": 8}, "youtu": {"head_dim": 8},
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
                      "num_hidden_layers": 4},
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
@@ -68,8 +80,11 @@ _OWN: Final[dict[str, dict[str, Any]]] = {
     "gemma4_assistant": {"text_config": _ASSISTANT}, "gemma4_unified_assistant": {"text_config": _ASSISTANT},
     "qwen4_exp_text": _INDEXER,
     "qwen4_exp": {"text_config": {"hidden_size": 64, "head_dim": 16, "vocab_size": VOCAB, **_INDEXER}},
-    "blt": {"encoder_hash_byte_group_vocab": 64, "hidden_size_global": 64, **dict.fromkeys(("encoder_config", "decoder_config", "global_config", "patcher_config"), _BLT)},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"]},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64, "hidden_size_global": 64, "encoder_config": _BLT, "decoder_config": _BLT,
+        "global_config": _BLT, "patcher_config": _BLT,
+    },
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention"] * 2 + ["hybrid"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "musicgen": {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"},
@@ -77,16 +92,12 @@ _OWN: Final[dict[str, dict[str, Any]]] = {
     "musicgen_melody": {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"},
         "decoder": {"model_type": "musicgen_melody_decoder", "hidden_size": 64}},
     "reformer": {
-        "is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32], "attn_layers": ["local", "lsh"],
+        "is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32],
+        "attn_layers": ["local", "lsh"],
         "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16, "num_buckets": 2, "hash_seed": 0,
     },
-    "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64},
     "zaya": {"num_experts_per_tok": 1},
-    **dict.fromkeys(
-        ("bert", "camembert", "electra", "ernie", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm",
-         "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod", "big_bird", "data2vec-text", "bert-generation"),
-        {"is_decoder": True},
-    ),
+    **{name: {"is_decoder": True} for name in _ENCODERS},
 }  # fmt: skip
 
 
