@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
+from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, UnsupportedModel
 from crepe_deploy.store.checkpoint import CheckpointReader
 
 from .architecture import build_meta, load_config
@@ -103,7 +103,9 @@ class Decoder:
         return int(self.config.vocab_size)
 
     def key(self, name: str) -> str:
-        """The checkpoint's name for a parameter of the module tree. Raises CheckpointError naming it."""
+        """The checkpoint's name for a parameter of the module tree. Raises CheckpointError, UnsupportedModel."""
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
         prefix = f"{self.model.base_model_prefix}."
         renamed = name
         for module, spelled in family_of(self.config.model_type).renamed.items():
@@ -111,6 +113,11 @@ class Decoder:
         for candidate in (name, renamed, name.removeprefix(prefix), prefix + name):
             if candidate in self.reader:
                 return candidate
+        if get_checkpoint_conversion_mapping(self.config.model_type):
+            raise UnsupportedModel(
+                f"{self.reader.root}: tensor '{name}' is missing; transformers renames tensors of model type "
+                f"'{self.config.model_type}' as it loads them, which is not handled"
+            )
         raise CheckpointError(f"{self.reader.root}: tensor '{name}' is missing")
 
     def _check_weights(self) -> None:
@@ -176,7 +183,13 @@ class Decoder:
         with self._materialised(base, prefix), torch.inference_mode():
 
             def embed(tokens: Tensor) -> list[BlockSlot]:
-                base(input_ids=tokens, use_cache=False)
+                try:
+                    base(input_ids=tokens, use_cache=False)
+                except IndexError as error:
+                    raise CalibrationError(
+                        f"model type '{self.config.model_type}' cannot embed {tokens.shape[1]} tokens with ids up to "
+                        f"{int(tokens.max())}: give shorter windows, or the tokenizer that belongs to the model"
+                    ) from error
                 return self.slots
 
             yield embed

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections import UserDict
+from collections.abc import Iterator, MutableMapping, MutableSequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,25 +49,73 @@ class _Seen:
 
 @dataclass
 class _Watch:
-    """Everything that happened in one forward pass. linears: how often each was called, by path."""
+    """Everything that happened in one forward pass.
+
+    linears: how often each was called, by path. reads: see `Probed`. notes: what stood for the dictionaries that blocks
+    are given, by id. carried: blocks that read there what an earlier one had written.
+    """
 
     calls: list[_Seen] = field(default_factory=list)
     linears: dict[str, int] = field(default_factory=dict)
     reads: set[str] = field(default_factory=set)
+    notes: dict[int, _Notes] = field(default_factory=dict)
+    carried: list[int] = field(default_factory=list)
+
+    def noted(self, value: Any) -> Any:
+        """The same argument, with a dictionary replaced by one that notes who reads what of whom."""
+        if not isinstance(value, MutableMapping):
+            return value
+        return self.notes.setdefault(id(value), _Notes(self, value))
+
+
+class _Notes(UserDict[Any, Any]):
+    """A dictionary that every block is given: what one writes, another must not read."""
+
+    def __init__(self, watch: _Watch, content: MutableMapping[Any, Any]) -> None:
+        super().__init__(content)
+        self.watch, self.writers = watch, dict[Any, int]()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if hasattr(self, "writers"):
+            self.writers[key] = len(self.watch.calls)
+        self.data[key] = value
+
+    def __getitem__(self, key: Any) -> Any:
+        self._check(key)
+        return self.data[key]
+
+    def __contains__(self, key: object) -> bool:
+        self._check(key)
+        return key in self.data
+
+    def __iter__(self) -> Iterator[Any]:
+        self._check(*self.writers)
+        return iter(self.data)
+
+    def _check(self, *keys: Any) -> None:
+        now = len(self.watch.calls)
+        if any(self.writers.get(key, now) != now for key in keys):
+            self.watch.carried.append(now - 1)
 
 
 def probe(model: Any, path: str, blocks: list[nn.Module]) -> Probed:
     """Run `model`, whose blocks are at `path`, and see that they can be walked one by one.
 
-    Raises UnsupportedModel naming what cannot be: blocks that are not called once each in their order, that pass more
-    than hidden states on, that share parameters; linear layers that are not called once each.
+    Raises UnsupportedModel naming what cannot be: modules that change; blocks that are not called once each in their
+    order, that pass more than hidden states on, that share parameters; linear layers that are not called once each.
     """
     name = type(model).__name__
     _check_parameters(name, path, blocks)
     watch = _Watch()
     with stand_ins(model, watch.linears, watch.reads), _watching(blocks, watch):
+        before = {path: id(module) for path, module in model.named_modules()}
         run(model, name)
+        changed = {path: id(module) for path, module in model.named_modules()}.items() ^ before.items()
+    if changed:
+        raise UnsupportedModel(f"{name} replaces modules of its own while it runs: {min(changed)[0]}")
     _check_order(name, path, len(blocks), watch)
+    if watch.carried:
+        raise UnsupportedModel(f"{name}: '{path}.{watch.carried[0]}' reads what an earlier block wrote down")
     forms = [_form(f"{name}: '{path}.{seen.index}'", blocks[seen.index], seen) for seen in watch.calls]
     _check_chain(name, path, watch.calls, forms)
     _check_linears(name, path, blocks, watch)
@@ -145,8 +194,11 @@ def _watching(blocks: list[nn.Module], watch: _Watch) -> Iterator[None]:
     handles = []
     for index, block in enumerate(blocks):
 
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> Any:
+            args = tuple(watch.noted(value) for value in args)
+            kwargs = {key: watch.noted(value) for key, value in kwargs.items()}
             watch.calls.append(_Seen(index, args, kwargs, _held((args, kwargs))))
+            return args, kwargs
 
         def after(_module: nn.Module, _args: Any, _kwargs: Any, returned: Any) -> None:
             watch.calls[-1].returned = returned
@@ -162,8 +214,8 @@ def _watching(blocks: list[nn.Module], watch: _Watch) -> Iterator[None]:
 
 def _held(value: Any) -> dict[int, int]:
     """The number of entries of every container among these arguments that a block could write to, by id."""
-    if isinstance(value, dict | list):
-        inner = value.values() if isinstance(value, dict) else value
+    if isinstance(value, MutableMapping | MutableSequence) and not isinstance(value, _Notes):
+        inner = value.values() if isinstance(value, MutableMapping) else value
         return {id(value): len(value)} | {key: size for part in inner for key, size in _held(part).items()}
     if isinstance(value, tuple):
         return {key: size for part in value for key, size in _held(part).items()}
@@ -173,8 +225,8 @@ def _held(value: Any) -> dict[int, int]:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, tuple | list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, tuple | MutableSequence | MutableMapping):
+        for part in value.values() if isinstance(value, MutableMapping) else value:
             yield from _tensors(part)
 
 

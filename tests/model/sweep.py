@@ -63,7 +63,8 @@ def statistics(folder: Path, _work: Path) -> None:
         with decoder.block(index) as (block, _):
             with collector.watching(block, specs):
                 stream.run(block, index, advance=True)
-            for group in pair.groups(block, index, specs, specs):
+            weighted = {entry.path for entry in pair.residuals if entry.norm}
+            for group in pair.groups(block, index, specs, [spec for spec in specs if spec.path not in weighted]):
                 paired = pair.stats(block, block, index, group).hessian
                 for spec in group:
                     for gram in (collector.stats(spec.path, len(TOKENS)).hessian, paired):

@@ -75,8 +75,6 @@ _OWN: Final[dict[str, dict[str, Any]]] = {
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
                      "num_hidden_layers": 4},
-    "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
-                    "num_hidden_layers": 4},
     "gemma4_assistant": {"text_config": _ASSISTANT}, "gemma4_unified_assistant": {"text_config": _ASSISTANT},
     "qwen4_exp_text": _INDEXER,
     "qwen4_exp": {"text_config": {"hidden_size": 64, "head_dim": 16, "vocab_size": VOCAB, **_INDEXER}},
