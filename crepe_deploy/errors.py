@@ -20,7 +20,7 @@ CrepeError                 1  the tool failed
 ├── GateFailed             3  a regression gate failed
 └── GateInconclusive       4  a regression gate could not decide
 
-Besides these, exit code 130 means stopped by Ctrl-C or SIGTERM with nothing left behind, and 75 (EX_TEMPFAIL)
+Besides these, exit code 130 means stopped by Ctrl-C, SIGTERM or SIGHUP with nothing left behind, and 75 (EX_TEMPFAIL)
 means stopped but resumable.
 """
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
 from crepe_deploy.store.checkpoint import CheckpointReader
 
-from .architecture import build_meta, find_blocks, is_linear, load_config
+from .architecture import build_meta, load_config
+from .blocks import find_blocks, is_linear
 from .families import family_of
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
