@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from crepe_deploy.errors import CheckpointError, ConfigError, NumericalError
 from crepe_deploy.machine import peak_rss_bytes
+from crepe_deploy.model.architecture import whole_model
 from crepe_deploy.model.decoder import COMPUTE_DTYPES
 from crepe_deploy.progress import Progress
 from crepe_deploy.texts import Text, load_text, load_tokenizer, tokenize, wants_bos_each_window
@@ -176,26 +176,11 @@ def load_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> Any:
 
     Raises CheckpointError, and ConfigError for an unknown dtype.
     """
-    from transformers import AutoModelForCausalLM
-
     if dtype != "auto" and dtype not in COMPUTE_DTYPES:
         raise ConfigError(f"dtype '{dtype}' is not known; known: auto, {', '.join(COMPUTE_DTYPES)}")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=COMPUTE_DTYPES.get(dtype, "auto"),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
-    if info["missing_keys"]:
-        raise CheckpointError(f"{folder} lacks weights that the model needs: {', '.join(sorted(info['missing_keys']))}")
-    return model.eval().to(device)
+    return whole_model(folder, dtype=COMPUTE_DTYPES.get(dtype, "auto")).to(device)
 
 
 def context_length(model: Any) -> int | None:

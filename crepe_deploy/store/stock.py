@@ -73,7 +73,7 @@ def _described(content: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 def config_of(root: Path) -> Any:
-    """The transformers configuration of a folder. Raises CheckpointError, UnsupportedModel naming the entry at fault."""
+    """The transformers configuration of a folder. Raises CheckpointError, and UnsupportedModel, which says where."""
     content = model_content(root)
     place = f"{root / 'config.json'}, model type '{content.get('model_type', 'unknown')}'"
     if content.get("model_type", "") not in _known_types():
@@ -108,26 +108,7 @@ def blamed(content: Mapping[str, Any], attempt: Callable[[dict[str, Any]], objec
             if key != "model_type":
                 attempt({name: kept for name, kept in content.items() if name != key})
                 found.append(f"'{key}' ({str(value)[:40]})")
-    return f"; look at {' or '.join(found[:4])}" if found else ""
-
-
-def model_of(folder: Path, **options: Any) -> Any:
-    """A causal language model by stock transformers, safetensors only, no weight missing.
-
-    Raises CheckpointError, UnsupportedModel.
-    """
-    from transformers import AutoModelForCausalLM
-
-    if (folder / "adapter_config.json").exists():  # transformers would load another model where peft is installed
-        raise UnsupportedModel(f"{folder} holds a LoRA adapter beside its weights: merge it first")
-    config = config_of(folder)
-    with third_party(f"transformers cannot load {folder}", CheckpointError):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder), config=config, use_safetensors=True, output_loading_info=True, **CLOSED, **options
-        )
-    if info["missing_keys"]:
-        raise CheckpointError(f"{folder} lacks weights that the model needs: {', '.join(sorted(info['missing_keys']))}")
-    return model.eval()
+    return f"; without {' or '.join(found[:4])} it could be" if found else ""
 
 
 def tokenizer_of(folder: Path) -> Any:
