@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CheckpointError, ConfigError, CrepeError
+from ..errors import ConfigError, CrepeError, NoTokenizer
 from ..store.checkpoint import read_config
 from ..store.reading import read_object
 from .onnx_generate import Sampling, generate
@@ -47,7 +47,7 @@ class Model:
         self.runner: Runner = load_runner(folder, self.max_tokens, threads)
         try:
             self.tokenizer: Any = load_tokenizer(folder)
-        except CheckpointError:
+        except NoTokenizer:
             self.tokenizer = None
         ends = _ends(config, folder)
         self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])

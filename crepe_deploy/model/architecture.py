@@ -90,6 +90,10 @@ def whole_model(folder: Path, **options: Any) -> Any:
     _check_counts(folder, config)
     asked = sum(parameter.numel() for parameter in outline(folder, config, len(reader.tensors)).parameters())
     quantised = getattr(config, "quantization_config", None)
+    stored = next((info for info in reader if info.dtype.is_floating_point and info.dtype.itemsize == 1), None)
+    if stored is not None and not quantised:
+        kind = str(stored.dtype).removeprefix("torch.")
+        raise UnsupportedModel(f"{stored.file}: tensor '{stored.name}' holds {kind} and config.json does not say how")
     held = sum(PACKED_IN_BYTE * info.size_bytes if quantised else math.prod(info.shape) for info in reader)
     if asked > 2 * held:  # what merely lacks weights is named by them below
         raise CheckpointError(f"{folder}: config.json asks for {asked} weights and the files hold {held}")

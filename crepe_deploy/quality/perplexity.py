@@ -18,7 +18,7 @@ from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.model.architecture import whole_model
 from crepe_deploy.model.decoder import COMPUTE_DTYPES
 from crepe_deploy.progress import Progress
-from crepe_deploy.texts import Text, load_text, load_tokenizer, tokenize, wants_bos_each_window
+from crepe_deploy.texts import Text, check_ids, load_text, load_tokenizer, tokenize, wants_bos_each_window
 
 from .scoring import (
     LEVEL,
@@ -159,6 +159,7 @@ def evaluate(
         _check_same_vocabulary(model, reference)
     window = min([window, *(context_length(one) or window for one in (model, reference) if one is not None)])
     windows = plan_windows(ids, window, stride, max_tokens, mode, tokenizer.bos_token_id)
+    check_ids(tokenizer, torch.cat(windows.sequences), model.get_input_embeddings().num_embeddings)
     scores = _score_all(model, reference, windows, progress)
     return QualityReport(
         model=str(model_dir),

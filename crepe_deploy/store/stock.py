@@ -63,11 +63,15 @@ def _described(content: dict[str, Any], root: Path) -> dict[str, Any]:
     for key, value in content.items():
         if _NOT_THE_MODEL.fullmatch(key) or (key == "quantization_config" and not value):
             continue
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UnsupportedModel(f"{root / 'config.json'}: '{key}' is {value}; no model has such a number")
         most = _LAYERS if "layer" in key else _LABELS if key == "num_labels" else None
         if most and isinstance(value, int | float) and value > most:
             raise UnsupportedModel(f"{root / 'config.json'}: '{key}' is {value}; at most {most} are read")
         if key in ("dtype", "torch_dtype") and value not in (None, *DTYPES):
             raise UnsupportedModel(f"{root / 'config.json'}: '{key}' is {value!r}; known: {', '.join(DTYPES)}")
+        if "dropout" in key and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise UnsupportedModel(f"{root / 'config.json'}: '{key}' is {value}; a share from 0 to 1 is needed")
         kept[key] = _described(value, root) if isinstance(value, dict) else value
     return kept
 
@@ -97,7 +101,16 @@ def configured(content: Mapping[str, Any], root: Path) -> Any:
     kind = content["model_type"]
     if kind == "mistral" and "layer_types" in content:  # as AutoConfig does
         kind = "ministral"
-    return _known_types()[kind].from_dict({**content, "model_type": kind}, name_or_path=str(root))
+    return _known_types()[kind].from_dict(_with_infinities({**content, "model_type": kind}), name_or_path=str(root))
+
+
+def _with_infinities(value: Any) -> Any:
+    """transformers writes a float that JSON cannot hold as {"__float__": its name}."""
+    if isinstance(value, dict):
+        if list(value) == ["__float__"] and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {name: _with_infinities(part) for name, part in value.items()}
+    return [_with_infinities(part) for part in value] if isinstance(value, list) else value
 
 
 def blamed(content: Mapping[str, Any], attempt: Callable[[dict[str, Any]], object]) -> str:

@@ -18,7 +18,7 @@ from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.journal import Journal, open_journal
 from crepe_deploy.store.sources import Model, describe_source
-from crepe_deploy.texts import CalibrationSet
+from crepe_deploy.texts import CalibrationSet, check_tokenizer
 
 from .config import TyrConfig
 from .fitness import Candidate, Reference, cache_bytes, dense_reference
@@ -89,6 +89,7 @@ def prepare_run(
     require_family(decoder)
     geometry = Geometry.from_config(decoder.config)
     _check_windows(config, calibration, decoder)
+    check_tokenizer(model.folder)
     units = config_units(config, geometry)
     budgets: list[Budget] = []
     shared: list[Width] = []

@@ -141,22 +141,11 @@ def test_no_code_of_a_stranger_runs_and_nothing_asks(tmp_path: Path, kind: str) 
     text = tmp_path / "text.txt"
     text.write_text(sample_text(2000))
     model = hostile(tmp_path / "model", marker, kind)
-    assert (
-        run(
-            [
-                "prune",
-                str(make_pico_llama(tmp_path / "clean")),
-                "--out",
-                str(tmp_path / "pruned"),
-                "--method",
-                "magnitude",
-            ]
-        )
-        == 0
-    )
-    spoil(tmp_path / "pruned", kind)
-    signed(tmp_path / "pruned")
-    pruned = commands(tmp_path / "pruned", text, out)
+    clean, pruned_folder = make_pico_llama(tmp_path / "clean"), tmp_path / "pruned"
+    assert run(["prune", str(clean), "--out", str(pruned_folder), "--method", "magnitude"]) == 0
+    spoil(pruned_folder, kind)
+    signed(pruned_folder)
+    pruned = commands(pruned_folder, text, out)
     for command in pruned:
         command[-1:] = [f"{command[-1]}-of-pruned"] if "export" in command else command[-1:]
     exports = [command for command in pruned if command[0] in ("export", "verify", "inspect")]
