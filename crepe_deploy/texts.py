@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CalibrationError, CheckpointError, ConfigError, MissingExtra, NoTokenizer
+from .errors import CalibrationError, CheckpointError, ConfigError, MissingExtra
 from .model.families import family_of
 from .store.checkpoint import read_config
-from .store.stock import PROBE, tokenizer_of
+from .store.stock import tokenizer_of
 
 SEPARATOR = "\n\n"
 DATASET_MAX_CHARS = 50_000_000
@@ -117,32 +117,6 @@ def load_documents(source: str | Path, field: str = "text") -> list[str]:
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder. Raises NoTokenizer, and CheckpointError where it is damaged."""
     return tokenizer_of(folder)
-
-
-def check_tokenizer(folder: Path) -> None:
-    """Raise CheckpointError unless the tokenizer of a model folder, where it has one, works and fits the embedding.
-
-    What needs no text needs no tokenizer, but what is written must not pass a broken one on.
-    """
-    try:
-        tokenizer = tokenizer_of(folder)
-    except NoTokenizer:
-        return
-    content = read_config(folder)
-    rows = (content.get("text_config") or content).get("vocab_size")
-    if isinstance(rows, int):
-        check_ids(tokenizer, tokenizer(PROBE)["input_ids"], rows)
-
-
-def check_ids(tokenizer: Any, ids: Sequence[int] | Tensor, rows: int) -> None:
-    """Raise CheckpointError, naming the token, where one of these ids has none of the embedding's `rows`."""
-    worst = int(torch.as_tensor(ids).max()) if len(ids) else 0
-    if worst >= rows:
-        raise CheckpointError(
-            f"{tokenizer.name_or_path}: its tokenizer, of {len(tokenizer)} tokens, gives id {worst} "
-            f"({tokenizer.convert_ids_to_tokens(worst)!r}), and the model's embedding has {rows} rows: "
-            f"add rows to the embedding, or take the token out of the tokenizer"
-        )
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:

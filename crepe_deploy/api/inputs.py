@@ -16,7 +16,8 @@ from crepe_deploy.model.architecture import load_config
 from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
 from crepe_deploy.progress import Say, unsaid
 from crepe_deploy.store.sources import Model, require_pinned, resolve_model
-from crepe_deploy.texts import SEPARATOR, CalibrationSet, Text, calibration_windows, check_ids, load_tokenizer
+from crepe_deploy.store.stock import check_ids
+from crepe_deploy.texts import SEPARATOR, CalibrationSet, Text, calibration_windows, load_tokenizer
 
 Granularity = Literal["row", "matrix"]
 
@@ -68,7 +69,7 @@ def windows_of(model: Model, calib: Calibration, field: str, samples: int, lengt
     context = int(getattr(config, "max_position_embeddings", length))
     tokenizer = load_tokenizer(model.folder)
     windows = calibration_windows(source, tokenizer, samples, min(length, context), seed=seed, field=field)
-    check_ids(tokenizer, windows.tokens.flatten(), rows)
+    check_ids(tokenizer, windows.tokens.flatten().tolist(), rows)
     return windows
 
 

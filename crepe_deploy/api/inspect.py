@@ -10,8 +10,8 @@ from crepe_deploy.errors import InputError
 from crepe_deploy.packed.config import QUANT_METHOD
 from crepe_deploy.store.audit import audit, inspect_folder, recorded
 from crepe_deploy.store.checkpoint import read_config
+from crepe_deploy.store.stock import check_tokenizer
 from crepe_deploy.structural.check import describe
-from crepe_deploy.texts import check_tokenizer
 
 
 class TensorRow(TypedDict):

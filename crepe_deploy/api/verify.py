@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from crepe_deploy.store import manifest
+from crepe_deploy.store.stock import check_tokenizer
 from crepe_deploy.structural.check import check_shapes, is_structural
-from crepe_deploy.texts import check_tokenizer
 
 
 def verify(folder: str | Path) -> manifest.Manifest:

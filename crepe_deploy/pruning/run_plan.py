@@ -15,7 +15,8 @@ from crepe_deploy.pattern import Pattern
 from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.sources import Model
-from crepe_deploy.texts import CalibrationSet, check_tokenizer
+from crepe_deploy.store.stock import check_tokenizer
+from crepe_deploy.texts import CalibrationSet
 
 from .config import PruneConfig
 from .limits import limits

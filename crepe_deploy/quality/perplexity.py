@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crepe_deploy.errors import CheckpointError, ConfigError, NumericalError
+from crepe_deploy.errors import CheckpointError, ConfigError, NumericalError, UnsupportedModel
 from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.model.architecture import whole_model
 from crepe_deploy.model.decoder import COMPUTE_DTYPES
 from crepe_deploy.progress import Progress
-from crepe_deploy.texts import Text, check_ids, load_text, load_tokenizer, tokenize, wants_bos_each_window
+from crepe_deploy.store.stock import check_ids, third_party
+from crepe_deploy.texts import Text, load_text, load_tokenizer, tokenize, wants_bos_each_window
 
 from .scoring import (
     LEVEL,
@@ -159,7 +160,7 @@ def evaluate(
         _check_same_vocabulary(model, reference)
     window = min([window, *(context_length(one) or window for one in (model, reference) if one is not None)])
     windows = plan_windows(ids, window, stride, max_tokens, mode, tokenizer.bos_token_id)
-    check_ids(tokenizer, torch.cat(windows.sequences), model.get_input_embeddings().num_embeddings)
+    check_ids(tokenizer, torch.cat(windows.sequences).tolist(), model.get_input_embeddings().num_embeddings)
     scores = _score_all(model, reference, windows, progress)
     return QualityReport(
         model=str(model_dir),
@@ -282,7 +283,8 @@ def _score(model: Any, reference: Any | None, ids: Tensor, first: int) -> _Score
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(ids[None], use_cache=False).logits[0]
+    with third_party(f"transformers cannot compute with {model.config.name_or_path}", UnsupportedModel):
+        logits: Tensor = model(ids[None], use_cache=False).logits[0]
     return logits
 
 

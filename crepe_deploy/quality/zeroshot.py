@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from crepe_deploy.errors import CalibrationError, ConfigError, MissingExtra
-from crepe_deploy.texts import check_ids, load_tokenizer
+from crepe_deploy.store.stock import check_ids
+from crepe_deploy.texts import load_tokenizer
 
 from .perplexity import load_model, resolve_device
 from .scoring import Estimate, estimate, mean
@@ -256,7 +257,7 @@ def _run(
     tokenizer = load_tokenizer(folder)
     embedding = model.get_input_embeddings()
     rows = len(embedding.weight)
-    embedding.register_forward_pre_hook(lambda _, given: check_ids(tokenizer, given[0].flatten(), rows))
+    embedding.register_forward_pre_hook(lambda _, given: check_ids(tokenizer, given[0].flatten().tolist(), rows))
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
     try:
         loaded = manager.load([dict(spec) if isinstance(spec, dict) else spec for spec in specs])

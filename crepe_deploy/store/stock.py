@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -145,6 +145,32 @@ def tokenizer_of(folder: Path) -> Any:
         if not ids or not isinstance(tokenizer.decode(ids), str):
             raise CheckpointError(f"{place}: it makes no tokens of '{PROBE}'")
     return tokenizer
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise CheckpointError unless the tokenizer of a model folder, where it has one, works and fits the embedding.
+
+    What needs no text needs no tokenizer, but what is written must not pass a broken one on.
+    """
+    try:
+        tokenizer = tokenizer_of(folder)
+    except NoTokenizer:
+        return
+    content = read_config(folder)
+    rows = (content.get("text_config") or content).get("vocab_size")
+    if isinstance(rows, int):
+        check_ids(tokenizer, tokenizer(PROBE)["input_ids"], rows)
+
+
+def check_ids(tokenizer: Any, ids: Sequence[int], rows: int) -> None:
+    """Raise CheckpointError, naming the token, where one of these ids has none of the embedding's `rows`."""
+    worst = max(ids, default=0)
+    if worst >= rows:
+        raise CheckpointError(
+            f"{tokenizer.name_or_path}: its tokenizer, of {len(tokenizer)} tokens, gives id {worst} "
+            f"({tokenizer.convert_ids_to_tokens(worst)!r}), and the model's embedding has {rows} rows: "
+            f"add rows to the embedding, or take the token out of the tokenizer"
+        )
 
 
 def _small_files(folder: Path) -> list[Path]:

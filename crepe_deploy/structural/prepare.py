@@ -18,7 +18,8 @@ from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.journal import Journal, open_journal
 from crepe_deploy.store.sources import Model, describe_source
-from crepe_deploy.texts import CalibrationSet, check_tokenizer
+from crepe_deploy.store.stock import check_tokenizer
+from crepe_deploy.texts import CalibrationSet
 
 from .config import TyrConfig
 from .fitness import Candidate, Reference, cache_bytes, dense_reference

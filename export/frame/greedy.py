@@ -13,7 +13,8 @@ from ...model.decoder import Decoder
 from ...model.proof import walk_logits
 from ...store.checkpoint import KeepingReader, TensorInfo
 from ...store.manifest import Manifest
-from ...texts import check_ids, load_tokenizer
+from ...store.stock import check_ids
+from ...texts import load_tokenizer
 
 PROMPT = "The capital of France is"
 GREEDY_TOKENS = 8  # each is a walk through the model

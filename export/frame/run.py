@@ -20,7 +20,7 @@ from ...store.manifest import (
     versions,
 )
 from ...store.sources import Model, describe_source
-from ...texts import check_tokenizer
+from ...store.stock import check_tokenizer
 from .card import write_card
 from .exporter import Exporter, Source, Words
 

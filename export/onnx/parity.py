@@ -20,7 +20,8 @@ from ...errors import NoTokenizer, ParityError
 from ...model.decoder import Decoder
 from ...model.proof import walk_all
 from ...serve.ort import Generator, Graph, Logits, Prompts, greedy, load_runner
-from ...texts import check_ids, load_tokenizer
+from ...store.stock import check_ids
+from ...texts import load_tokenizer
 
 GREEDY_TOKENS: Final = 64
 PROMPTS: Final = (
