@@ -18,14 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from crepe_deploy.errors import UnsupportedModel
+from crepe_deploy.store.stock import third_party
 
 from .blocks import is_linear
 from .calls import Form
 
 TOKENS = 2
-_FAILURES = (
-    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError, ImportError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,15 +122,9 @@ def probe(model: Any, path: str, blocks: list[nn.Module]) -> Probed:
 
 def run(model: Any, name: str) -> None:
     """One forward pass over two tokens. Raises UnsupportedModel where the model needs more than tokens."""
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
-    except _FAILURES as error:
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise UnsupportedModel(
-            f"{name} cannot be run on token ids alone, which is all that a decoder is given here: "
-            f"{type(error).__name__}: {reason[:300]}"
-        ) from error
+    place = f"{name} cannot be run on token ids alone, which is all that a decoder is given here"
+    with third_party(place, UnsupportedModel), torch.inference_mode():
+        model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
 
 
 @contextlib.contextmanager
