@@ -51,7 +51,7 @@ class Builder:
                     if self.rules.needs:
                         with collector.watching(block, specs):
                             stream.run(block, index, advance=False)
-                    stats = [collector.stats(spec.path, stream.sequences) for spec in specs]
+                    stats = [collector.stats(spec, stream.sequences) for spec in specs]
                     self._write(store, index, layer, [weights[spec.key] for spec in specs], stats)
                 if self.rules.needs and index < len(wanted) - 1:
                     if accumulation != "none":
