@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from crepe_deploy.store.audit import count_zeros
 
 from .config import PruneConfig
 from .methods.base import ScoreMethod, Solution
+from .methods.numbers import check_kept, exponent_of, naming, scaled, with_drift
 from .methods.ria import RIA
-from .numbers import check_kept, exponent_of, naming, scaled
 from .steps.folds import Foldable, foldables
 from .steps.permute import Permuter
 
@@ -72,8 +72,6 @@ class LayerPruner:
         Only updating steps change kept weights. All arithmetic is done on weights of a size that fp32 can square.
         """
         exponent = exponent_of(weight)
-        if exponent and stats.drift is not None:
-            stats = replace(stats, drift=scaled(stats.drift, exponent))
         score: Tensor | None = None
         if isinstance(self.config.method, ScoreMethod):
             with self.phases("score"):
@@ -82,6 +80,7 @@ class LayerPruner:
         if self.config.steps.permute is not None:
             with self.phases("permute"):
                 score, stats, notes = self._reorder(block, spec, weights, score, stats, self.config.steps.permute)
+        exponent, stats = with_drift(exponent, stats)
         start = scaled(weight, exponent)
         solution, solved_notes = self._solve(start, score, stats, self.patterns[spec.key])
         norms = input_norms(stats)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from crepe_deploy.errors import NumericalError
+from crepe_deploy.model.stats import Stats
 
 LOW, HIGH = -40, 50  # exponents of a largest weight between which squares, and sums of them, stay within fp32
 LOST = 0.01  # of the kept weights, at most, that may come out as exactly zero though their inputs are not
@@ -25,13 +27,30 @@ def naming(layer: str) -> Iterator[None]:
 
 
 def exponent_of(weight: Tensor) -> int:
-    """The power of two that brings the largest weight within reach of fp32's squares; 0 for all but odd weights."""
-    low, high = weight.aminmax()
-    largest = max(abs(float(low)), abs(float(high)))
-    size = math.frexp(largest)[1]
-    if largest == 0 or not math.isfinite(largest) or LOW <= size <= HIGH:
+    """The power of two that brings a weight within reach of fp32's squares; 0 for all but odd weights.
+
+    Small ones are brought to 1; large ones no further than must be, for the others are then perhaps of common size.
+    """
+    size = _size(weight)
+    if size is None or LOW <= size <= HIGH:
         return 0
-    return min(max(size, LOW), HIGH) - size
+    return (HIGH if size > HIGH else 0) - size
+
+
+def with_drift(exponent: int, stats: Stats) -> tuple[int, Stats]:
+    """The power of two for a layer that is to make up for `stats.drift`, which grows with it, and those statistics."""
+    size = None if stats.drift is None or not exponent else _size(stats.drift)
+    if stats.drift is None or size is None:
+        return exponent, stats
+    exponent = min(exponent, HIGH - size)
+    return exponent, replace(stats, drift=scaled(stats.drift, exponent))
+
+
+def _size(tensor: Tensor) -> int | None:
+    """The exponent of the largest entry; None where all are zero."""
+    low, high = tensor.aminmax()
+    largest = max(abs(float(low)), abs(float(high)))
+    return math.frexp(largest)[1] if largest else None
 
 
 def scaled(weight: Tensor, exponent: int) -> Tensor:
@@ -45,10 +64,11 @@ def check_kept(before: Tensor, after: Tensor, mask: Tensor, norms: Tensor | None
     norms: (in,) of the inputs. Raises NumericalError for a weight that the dtype does not hold, and for kept weights
     that are gone: more than `LOST` of those with an input, or half of all.
     """
+    name = str(after.dtype).removeprefix("torch.")
     if not after.isfinite().all():
         raise NumericalError(
-            f"the updated weight does not fit {str(after.dtype).removeprefix('torch.')}: the weight or its calibration "
-            "statistics are damaged; give other text, or leave the layer out"
+            f"the updated weight does not fit {name}: the weight or its calibration statistics are damaged; give other "
+            "text, or leave the layer out"
         )
     gone = mask & (after == 0) & (before != 0)
     count, kept = int(gone.sum()), int(mask.sum())
@@ -58,7 +78,7 @@ def check_kept(before: Tensor, after: Tensor, mask: Tensor, norms: Tensor | None
     alive = int(gone[:, ~dead].sum())
     if alive > LOST * kept or count > kept / 2:
         raise NumericalError(
-            f"the solver made {count} of the {kept} weights that it keeps zero, and {int(dead.sum())} of "
-            f"{len(dead)} inputs are zero on the whole calibration text: give more text, or leave the layer out"
+            f"the update left {count} of the {kept} kept weights zero in {name}, and {int(dead.sum())} of {len(dead)} "
+            "inputs are zero on the whole calibration text: give more text, or leave the layer out"
         )
     return {"zeros_of_dead_inputs": float(count - alive)} if count > alive else {}
