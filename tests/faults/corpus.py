@@ -1,4 +1,4 @@
-"""Good inputs of every kind, tiny, made once by the commands that make them; what is thrown at the product spoils these."""
+"""Good inputs of every kind, tiny, made once by the commands that make them, and then spoilt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ CALIBRATION = ("--calib-samples", "2", "--calib-length", "16")
 FAMILIES = ("gpt2", "gemma2", "qwen2", "qwen3", "opt", "phi3", "gpt_neox", "mistral", "mixtral", "bloom", "bert", "t5")
 _SIZES = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "n_inner": 64},
-    "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 32},
+    "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "word_embed_proj_dim": 32},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
     "t5": {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2, "d_kv": 16},
     "bert": {**TINY, "num_hidden_layers": 2, "is_decoder": True},
@@ -44,6 +45,8 @@ class Corpus:
         if not whole.exists():
             _in_a_child(lambda: self._make(whole.name, whole))
             assert whole.exists(), f"the sample {name} could not be made"
+            for path in (whole, *whole.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)
         return self.root / name
 
     def copy(self, name: str, folder: Path) -> Path:
@@ -96,8 +99,9 @@ class Corpus:
 _INNER = {"per-layer"}
 _TYR = ("model", "tyr", "--calib", "TEXT", *CALIBRATION, "--sparsity", "0.25", "--generations", "2", "--offspring", "4",
         "--iterations", "2", "--ffn-multiple", "8", "--search-samples", "1")  # fmt: skip
-_SEARCH = ("model", "search", "--calib", "TEXT", "--text", "TEXT", *CALIBRATION, "--text-samples", "1", "--text-length",
-           "16", "--evaluations", "6", "--fit", "3", "--finalists", "1", "--workers", "1", "--kernels", "3,5")  # fmt: skip
+_SEARCH = ("model", "search", "--calib", "TEXT", "--text", "TEXT", *CALIBRATION, "--text-samples", "1",
+           "--text-length", "16",
+           "--evaluations", "6", "--fit", "3", "--finalists", "1", "--workers", "1", "--kernels", "3,5")  # fmt: skip
 _COMMANDS: dict[str, tuple[str, ...]] = {
     "pruned": ("model", "prune", "--method", "magnitude"),
     "formats": ("model", "prune-and-export", "--method", "magnitude", "--format", "dense,packed"),
@@ -271,7 +275,7 @@ def _in_a_child(make: Callable[[], None]) -> None:
         try:
             make()
             code = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - a child says what it died of
             traceback.print_exc()
         finally:
             os._exit(code)

@@ -77,14 +77,16 @@ def signature(details: str) -> str:
 def lines(summary: dict[str, Any]) -> list[str]:
     """For a person."""
     said = [
-        f"{name}: {counts['number']}, exit codes {counts.get('codes')}, {counts['distinct_messages']} distinct messages, "
+        f"{name}: {counts['number']}, exit codes {counts.get('codes')}, {counts['distinct_messages']} messages, "
         f"slowest {counts['slowest_seconds']}, largest {counts['largest_bytes']}"
         for name in ("inputs", "faults")
         if (counts := summary[name])["number"]
     ]
-    for key, entry in sorted(summary["defects"].items(), key=lambda pair: -pair[1]["times"]):
+    for key, entry in sorted(summary["defects"].items(), key=lambda pair: -pair[1]["times"])[:40]:
         first = entry["first"]
-        said.append(f"{entry['times']} x {key}; {first['kind']} {first['index']}: {first['what']} {' '.join(first['argv'][:6])}")
+        said.append(
+            f"{entry['times']} x {key}; {first['kind']} {first['index']}: {first['what']} {' '.join(first['argv'][:6])}"
+        )
     return [*said, f"{summary['seconds']} s, {len(summary['defects'])} distinct defects"]
 
 

@@ -1,4 +1,4 @@
-"""Spoiling files by what they are: safetensors headers and values, folders, ONNX graphs, Parquet, manifests signed anew."""
+"""Spoiling files by what they are: safetensors, folders, ONNX graphs, JSON, YAML; manifests signed anew."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ def spoil_yaml(data: bytes, rng: Random) -> tuple[bytes, str]:
     merge = "".join(f"b{level}: &b{level}\n  <<: [{', '.join([f'*b{level - 1}'] * 9)}]\n" for level in range(1, levels))
     added = rng.choice((
         f"a0: &a0 x\n{bomb}", f"b0: &b0 {{x: 1}}\n{merge}", "x: !!python/object/apply:os.system [id]\n", "x: &x [*x]\n",
-        "? [1, 2]\n: 3\n", "1: 2\n", "x: 0x1_0\nx: 2\n", "x: 2001-01-01\n", "x: !!binary aa\n", "x: 1:30\n", "x: .inf\n",
-        "x: 1e400\n", "x: " + "9" * 5000 + "\n", "---\n---\n", "%YAML 9.9\n", "\t- x\n", "x: |\n", "<<: 3\n", "x: !!float a\n",
+        "? [1, 2]\n: 3\n", "1: 2\n", "x: 0x1_0\nx: 2\n", "x: 2001-01-01\n", "x: !!binary aa\n", "x: 1:30\n",
+        "x: 1e400\n", "x: " + "9" * 5000 + "\n", "---\n---\n", "%YAML 9.9\n", "\t- x\n", "x: |\n", "<<: 3\n",
+        "x: .inf\n", "x: !!float a\n",
     ))  # fmt: skip
     return (text + added if rng.random() < 0.7 else added + text).encode(), "spelling"
 
@@ -119,7 +120,9 @@ def spoil_safetensors(data: bytes, rng: Random) -> tuple[bytes, str]:
     elif what == 7:
         header[rng.choice((*names, "x", "", name + "x", name.replace("weight", "bias")))] = header.pop(name)
     elif what == 8:
-        entry["shape"] = rng.choice((entry["shape"][::-1], [*entry["shape"], 1], [_total(entry)], [], [0], [2, *entry["shape"]]))
+        entry["shape"] = rng.choice(
+            (entry["shape"][::-1], [*entry["shape"], 1], [_total(entry)], [], [0], [2, *entry["shape"]])
+        )
     else:
         entry["dtype"] = rng.choice(DTYPES)
     return _joined(spell(header), bytes(body)), "tensor"
@@ -180,7 +183,9 @@ def spoil_onnx(data: bytes, rng: Random) -> tuple[bytes, str]:
     elif what == 2:
         node.op_type = rng.choice(("MatMul", "Add", "Loop", "If", "Nothing", "", "Reshape"))
     elif what == 3 and node.input:
-        node.input[rng.randrange(len(node.input))] = rng.choice(("", "x", *(other.output[0] for other in graph.node[:4])))
+        node.input[rng.randrange(len(node.input))] = rng.choice(
+            ("", "x", *(other.output[0] for other in graph.node[:4]))
+        )
     elif what == 4 and graph.initializer:
         tensor = rng.choice(graph.initializer)
         tensor.dims[:] = rng.choice(([], [0], [-1], [1 << 40], list(tensor.dims) * 2))

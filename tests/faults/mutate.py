@@ -11,8 +11,9 @@ from tests.mutations import SPOILT, Place, places
 
 TEXTS = (
     "", " ", "x" * 300, "../../x", "/etc/passwd", "a/b", ".", "..", "~", "\x00", "a\x00b", "\n", "\t|`<b>*", "\ud800",
-    "\u202e\U0001f600\u0301", "-1", "0", "1e999", "nan", "None", "true", "*", "[", "(a+)+$", "\\", "{}", "%s%n", "$HOME",
-    "float64", "F8_E4M3", "U8", "auto", "llama", "LlamaForCausalLM", "2:4", "0:4", "33:64", "1", "<s>", "cuda", "utf-8",
+    "\u202e\U0001f600\u0301", "-1", "0", "1e999", "nan", "None", "true", "*", "[", "(a+)+$", "\\", "{}",
+    "%s%n", "$HOME",
+    "float64", "F8_E4M3", "U8", "auto", "llama", "LlamaForCausalLM", "2:4", "0:4", "33:64", "1", "<s>", "cuda",
 )  # fmt: skip
 NUMBERS = (
     0, 1, -1, 2, 3, 7, 31, 32, 33, 255, 256, 319, 320, 321, 511, 65535, 65536, 50_000, 2**31 - 1, 2**31, 2**32, 2**53,
@@ -71,7 +72,7 @@ def _like(value: Any, rng: Random) -> Any:
         shuffled = rng.sample(value, len(value))
         return rng.choice((shuffled, value[:1], value[1:], value * 2, [value], {}, dict(enumerate(map(str, value)))))
     if isinstance(value, dict):
-        return rng.choice(({}, [value], list(value), list(value.values()), {key: None for key in value}))
+        return rng.choice(({}, [value], list(value), list(value.values()), dict.fromkeys(value)))
     return rng.choice((*NUMBERS, *TEXTS, [], {}))
 
 
@@ -106,14 +107,17 @@ def misspell(data: bytes, rng: Random) -> bytes:
     if what == 5:
         return (b'{"a":' * depth) + b"1" + b"}" * depth
     inside = {
-        6: f'"x": {number},', 7: "NaN", 8: "Infinity", 9: '"\\ud800"', 10: "//", 11: "\x00", 12: f"-{number}e{number[:9]}",
+        6: f'"x": {number},', 7: "NaN", 8: "Infinity", 9: '"\\ud800"', 10: "//", 11: "\x00",
+        12: f"-{number}e{number[:9]}",
     }  # fmt: skip
     if what in inside:
         return (text[:where] + inside[what] + text[where:]).encode("utf-8", "replace")
     for value in rng.sample(("0", "1", "true", "null", '"', ":"), 6):  # a value that is there, said otherwise
         if value in text:
             other = rng.choice((number, f"{number}.5", "NaN", "-Infinity", "1e999", "[" * depth, '"\\ud800"', "{}"))
-            return text.replace(value, other, rng.choice((1, -1)) if len(text) < 10_000 else 1).encode("utf-8", "replace")
+            return text.replace(value, other, rng.choice((1, -1)) if len(text) < 10_000 else 1).encode(
+                "utf-8", "replace"
+            )
     return data
 
 

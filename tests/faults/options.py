@@ -107,8 +107,8 @@ def _odd_path(rng: Random, corpus: Corpus, root: Path) -> str:
         else:
             place.symlink_to({"link": corpus.path("model"), "loop": place, "dangling": root / "nowhere"}[name])
     return rng.choice((
-        str(place), str(place), str(place / "below"), ".", "..", "", "/", "/nowhere/x", "x" * 256, "a/" * 3000, "\u00fcber",
-        "out", "out.old", "~", "/dev/null", "/dev/zero", "/proc/self/mem", str(corpus.path("model")),
+        str(place), str(place), str(place / "below"), ".", "..", "", "/", "/nowhere/x", "x" * 256, "a/" * 3000,
+        "\u00fcber", "out", "out.old", "~", "/dev/null", "/dev/zero", "/proc/self/mem", str(corpus.path("model")),
         str(corpus.path("model") / "config.json"), str(corpus.path("model") / "inside"), str(corpus.path("run.json")),
         "a\nb", "x\\0y", "-", "--", "//", "owner/name", "\udcff",
     ))  # fmt: skip

@@ -7,6 +7,7 @@ folder. A hang is 20 s of its own processor time, or of sleep: a busy machine ma
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import importlib
@@ -98,10 +99,11 @@ def run_in_child(
     nobody: bool = False,
     own_seconds: int = OWN_SECONDS,
 ) -> Outcome:
-    """Run one command in a child whose working folder is `scratch`/cwd; need: bytes that it may use besides MEMORY.
+    """Run one command in a child that sees `scratch`/cwd, tmp and home; need: bytes that it may use besides MEMORY.
 
-    before: called in the child, last before the command. nobody: without root's rights.
+    before: called in the child, last before the command. nobody: where root runs this, without root's rights.
     """
+    nobody = nobody and os.getuid() == 0
     for name in ("cwd", "tmp", "home"):
         (scratch / name).mkdir(exist_ok=True)
         if nobody:
@@ -160,21 +162,33 @@ def _child(
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         sys.argv = ["crepe-deploy", *argv]
         if nobody:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
+            _become_nobody()
         if before:
             before()
         cli.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - a child says what it died of
         traceback.print_exc()
     finally:
         with contextlib.suppress(BaseException):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _become_nobody() -> None:
+    """Give up root's rights but that of reading, without which the libraries in root's home could not be imported."""
+    system = ctypes.CDLL(None, use_errno=True)
+    system.prctl(8, 1)  # PR_SET_KEEPCAPS
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    read_search = 1 << 2  # CAP_DAC_READ_SEARCH
+    version = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    if system.capset(version, (ctypes.c_uint32 * 6)(read_search, read_search, 0, 0, 0, 0)):
+        raise OSError(ctypes.get_errno(), "capset")
+    system.prctl(4, 1)  # PR_SET_DUMPABLE, or its own /proc/self is closed to it
 
 
 def _redirect(scratch: Path) -> None:
@@ -190,9 +204,9 @@ def _redirect(scratch: Path) -> None:
         handle = os.open(scratch / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
         os.dup2(handle, number)
         os.close(handle)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # noqa: SIM115, PTH123
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # noqa: SIM115
 
 
 def _wait(pid: int, own_seconds: int) -> bool:
@@ -259,5 +273,5 @@ def fingerprint(root: Path) -> dict[str, str]:
                     content = hashlib.blake2b(file.read(), digest_size=12).hexdigest()
             else:
                 content = ""
-            found[os.path.relpath(path, root)] = f"{status.st_mode:o} {content}"  # noqa: PTH109
+            found[os.path.relpath(path, root)] = f"{status.st_mode:o} {content}"
     return found

@@ -40,9 +40,10 @@ __attribute__((constructor)) static void from_environment(void) {
     if (below && event && how) strike_arm(below, atol(event), atol(how), 0, &counter);
 }
 
+// In a folder below ROOT: what lies in ROOT itself, as the streams of the command, is no event.
 static int is_below(const char *path) {
     size_t length = strlen(root);
-    return !strncmp(path, root, length) && (path[length] == '/' || !path[length]);
+    return !strncmp(path, root, length) && path[length] == '/' && strchr(path + length + 1, '/');
 }
 
 static int path_counts(int folder, const char *path) {
@@ -52,12 +53,13 @@ static int path_counts(int folder, const char *path) {
     ssize_t length;
     if (folder == AT_FDCWD) {
         if (!getcwd(whole, PATH_MAX)) return 0;
+        length = strlen(whole);
     } else {
         char link[64];
         snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
         if ((length = readlink(link, whole, PATH_MAX - 1)) < 0) return 0;
-        whole[length] = 0;
     }
+    snprintf(whole + length, sizeof whole - length, "/%s", path);
     return is_below(whole);
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import cases, run, server
+from . import cases, faults, run, server
 from .corpus import CALIBRATION, Corpus
 
 
@@ -34,7 +34,8 @@ def _prepared(options: argparse.Namespace) -> tuple[Corpus, Path]:
         ["report", str(corpus.path("run.json")), "--out", f"{out}-report"],
         ["gate", str(corpus.path("run.json")), str(corpus.path("run.json")), "--max-slowdown", "1"],
         ["eval", f"{out}-packed", "--text", text, "--window", "16"],
-        ["prune", str(corpus.path("model.gguf")), "--out", f"{out}-gguf", "--method", "magnitude"], ["plan", out + "x"], ["doctor"],
+        ["prune", str(corpus.path("model.gguf")), "--out", f"{out}-gguf", "--method", "magnitude"], ["plan", out + "x"],
+        ["doctor"],
     ]  # fmt: skip
     server.warm(commands, place / "warm")
     return corpus, place
@@ -53,7 +54,16 @@ def work(options: argparse.Namespace) -> int:
     """This worker's share, as far as it is not done yet."""
     corpus, place = _prepared(options)
     try:
-        _share(options, "inputs", options.inputs, lambda index: run.attempt(options.seed, index, corpus, place / "run").line())
+        _share(
+            options,
+            "inputs",
+            options.inputs,
+            lambda index: run.attempt(options.seed, index, corpus, place / "run").line(),
+        )
+        if options.faults:
+            bench = faults.Bench(corpus, place)
+            planned = faults.plan(bench, options.seed, options.faults)
+            _share(options, "faults", len(planned), lambda index: bench.strike(*planned[index]))
     finally:
         shutil.rmtree(place)
     return 0
