@@ -19,6 +19,7 @@ from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, Missin
 from .files import disk_errors, write_json
 from .gguf_split import check_parts, join, parts_of
 from .manifest import sha256_file
+from .stock import CLOSED, third_party
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -204,23 +205,22 @@ def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str) -> None:
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, **CLOSED}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            dtype=getattr(torch, dtype),
-            quantization_config=GgufConfig(dequantize=True),
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        if loading["missing_keys"]:
-            raise CheckpointError(f"{shown} lacks weights that the model needs: {named(loading['missing_keys'])}")
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-        _forget_quantisation(model)
-        model.save_pretrained(str(out_dir))
-        tokenizer.save_pretrained(str(out_dir))
-    except (ValueError, LookupError, TypeError, ArithmeticError, OSError, RuntimeError, AttributeError) as error:
-        raise UnsupportedModel(f"transformers cannot convert {shown}: {error}") from error
+        with third_party(f"transformers cannot convert {shown}", UnsupportedModel):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                **place,
+                dtype=getattr(torch, dtype),
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+            if loading["missing_keys"]:
+                raise CheckpointError(f"{shown} lacks weights that the model needs: {named(loading['missing_keys'])}")
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            _forget_quantisation(model)
+        with third_party(f"transformers cannot save {shown}", UnsupportedModel), disk_errors(out_dir):
+            model.save_pretrained(str(out_dir))
+            tokenizer.save_pretrained(str(out_dir))
     finally:
         if bars:
             logging.enable_progress_bar()

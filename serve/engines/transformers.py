@@ -20,11 +20,12 @@ class TransformersEngine:
     def __init__(self, folder: Path, settings: Settings) -> None:
         import torch
 
+        from ...model.architecture import whole_model
         from ...packed.linear import PackedLinear
-        from ...quality.perplexity import load_model
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(folder, settings.dtype, str(self.device))
+        model = whole_model(folder, dtype=settings.dtype)
+        self.model = model.to(self.device)
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
         for module in self.model.modules():
