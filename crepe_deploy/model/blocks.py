@@ -26,7 +26,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if not isinstance(module, nn.ModuleList) or len({type(block) for block in module}) != 1:
             continue
         if any(is_linear(part) for part in module[0].modules()):
-            _check_block(name, path, module[0])
+            for index, block in enumerate(module):
+                _check_block(name, f"{path}.{index}", block)
             return path, module
     raise UnsupportedModel(f"{name}: no list of decoder blocks with linear layers was found")
 
@@ -36,7 +37,7 @@ def _check_block(name: str, path: str, block: nn.Module) -> None:
         owner = block.get_submodule(parameter_name.rpartition(".")[0])
         if parameter.ndim >= 2 and not is_linear(owner):
             raise UnsupportedModel(
-                f"{name}: '{path}.0.{parameter_name}' of shape {tuple(parameter.shape)} belongs to "
+                f"{name}: '{path}.{parameter_name}' of shape {tuple(parameter.shape)} belongs to "
                 f"{type(owner).__name__}, which is not a linear layer (experts and convolutions are not supported); "
                 f"tested families: {', '.join(covered())}"
             )
