@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
 from crepe_deploy.store.checkpoint import CheckpointReader
 
-from .architecture import build_meta, find_blocks, is_linear, load_config
+from .architecture import build_meta, load_config, outline
+from .blocks import find_blocks, is_linear
 from .families import family_of
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,10 +92,12 @@ class Decoder:
         self.reader = CheckpointReader(root)
         self.config = load_config(root)
         self.dtype = self._compute_dtype(dtype)
+        self.model = outline(root, self.config, len(self.reader.tensors))
+        find_blocks(self.model)
+        self._check_weights()
         self.model = build_meta(self.config, self.dtype)
         self.blocks_path, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
-        self._check_weights()
         self.linears = [self._linears(index) for index in range(len(self.blocks))]
         self.slots = [BlockSlot(block) for block in self.blocks]
         parent = self.model.get_submodule(self.blocks_path.rpartition(".")[0])
@@ -143,6 +146,9 @@ class Decoder:
                     f"{info.file}: tensor '{info.name}' has shape {info.shape}, and config.json asks for "
                     f"{tuple(parameter.shape)}"
                 )
+            if info.dtype not in (torch.float64, *COMPUTE_DTYPES.values()):
+                kind = str(info.dtype).removeprefix("torch.")
+                raise UnsupportedModel(f"{info.file}: tensor '{info.name}' holds {kind}; give the unquantised model")
 
     def _linears(self, index: int) -> list[LinearSpec]:
         specs = []

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import is_linear
+from .blocks import is_linear
 from .calibrate import Stream, bf16_products, shared_inputs
 from .decoder import LinearSpec
 from .families import Residual, family_of

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from ...errors import CheckpointError
+from ...errors import NoTokenizer
 from ...model.decoder import Decoder
 from ...model.proof import walk_logits
 from ...store.checkpoint import KeepingReader, TensorInfo
 from ...store.manifest import Manifest
+from ...store.stock import check_ids
 from ...texts import load_tokenizer
 
 PROMPT = "The capital of France is"
@@ -82,6 +83,9 @@ def _keeps(decoder: Decoder) -> Callable[[TensorInfo], bool]:
 
 def _prompt_ids(source: Path, vocab_size: int) -> tuple[str | None, list[int]]:
     try:
-        return PROMPT, [int(token) for token in load_tokenizer(source)(PROMPT)["input_ids"]]
-    except CheckpointError:
+        tokenizer = load_tokenizer(source)
+    except NoTokenizer:
         return None, [token % vocab_size for token in range(2, 7)]
+    ids = [int(token) for token in tokenizer(PROMPT)["input_ids"]]
+    check_ids(tokenizer, ids, vocab_size)
+    return PROMPT, ids
