@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict, cast
 from crepe_deploy.errors import InputError
 from crepe_deploy.packed.config import QUANT_METHOD
 from crepe_deploy.store.audit import audit, inspect_folder, recorded
-from crepe_deploy.store.checkpoint import read_config
+from crepe_deploy.store.checkpoint import read_config, require_folder
 from crepe_deploy.store.stock import check_tokenizer
 from crepe_deploy.structural.check import describe
 
@@ -60,6 +60,7 @@ def inspect(folder: str | Path) -> Inspection:
     from crepe_deploy.exporting.onnx.inspect import inspect_onnx, is_onnx
 
     root = Path(folder)
+    require_folder(root)
     if is_onnx(root):
         return Inspection(root, cast(list[TensorRow], inspect_onnx(root)), None, _damage(root))
     rows = _packed_rows(root) if _is_packed(root) else cast(list[TensorRow], inspect_folder(root))

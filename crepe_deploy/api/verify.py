@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crepe_deploy.store import manifest
+from crepe_deploy.store.checkpoint import require_folder
 from crepe_deploy.store.stock import check_tokenizer
 from crepe_deploy.structural.check import check_shapes, is_structural
 
@@ -16,6 +17,7 @@ def verify(folder: str | Path) -> manifest.Manifest:
     there is one. Reads every byte once. Raises VerifyError (exit code 1) naming the first file or tensor that differs,
     CheckpointError (2) where there is no manifest, or the tokenizer does not work.
     """
+    require_folder(Path(folder))
     record = manifest.verify(Path(folder))
     check_tokenizer(Path(folder))
     if is_structural(record):
