@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError, ServeError
+from ..errors import CheckpointError, ConfigError, NoTokenizer, ServeError
 from ..store.checkpoint import read_config
 from ..store.reading import read_object
 from .onnx_generate import generate
@@ -40,7 +40,7 @@ class Model:
     """What is served. One request at a time: there is one cache."""
 
     def __init__(self, folder: Path, name: str, max_tokens: int, threads: int) -> None:
-        """Load the folder. Raises CheckpointError, MissingExtra."""
+        """Load the folder. Raises CheckpointError (a damaged tokenizer too), MissingExtra."""
         from ..texts import load_tokenizer
 
         config = read_config(folder)
@@ -52,7 +52,7 @@ class Model:
         self.runner: Runner = load_runner(folder, self.max_tokens, threads)
         try:
             self.tokenizer: Any = load_tokenizer(folder)
-        except CheckpointError:
+        except NoTokenizer:
             self.tokenizer = None
         self.ends = _ends(config, folder)
         longest = 0 if self.tokenizer is None else max(map(len, self.tokenizer.get_vocab()), default=0)
