@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import Decoder, LinearSpec
-from .stats import Need, Stats
+from .stats import Need, Stats, Variety, check_inputs
 
 BATCH_TOKENS = 2048
 
@@ -108,11 +108,13 @@ class _Accumulator:
     total: Tensor | None = None
     tokens: int = 0
     gram: Tensor | None = None
+    variety: Variety = field(default_factory=Variety)
     _stats: Stats | None = None
 
     def add(self, batch: Tensor) -> None:
         """`batch` (..., in), any float dtype."""
         rows = batch.reshape(-1, batch.shape[-1])
+        self.variety.see(rows)
         if "moments" in self.needs:
             total = rows.sum(0, dtype=torch.float32)
             self.total = total if self.total is None else self.total.add_(total)
@@ -128,15 +130,19 @@ class _Accumulator:
                 self.gram.addmm_(rows.T, rows)
 
     @torch.inference_mode()
-    def stats(self, sequences: int) -> Stats:
-        """Close the sums; every call returns the same object, so that methods can recognise a shared input."""
+    def stats(self, layer: str, sequences: int) -> Stats:
+        """Close the sums; every call returns the same object, so that methods can recognise a shared input.
+
+        Raises NumericalError naming `layer`, see `check_inputs`.
+        """
         if self._stats is None:
-            self._stats = Stats(
+            stats = Stats(
                 col_norm=None if self.squares is None else (self.squares / sequences).sqrt_(),
                 hessian=None if self.gram is None else self.gram.mul_(2 / sequences),
                 total=None if self.total is None else self.total / sequences,
                 variance=self._variance(),
             )
+            self._stats = check_inputs(layer, stats, varied=self.variety.varied)
         return self._stats
 
     def _variance(self) -> Tensor | None:
@@ -179,8 +185,8 @@ class Collector:
 
         return hook
 
-    def stats(self, path: str, sequences: int) -> Stats:
-        """The statistics of one linear's input; linears with a shared input get the same tensors."""
+    def stats(self, spec: LinearSpec, sequences: int) -> Stats:
+        """The statistics of one linear's input; linears with a shared input get the same. Raises NumericalError."""
         if not self.needs:
             return Stats()
-        return self._by_path[path].stats(sequences)
+        return self._by_path[spec.path].stats(spec.key, sequences)

@@ -26,7 +26,7 @@ from .blocks import is_linear
 from .calibrate import Stream, bf16_products, shared_inputs
 from .decoder import LinearSpec
 from .families import Residual, family_of
-from .stats import Stats
+from .stats import Stats, Variety, check_inputs
 
 EPSILON = 1e-6  # to the mean square in an RMS norm
 RIDGE = (
@@ -51,6 +51,7 @@ class _Sums:
     power: Tensor | None = None
     drift: Tensor | None = None
     tokens: int = 0
+    variety: Variety = field(default_factory=Variety)
 
     def add(self, pruned: Tensor, dense: Tensor, residual: Tensor | None, scale: Tensor | None) -> None:
         """`pruned`, `dense` (..., in); `residual` (..., width) fp32 or None; `scale` (..., 1), tokens' weights."""
@@ -58,6 +59,7 @@ class _Sums:
         self.squares += d.square().sum(0)
         self.total += x.sum(0)
         self.tokens += len(x)
+        self.variety.see(x)
         if scale is not None:
             power = x.square().sum(0)
             self.power = power if self.power is None else self.power.add_(power)
@@ -209,6 +211,7 @@ class Pair:
                 lost *= gain / (gain.square() + RIDGE * gain.square().mean())
             sums.add(pruned, dense, lost, scale)
         stats = sums.stats(self.pruned.stream.sequences)
+        check_inputs(group[0].key, stats, varied=sums.variety.varied)
         return replace(stats, cross=None) if path in self.own else stats
 
     def advance(self, before: nn.Module, block: nn.Module, index: int) -> None:
