@@ -22,7 +22,7 @@ from crepe_deploy.model.calibrate import Stream, embed
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.stats import Stats, Variety, check_inputs
 from crepe_deploy.progress import Progress, silent
-from crepe_deploy.store.files import require_disk
+from crepe_deploy.store.files import disk_errors, require_disk
 
 from .sample import Band, LayerSample, band_starts, cut_band
 

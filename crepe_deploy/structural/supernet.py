@@ -123,7 +123,7 @@ class Store:
         try:
             self._check(path, self._layer_hashes(index))
             tensors: dict[str, Tensor] = load_file(str(path))
-        except (CheckpointError, VerifyError, SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: no access
+        except (CheckpointError, VerifyError, SafetensorError, OSError, RuntimeError) as error:
             raise VerifyError(f"{error}: the same command with --resume rebuilds this level") from error
         return tensors
 

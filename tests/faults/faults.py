@@ -205,10 +205,15 @@ def _is_output(name: str) -> bool:
     return name.split("/")[1] == "out"
 
 
+def _timeless(path: Path) -> str:
+    """A JSON file without the seconds that a run took."""
+    return re.sub(r'"seconds": [\d.]+', "", path.read_text()) if path.suffix == ".json" and path.is_file() else ""
+
+
 def _contents(scratch: Path) -> dict[str, str]:
     """What lies in the working and the temporary folder of a run."""
     return {
-        re.sub(r"[0-9a-f]{64}", "SHA256", f"{part}/{name}"): value
+        re.sub(r"[0-9a-f]{64}", "SHA256", f"{part}/{name}"): _timeless(scratch / part / name) or value
         for part in ("cwd", "tmp")
         for name, value in fingerprint(scratch / part).items()
         if not name.startswith("crepe-deploy-")
