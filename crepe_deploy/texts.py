@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError, CheckpointError, ConfigError, MissingExtra
+from .limits import MOST, check_seed
 from .model.families import family_of
 from .store.reading import read_object
 
@@ -157,8 +158,11 @@ def calibration_windows(
     even), in one random order.
     Raises CalibrationError saying how many tokens are missing, ConfigError, and as `load_text` does.
     """
-    if samples < 1 or length < 2:
-        raise ConfigError(f"{samples} calibration samples of {length} tokens: at least 1 sample of 2 tokens is needed")
+    check_seed(seed)
+    if samples < 1 or length < 2 or samples * length > MOST:
+        raise ConfigError(
+            f"{samples} calibration samples of {length} tokens: it must be 1 of 2, and {MOST} tokens at most"
+        )
     if isinstance(source, (str, Path, Text)):
         return _windows(source, tokenizer, samples, length, seed, field)
     names = [str(one) for one in source]
