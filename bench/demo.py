@@ -153,10 +153,10 @@ def print_table(result: dict[str, Any]) -> None:
 
 def generate(folder: Path) -> str:
     """One greedy sentence from unmodified transformers, reading the exported folder from disk."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from ..model.architecture import whole_model
+    from ..texts import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, model = load_tokenizer(folder), whole_model(folder)
     tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=24, do_sample=False)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 

@@ -72,8 +72,11 @@ def add_outer_commands() -> None:
         cli.add_command(command)
 
 
-def interrupt_on_sigterm() -> None:
-    """SIGTERM ends this process as Ctrl-C does; workers that a library forks from it die of it without a word."""
+def interrupt_on_signals() -> None:
+    """SIGTERM and SIGHUP end this process as Ctrl-C does; workers that a library forks from it die of them silently.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
     owner = os.getpid()
 
     def interrupt(number: int, _frame: Any) -> NoReturn:
@@ -82,6 +85,8 @@ def interrupt_on_sigterm() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, interrupt)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -130,5 +135,5 @@ def report_unexpected(error: Exception, typed: str, *, debug: bool) -> None:
 
 def main() -> NoReturn:
     """The program: its arguments, its signals, its exit code."""
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     sys.exit(run(sys.argv[1:]))

@@ -5,6 +5,7 @@ CrepeError                 1  the tool failed
 │   ├── ConfigError           an option, preset or combination of options
 │   ├── PatternError          a sparsity pattern that is unknown or does not fit a tensor
 │   ├── CheckpointError       a model folder or file that is missing, damaged or unsafe
+│   │   └── NoTokenizer           a model folder without a tokenizer that can be used, where text is needed
 │   ├── UnsupportedModel      a model whose structure is not handled; says what is missing
 │   ├── CalibrationError      calibration or evaluation text that is missing, unreadable or too short
 │   ├── OutputError           an output path that exists, equals the input or cannot be written
@@ -19,7 +20,7 @@ CrepeError                 1  the tool failed
 ├── GateFailed             3  a regression gate failed
 └── GateInconclusive       4  a regression gate could not decide
 
-Besides these, exit code 130 means stopped by Ctrl-C or SIGTERM with nothing left behind, and 75 (EX_TEMPFAIL)
+Besides these, exit code 130 means stopped by Ctrl-C, SIGTERM or SIGHUP with nothing left behind, and 75 (EX_TEMPFAIL)
 means stopped but resumable.
 """
 
@@ -53,6 +54,10 @@ class PatternError(InputError):
 
 class CheckpointError(InputError):
     """A model folder or file is missing, damaged or unsafe."""
+
+
+class NoTokenizer(CheckpointError):
+    """A model folder has no tokenizer, or one that needs code from the checkpoint."""
 
 
 class UnsupportedModel(InputError):

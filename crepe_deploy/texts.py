@@ -20,7 +20,8 @@ from torch import Tensor
 from .errors import CalibrationError, CheckpointError, ConfigError, MissingExtra
 from .limits import MOST, check_seed
 from .model.families import family_of
-from .store.reading import read_object
+from .store.checkpoint import read_config
+from .store.stock import tokenizer_of
 
 SEPARATOR = "\n\n"
 DATASET_MAX_CHARS = 50_000_000
@@ -115,15 +116,8 @@ def load_documents(source: str | Path, field: str = "text") -> list[str]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder. Raises CheckpointError."""
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a model folder")
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise CheckpointError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+    """The tokenizer of a model folder. Raises NoTokenizer, and CheckpointError where it is damaged."""
+    return tokenizer_of(folder)
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -135,7 +129,7 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 def wants_bos_each_window(tokenizer: Any) -> bool:
     """Whether the model beside this tokenizer needs BOS in front of every text; CheckpointError if there is no BOS."""
     path = Path(tokenizer.name_or_path) / "config.json"
-    content = read_object(path) if path.is_file() else {}
+    content = read_config(path.parent) if path.exists() else {}
     kind = (content.get("text_config") or content).get("model_type", "")
     if family_of(kind).bos and tokenizer.bos_token_id is None:
         raise CheckpointError(f"{path}: model type '{kind}' needs BOS before every text, and its tokenizer has none")

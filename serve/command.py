@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, Final
@@ -30,8 +31,9 @@ def serve_command(
 ) -> None:  # fmt: skip
     """Serve the checkpoint FOLDER with vLLM, once its first answer agrees with the manifest.
 
-    Options that are not listed here go to vLLM, e.g. --max-model-len 4096 --enforce-eager. An ONNX folder is served by
-    ONNX Runtime instead, with --max-model-len, --threads and --served-model-name. Ctrl-C stops.
+    Options of vLLM that tune it are passed on, e.g. --max-model-len 4096 --enforce-eager; what opens it to others or
+    loads code is not (docs/serving.md). An ONNX folder is served by ONNX Runtime instead, with --max-model-len,
+    --threads and --served-model-name. Ctrl-C stops; the server ends with this command, whatever ends that.
     """
     from .launcher import ServeOptions, serve
 
@@ -40,8 +42,14 @@ def serve_command(
     def ready(server: dict[str, Any]) -> None:
         click.echo(json.dumps(server) if as_json else usage(server, has_key=api_key is not None))
 
-    serve(options, lambda message: click.echo(message, err=True), ready)
-    click.echo("stopped", err=True)
+    serve(options, say, ready)
+    say("stopped")
+
+
+def say(message: str) -> None:
+    """A line on stderr; whose terminal has hung up is told nothing."""
+    with contextlib.suppress(OSError):
+        click.echo(message, err=True)
 
 
 def usage(server: dict[str, Any], *, has_key: bool) -> str:

@@ -8,11 +8,9 @@ import importlib.metadata
 import importlib.util
 import ipaddress
 import os
-import signal
+import re
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,21 +21,22 @@ from ..errors import CheckpointError, ConfigError, MissingExtra, ServeError
 from ..packed.config import QUANT_METHOD
 from ..store.checkpoint import read_config
 from ..store.manifest import MANIFEST_NAME, load_manifest
+from .key import KEY_VARIABLE, MIDDLEWARE
 from .ort import flavor_of, is_onnx, require_onnx
-from .smoke import compare, complete, healthy, model_name
+from .passed_on import ONNX, VLLM, check_passed_on
+from .process import Server
+from .smoke import compare, complete, model_name
 
-STOP_TIMEOUT_S: Final = 30.0
-POLL_S: Final = 0.25
-TAIL_LINES: Final = 25
 GREEDY_KEYS: Final = frozenset({"prompt_token_ids", "token_ids", "margins", "checkpoint_dtype"})
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_KEY: Final = re.compile(r"[!-~]+")
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What to serve and where. `extra` goes to vLLM unchanged; port 0 takes a free one."""
+    """What to serve and where. `extra`: the server's own options, of those that `passed_on` lists; port 0 takes a free
+    one."""
 
     folder: Path
     host: str = "127.0.0.1"
@@ -61,7 +60,7 @@ class Running:
 
 
 def serve(options: ServeOptions, say: Say, ready: Callable[[dict[str, Any]], None]) -> None:
-    """Serve until SIGINT or SIGTERM, which are passed on to vLLM; returns when it has stopped.
+    """Serve until SIGINT, SIGTERM or SIGHUP, which are passed on to the server; returns when it has stopped.
 
     ready: called once with the address and the smoke check's result. Raises ConfigError, CheckpointError,
     MissingExtra before anything starts, ServeError when the server dies, does not start or answers something else.
@@ -69,24 +68,23 @@ def serve(options: ServeOptions, say: Say, ready: Callable[[dict[str, Any]], Non
     check(options)
     require_engine(options.folder)
     greedy = recorded_greedy(options.folder)
-    port = options.port or free_port(options.host)
+    port = bound_port(options.host, options.port)
+    if not is_loopback(options.host):
+        say(f"{options.host} can be reached from other machines: by anyone with the key, which travels unencrypted")
     run(server_command(options, port, greedy), options, port, greedy, say, ready)
 
 
 def check(options: ServeOptions) -> None:
     """Refuse what cannot or must not be served. Raises ConfigError, CheckpointError."""
     read_config(options.folder)
-    if not is_loopback(options.host) and not options.api_key:
+    check_passed_on(options.extra, ONNX if is_onnx(options.folder) else VLLM)
+    if options.api_key is not None and not _KEY.fullmatch(options.api_key):
+        raise ConfigError("--api-key: letters, digits and signs of ASCII, and no spaces: it travels in a header")
+    if not is_loopback(options.host) and options.api_key is None:
         raise ConfigError(
             f"--host {options.host} can be reached from other machines: give --api-key, or serve on 127.0.0.1"
         )
-    if options.port:
-        with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((options.host, options.port))
-            except OSError as error:
-                raise ConfigError(f"{options.host}:{options.port} cannot be served on: {error}") from error
+    bound_port(options.host, options.port)
 
 
 def is_loopback(host: str) -> bool:
@@ -106,9 +104,10 @@ def require_engine(folder: Path) -> None:
 
 
 def server_command(options: ServeOptions, port: int, greedy: dict[str, Any] | None) -> list[str]:
-    """The command line of the server for this folder."""
+    """The command line of the server for this folder. Raises ConfigError for an option that is not passed on."""
     if not is_onnx(options.folder):
         return vllm_command(options, port, greedy)
+    check_passed_on(options.extra, ONNX)
     command = [sys.executable, "-P", "-m", "crepe_deploy.serve.onnx_server", str(options.folder)]
     return [*command, "--host", options.host, "--port", str(port), *options.extra]
 
@@ -136,10 +135,14 @@ def recorded_greedy(folder: Path) -> dict[str, Any] | None:
 
 
 def vllm_command(options: ServeOptions, port: int, greedy: dict[str, Any] | None) -> list[str]:
-    """The server's command line: our defaults, then the user's own options."""
+    """The server's command line: our defaults, then the user's own options. Raises ConfigError for what of these is
+    not passed on."""
+    check_passed_on(options.extra, VLLM)
     # -P: a stale *.egg-info in the working folder must not hide the installed plugin from vLLM.
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.folder)]
     command += ["--host", options.host, "--port", str(port)]
+    if options.api_key is not None:
+        command += ["--middleware", MIDDLEWARE]
     if not _given(options, "--served-model-name"):
         command += ["--served-model-name", options.folder.resolve().name]
     if greedy is not None and not _given(options, "--dtype"):
@@ -166,7 +169,7 @@ def environment(api_key: str | None) -> dict[str, str]:
     defaults = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": str(cache_space_gib())}
     variables = defaults | dict(os.environ)
     if api_key is not None:
-        variables["VLLM_API_KEY"] = api_key  # not on the command line, where everyone on the machine can read it
+        variables[KEY_VARIABLE] = api_key  # not on the command line, where everyone on the machine can read it
     return variables
 
 
@@ -197,13 +200,13 @@ def run(
 def serving(options: ServeOptions, say: Say) -> Iterator[Running]:
     """A server of the folder, healthy and checked, for the length of a `with`; then it is stopped, whatever happened.
 
-    Signals stay the caller's: one that kills this process unhandled leaves the server behind. Raises as `serve` does,
-    and ServeError on leaving when the server had ended by itself.
+    Signals stay the caller's; the server ends with this process whatever ends that. Raises as `serve` does, and
+    ServeError on leaving when the server had ended by itself.
     """
     check(options)
     require_engine(options.folder)
     greedy = recorded_greedy(options.folder)
-    port = options.port or free_port(options.host)
+    port = bound_port(options.host, options.port)
     with running(server_command(options, port, greedy), options, port, greedy, say) as server:
         yield server
 
@@ -218,23 +221,19 @@ def running(
     try:
         server.wait_until_healthy(url, options.start_timeout_s)
         yield _checked(server, url, options, greedy, say)
-        if server.process.poll() is not None:
-            raise ServeError(f"the server ended by itself with code {server.process.returncode}\n{server.tail()}")
+        server.check_running()
     finally:
         server.stop()
     server.log.unlink(missing_ok=True)  # kept where something failed
 
 
-def _start(command: list[str], options: ServeOptions, url: str, say: Say) -> _Server:
-    with tempfile.NamedTemporaryFile("wb", prefix="crepe-deploy-serve-", suffix=".log", delete=False) as log:
-        say(f"starting the server on {url}; its log is {log.name}")
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment(options.api_key), start_new_session=True
-        )
-    return _Server(process, Path(log.name))
+def _start(command: list[str], options: ServeOptions, url: str, say: Say) -> Server:
+    server = Server(command, environment(options.api_key))
+    say(f"starting the server on {url}; its log is {server.log}")
+    return server
 
 
-def _checked(server: _Server, url: str, options: ServeOptions, greedy: dict[str, Any] | None, say: Say) -> Running:
+def _checked(server: Server, url: str, options: ServeOptions, greedy: dict[str, Any] | None, say: Say) -> Running:
     """Smoke-check a healthy server and say what it is."""
     load_s = time.monotonic() - server.started
     smoke = _smoke(url, options, greedy, say)
@@ -252,76 +251,22 @@ def _smoke(url: str, options: ServeOptions, greedy: dict[str, Any] | None, say: 
     return vars(agreement)
 
 
-class _Server:
-    """A running vLLM: its process, its log, and the signals that are passed on to it."""
-
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.process = process
-        self.log = log
-        self.stopping = False
-        self.started = time.monotonic()
-
-    @contextlib.contextmanager
-    def stopped_at_exit(self) -> Iterator[None]:
-        """Pass signals on while inside; on leaving, end whatever still runs, its children too."""
-        before = {number: signal.signal(number, self._pass_on) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            self.stop()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _pass_on(self, number: int, _frame: Any) -> None:
-        self.stopping = True
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-
-    def wait_until_healthy(self, url: str, timeout_s: float) -> bool:
-        """True when it answers; False when a signal stopped it first. Raises ServeError with the end of its log."""
-        end = time.monotonic() + timeout_s
-        while not healthy(url):
-            if self.stopping:
-                return False
-            if self.process.poll() is not None:
-                code = self.process.returncode
-                raise ServeError(f"the server ended with code {code} before it was ready\n{self.tail()}")
-            if time.monotonic() > end:
-                raise ServeError(f"the server was not ready after {timeout_s:g} s\n{self.tail()}")
-            time.sleep(POLL_S)
-        return True
-
-    def wait(self) -> None:
-        """Until a signal comes, or the server ends by itself: then ServeError."""
-        while not self.stopping and self.process.poll() is None:
-            time.sleep(POLL_S)
-        if not self.stopping:
-            raise ServeError(f"the server ended by itself with code {self.process.returncode}\n{self.tail()}")
-
-    def stop(self) -> None:
-        """Ask it to end, wait, then end its whole process group."""
-        if self.process.poll() is None:
-            if not self.stopping:
-                self.process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_TIMEOUT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def tail(self) -> str:
-        """The last lines of its log, and where the rest is."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join([f"the end of {self.log}:", *(f"  {line}" for line in lines[-TAIL_LINES:])])
-
-
 def _url(host: str, port: int) -> str:
-    name = "127.0.0.1" if host in {"0.0.0.0", "::"} else host
+    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
 def free_port(host: str) -> int:
-    """A port of `host` that nothing listens on now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port of `host` that nothing listens on now. Raises ConfigError."""
+    return bound_port(host, 0)
+
+
+def bound_port(host: str, port: int) -> int:
+    """The port, or a free one for 0, once it could be bound. Raises ConfigError."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{host}:{port} cannot be served on: {error}") from error

@@ -6,7 +6,6 @@ a failure.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import ConfigError, ServeError
+from ..store.reading import read_object
 from .launcher import Running
 
 # For a server that is to be measured: a visit's prompts are those of the visits before.
@@ -72,10 +72,7 @@ def drive(server: Running, tokenizer: Path, load: Load, api_key: str | None = No
     with tempfile.TemporaryDirectory(prefix="crepe-deploy-load-") as folder:
         result = Path(folder) / "result.json"
         run_generator(command(server, tokenizer, load, result), load.timeout_s, api_key)
-        try:
-            content = json.loads(result.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ServeError(f"vllm bench serve left no result: {error}") from error
+        content = read_object(result, ServeError, lenient=True)
     return read_result(content, load)
 
 

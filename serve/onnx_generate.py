@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ServeError
 from .ort import Logits, Runner
 
 
@@ -42,22 +42,25 @@ class Sampling:
 
 def generate(
     runner: Runner, prompt: Sequence[int], sampling: Sampling, ends: frozenset[int], room: int
-) -> tuple[list[int], str]:
-    """The tokens after `prompt`, an end token included, and why they end: "stop" or "length" (at most `room`)."""
+) -> Iterator[tuple[int, str | None]]:
+    """The tokens after `prompt`, an end token included, each once it is chosen; with the last comes why it is that:
+    "stop" or "length" (at most `room`). Raises ServeError for logits that are not numbers."""
     random = np.random.default_rng(sampling.seed)
     logits = runner.start([prompt])
-    tokens: list[int] = []
-    while True:
-        tokens.append(choose(logits[0], sampling, random))
-        if tokens[-1] in ends and not sampling.ignore_eos:
-            return tokens, "stop"
-        if len(tokens) >= min(sampling.max_tokens, room):
-            return tokens, "length"
-        logits = runner.step(tokens[-1:])
+    for left in range(min(sampling.max_tokens, room) - 1, -1, -1):
+        token = choose(logits[0], sampling, random)
+        if token in ends and not sampling.ignore_eos:
+            yield token, "stop"
+            return
+        yield token, None if left else "length"
+        if left:
+            logits = runner.step([token])
 
 
 def choose(logits: Logits, sampling: Sampling, random: np.random.Generator) -> int:
-    """One token from logits (vocab,)."""
+    """One token from logits (vocab,). Raises ServeError where they are not numbers."""
+    if not np.isfinite(logits.max()):  # a NaN is the maximum
+        raise ServeError("the model computes logits that are not numbers: a damaged graph, or float16 that overflows")
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature

@@ -1,199 +1,240 @@
-"""A small OpenAI-style server of one ONNX folder, for machines without vLLM. One request at a time.
+"""A small OpenAI-style server of one ONNX folder, for machines without vLLM. One request at a time, the others wait.
 
     python -m crepe_deploy.serve.onnx_server FOLDER --host 127.0.0.1 --port 8000 [--max-model-len N] [--threads N]
 
-GET /health, GET /v1/models, POST /v1/completions and /v1/chat/completions. The key that clients must send, if any, is
-in VLLM_API_KEY, as with vLLM. What is not supported is refused by name, never ignored.
+GET /health, GET /v1/models, POST /v1/completions and /v1/chat/completions, streamed where asked. The key that clients
+must send, if any, is in VLLM_API_KEY, as with vLLM. What is not supported is refused by name, never ignored; what a
+client no longer waits for is not computed.
 """
 
 from __future__ import annotations
 
 import argparse
-import hmac
+import asyncio
 import json
-import os
 import signal
 import sys
 import threading
 import time
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CheckpointError, ConfigError, CrepeError
-from ..store.checkpoint import read_config
-from ..store.reading import read_object
-from .onnx_generate import Sampling, generate
-from .ort import Runner, load_runner
+import uvicorn
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
-MAX_BODY_BYTES: Final = 8 << 20
-_SAMPLING: Final = {"max_tokens", "temperature", "top_p", "seed", "ignore_eos"}
-_SHARED: Final = _SAMPLING | {"model", "return_token_ids", "user", "max_completion_tokens"}
-_NEUTRAL: Final[dict[str, Any]] = {"n": 1, "stream": False, "echo": False, "logprobs": None, "stop": None}
-_PROMPT: Final = {"/v1/completions": "prompt", "/v1/chat/completions": "messages"}
+from ..errors import ConfigError, CrepeError
+from ..store.reading import parse_json
+from .key import RequireKey, error_body
+from .onnx_model import Answer, Model, Piece
+from .onnx_requests import Ask
+
+MAX_BODY_BYTES: Final = 4 << 20
+MAX_DISCARDED_BYTES: Final = 256 << 20  # of a body that is refused: read, so that its sender reads why
+BODY_S: Final = 60  # for a body to arrive
+MAX_REQUESTS: Final = 64  # that arrive, wait or are answered
+RETRY_AFTER_S: Final = 5
+CLOSING_S: Final = 5
+CLIENT_GONE: Final = 499
+CHAT: Final = "/v1/chat/completions"
 
 
-class Model:
-    """What is served: the runner, its tokenizer where the folder has one, and one lock, as there is one cache."""
+class Job:
+    """One request on its way: its tokens as they come, None after the last, and its answer."""
 
-    def __init__(self, folder: Path, name: str, max_tokens: int, threads: int) -> None:
-        from ..texts import load_tokenizer
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self.cancelled = threading.Event()
+        self.pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+        self.answer: asyncio.Future[Answer | None]
 
-        config = read_config(folder)
-        self.name = name
-        self.max_tokens = min(max_tokens, int(config.get("max_position_embeddings", max_tokens)))
-        self.vocab_size = int(config["vocab_size"])
-        self.runner: Runner = load_runner(folder, self.max_tokens, threads)
+    def start(self, model: Model, worker: ThreadPoolExecutor) -> None:
+        """Have it answered when its turn comes."""
+        loop = asyncio.get_running_loop()
+
+        def emit(piece: Piece) -> None:
+            loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+
+        self.answer = asyncio.wrap_future(worker.submit(model.answer, self.ask, emit, self.cancelled))
+        self.answer.add_done_callback(lambda _: self.pieces.put_nowait(None))
+
+    def error(self) -> BaseException | None:
+        """What went wrong, once it is done."""
+        return self.answer.exception() if self.answer.done() and not self.answer.cancelled() else None
+
+
+class Service:
+    """The server's requests: how many are let in, and the one thread that answers them."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.worker = ThreadPoolExecutor(1)
+        self.arriving = 0
+        self.jobs: set[Job] = set()
+
+    async def models(self, _request: Request) -> Response:
+        """The one model."""
+        entry = {"id": self.model.name, "object": "model", "created": int(time.time()), "owned_by": "crepe-deploy"}
+        return JSONResponse({"object": "list", "data": [entry | {"max_model_len": self.model.max_tokens}]})
+
+    async def complete(self, request: Request) -> Response:
+        """A completion or the answer of a chat, whole or streamed; 503 when too many requests are here already."""
+        busy = self.arriving + len(self.jobs) >= MAX_REQUESTS
+        self.arriving += 1
         try:
-            self.tokenizer: Any = load_tokenizer(folder)
-        except CheckpointError:
-            self.tokenizer = None
-        ends = _ends(config, folder)
-        self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        self.lock = threading.Lock()
+            body = await read_body(request, 0 if busy else MAX_BODY_BYTES)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        finally:
+            self.arriving -= 1
+        if busy:
+            message = f"{MAX_REQUESTS} requests are waiting: try again later"
+            raise HTTPException(503, message, {"Retry-After": str(RETRY_AFTER_S)})
+        if body is None:
+            raise HTTPException(413, f"a body has at most {MAX_BODY_BYTES} bytes")
+        ask = Ask.checked(parse_json(body, "the body", ConfigError), self.model.name, chat=request.url.path == CHAT)
+        self.model.check(ask)
+        return await self._answer(request, Job(ask))
 
-    def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The OpenAI answer to a request. Raises ConfigError naming the field that is wrong or not supported."""
-        chat = path != "/v1/completions"
-        sampling = _sampling(body, _PROMPT[path], self.name)
-        prompt = self._prompt(body[_PROMPT[path]], chat)
-        room = self.max_tokens - len(prompt)
-        if room < 1:
-            raise ConfigError(f"the prompt has {len(prompt)} tokens and the model reads {self.max_tokens}")
-        with self.lock:
-            tokens, reason = generate(self.runner, prompt, sampling, self.ends, room)
-        said = tokens[:-1] if reason == "stop" else tokens
-        text = "" if self.tokenizer is None else self.tokenizer.decode(said, skip_special_tokens=True)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
-        choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        if body.get("return_token_ids"):
-            choice["token_ids"] = tokens
-        return {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion" if chat else "text_completion",
-            "created": int(time.time()),
-            "model": self.name,
-            "choices": [choice],
-            "usage": {
-                "prompt_tokens": len(prompt),
-                "completion_tokens": len(tokens),
-                "total_tokens": len(prompt) + len(tokens),
-            },
-        }
-
-    def _prompt(self, given: Any, chat: bool) -> list[int]:
-        if isinstance(given, list) and given and not chat and all(type(token) is int for token in given):
-            if not all(0 <= token < self.vocab_size for token in given):
-                raise ConfigError(f"prompt: token ids are from 0 to {self.vocab_size - 1}")
-            return given
-        if self.tokenizer is None:
-            raise ConfigError("this folder has no tokenizer: give the prompt as a list of token ids")
-        if chat:
-            return self._chat(given)
-        if not isinstance(given, str) or not given:
-            raise ConfigError("prompt: one string or one list of token ids is read, and it may not be empty")
-        return [int(token) for token in self.tokenizer(given)["input_ids"]]
-
-    def _chat(self, messages: Any) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            raise ConfigError("this model has no chat template: use /v1/completions")
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages) or not messages:
-            raise ConfigError("messages: a list of objects with role and content is read")
-        if not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
-            raise ConfigError("messages: role and content are strings here")
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-
-def _ends(config: dict[str, Any], folder: Path) -> Any:
-    """End-of-text tokens: those of generation_config.json where it names any."""
-    path = folder / "generation_config.json"
-    named = read_object(path).get("eos_token_id") if path.is_file() else None
-    return config.get("eos_token_id") if named is None else named
-
-
-def _sampling(body: dict[str, Any], prompt: str, model: str) -> Sampling:
-    """The request's sampling. Raises ConfigError for a field that is missing, wrong or not supported."""
-    if prompt not in body:
-        raise ConfigError(f"'{prompt}' is missing")
-    for name, value in body.items():
-        if name not in _SHARED and name != prompt and value != _NEUTRAL.get(name, ...):
-            raise ConfigError(f"'{name}' is not supported by this server")
-    if body.get("model", model) != model:
-        raise ConfigError(f"model '{body['model']}' is not served here; '{model}' is")
-    given = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
-    if body.get("max_completion_tokens") is not None:
-        given["max_tokens"] = body["max_completion_tokens"]
-    return Sampling.checked(given)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One request. `model` and `key` are set on the class before the server starts."""
-
-    model: Model
-    key: str | None = None
-    protocol_version = "HTTP/1.1"
-    timeout = 60
-
-    def do_GET(self) -> None:
-        """Health without a key; the model's name with it."""
-        if self.path == "/health":
-            self._send(200, {})
-        elif self._allowed() and self.path == "/v1/models":
-            self._send(200, {"object": "list", "data": [{"id": self.model.name, "object": "model"}]})
-        elif self._allowed():
-            self._fail(404, f"there is no {self.path}")
-        else:
-            self._fail(401, "a valid key is needed: Authorization: Bearer KEY")
-
-    def do_POST(self) -> None:
-        """A completion."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            self.close_connection = True
-            self._fail(413 if length.isdigit() else 411, f"a Content-Length of at most {MAX_BODY_BYTES} is needed")
-            return
-        data = self.rfile.read(int(length))
-        if not self._allowed():
-            self._fail(401, "a valid key is needed: Authorization: Bearer KEY")
-        elif self.path not in _PROMPT:
-            self._fail(404, f"there is no {self.path}")
-        else:
-            self._complete(data)
-
-    def _complete(self, data: bytes) -> None:
+    async def _answer(self, request: Request, job: Job) -> Response:
+        """Wait for a whole answer, or for the first token of a stream, while the client does."""
+        job.start(self.model, self.worker)
+        self.jobs.add(job)
+        job.answer.add_done_callback(lambda _: self.jobs.discard(job))
+        gone = asyncio.ensure_future(_gone(request))
+        wanted = asyncio.ensure_future(job.pieces.get())
         try:
-            body = json.loads(data)
-            if not isinstance(body, dict):
-                raise ConfigError("the body is no JSON object")
-            answer = self.model.answer(self.path, body)
-        except (ValueError, ConfigError) as error:
-            self._fail(400, str(error))
-        except CrepeError as error:
-            self._fail(500, str(error))
-        else:
-            self._send(200, answer)
+            await asyncio.wait({wanted if job.ask.stream else job.answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if (error := job.error()) is not None:
+                raise error
+            if job.ask.stream and wanted.done() and (first := wanted.result()) is not None:
+                events = stream(self.model.name, job, first)
+                return StreamingResponse(
+                    events, media_type="text/event-stream", headers={"Cache-Control": "no-store"},
+                    background=BackgroundTask(job.cancelled.set),
+                )  # fmt: skip
+            if job.answer.done() and (answer := job.answer.result()) is not None:
+                return JSONResponse(whole(self.model.name, job.ask, answer))
+            job.cancelled.set()
+            return Response(status_code=CLIENT_GONE)
+        except asyncio.CancelledError:
+            job.cancelled.set()
+            raise
+        finally:
+            gone.cancel()
+            wanted.cancel()
 
-    def _allowed(self) -> bool:
-        given = self.headers.get("Authorization", "").encode()
-        return self.key is None or hmac.compare_digest(given, f"Bearer {self.key}".encode())
+    def close(self) -> None:
+        """Compute nothing more."""
+        for job in self.jobs:
+            job.cancelled.set()
+        self.worker.shutdown(cancel_futures=True)
 
-    def _fail(self, code: int, message: str) -> None:
-        self._send(code, {"error": {"message": message, "code": code}})
 
-    def _send(self, code: int, content: dict[str, Any]) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_body(request: Request, limit: int) -> bytes | None:
+    """The body, or None where it has more than `limit` bytes. Raises HTTPException 408 where it does not come."""
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                size += len(part)
+                if size <= limit:
+                    body += part
+                elif size > MAX_DISCARDED_BYTES:
+                    break
+    except TimeoutError as error:
+        raise HTTPException(408, f"the body did not arrive in {BODY_S} s") from error
+    return bytes(body) if size <= limit else None
+
+
+def whole(name: str, ask: Ask, answer: Answer) -> dict[str, Any]:
+    """An answer in one."""
+    said = {"message": {"role": "assistant", "content": answer.text}} if ask.chat else {"text": answer.text}
+    choice = {"index": 0, "finish_reason": answer.reason, "logprobs": None, **said}
+    if ask.return_token_ids:
+        choice["token_ids"] = answer.tokens
+    return envelope(name, ask) | {"choices": [choice], "usage": usage(answer)}
+
+
+async def stream(name: str, job: Job, first: Piece) -> AsyncIterator[str]:
+    """An answer as events: its pieces, why it ended, what it took where that was asked for, and [DONE]."""
+    head = envelope(name, job.ask)
+
+    def event(said: dict[str, Any], reason: str | None = None, token: int | None = None) -> str:
+        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None, **said}
+        if job.ask.return_token_ids and token is not None:
+            choice["token_ids"] = [token]
+        return _data(head | {"choices": [choice]})
+
+    if job.ask.chat:
+        yield event({"delta": {"role": "assistant", "content": ""}})
+    piece: Piece | None = first
+    while piece is not None:
+        if piece.text or job.ask.return_token_ids:
+            yield event({"delta": {"content": piece.text}} if job.ask.chat else {"text": piece.text}, token=piece.token)
+        piece = await job.pieces.get()
+    if (error := job.error()) is not None:
+        yield _data(error_body(500, str(error)))
+    elif (answer := job.answer.result()) is not None:
+        yield event({"delta": {}} if job.ask.chat else {"text": ""}, answer.reason)
+        if job.ask.include_usage:
+            yield _data(head | {"choices": [], "usage": usage(answer)})
+    yield "data: [DONE]\n\n"
+
+
+def envelope(name: str, ask: Ask) -> dict[str, Any]:
+    """What every answer and every event of one says of itself."""
+    kind = ("chat.completion.chunk" if ask.stream else "chat.completion") if ask.chat else "text_completion"
+    start = "chatcmpl" if ask.chat else "cmpl"
+    return {"id": f"{start}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
+
+
+def usage(answer: Answer) -> dict[str, int]:
+    """How many tokens were read and written."""
+    read, written = answer.prompt_tokens, len(answer.tokens)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def _data(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def failure(_request: Request, error: Exception) -> Response:
+    """Any error as OpenAI's API gives it."""
+    if isinstance(error, HTTPException):
+        return JSONResponse(error_body(error.status_code, error.detail), error.status_code, error.headers)
+    code = 400 if isinstance(error, ConfigError) else 500
+    message = str(error) if isinstance(error, CrepeError) else "an unexpected error; the server's log has it"
+    return JSONResponse(error_body(code, message), code)
+
+
+def application(service: Service) -> Starlette:
+    """The server's paths."""
+    routes = [
+        Route("/health", lambda _: JSONResponse({})),
+        Route("/v1/models", service.models),
+        *(Route(path, service.complete, methods=["POST"]) for path in ("/v1/completions", CHAT)),
+    ]
+    handlers: dict[Any, Any] = dict.fromkeys((HTTPException, CrepeError, Exception), failure)
+    return Starlette(routes=routes, middleware=[Middleware(RequireKey)], exception_handlers=handlers)
 
 
 def main() -> None:
     """Serve until SIGINT or SIGTERM."""
-    parser = argparse.ArgumentParser(prog="crepe-deploy serve (ONNX)")
+    parser = argparse.ArgumentParser(prog="crepe-deploy serve (ONNX)", allow_abbrev=False)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
@@ -203,22 +244,18 @@ def main() -> None:
     options = parser.parse_args()
     name = options.served_model_name or options.folder.resolve().name
     try:
-        Handler.model = Model(options.folder, name, options.max_model_len, options.threads)
+        service = Service(Model(options.folder, name, options.max_model_len, options.threads))
     except CrepeError as error:
         sys.exit(f"error: {error}")
-    Handler.key = os.environ.get("VLLM_API_KEY") or None
-    ThreadingHTTPServer.address_family = _family(options.host)
-    server = ThreadingHTTPServer((options.host, options.port), Handler)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
-    server.serve_forever()
-    server.server_close()
-
-
-def _family(host: str) -> Any:
-    import socket
-
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises again what it got, when it has stopped
+        signal.signal(number, lambda *_: None)
+    try:
+        uvicorn.run(
+            application(service), host=options.host, port=options.port, http="h11", ws="none", lifespan="off",
+            loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING_S,
+        )  # fmt: skip
+    finally:
+        service.close()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import json
 import urllib.error
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..errors import ServeError
+from ..store.reading import parse_json
 
 # Gaps between the two best float32 logits within which a server that computes in this dtype may choose the other.
 # int4 graphs round activations too, by whichever instructions the machine has.
@@ -99,11 +101,12 @@ def request(url: str, body: dict[str, Any] | None, api_key: str | None, timeout_
     data = None if body is None else json.dumps(body).encode()
     try:
         with _OPENER.open(urllib.request.Request(url, data, headers), timeout=timeout_s) as answer:
-            content = json.loads(answer.read())
+            text = answer.read()
     except urllib.error.HTTPError as error:
         raise ServeError(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:300]}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ServeError(f"{url} did not answer: {error}") from error
+    content = parse_json(text, f"the answer of {url}", ServeError)
     if not isinstance(content, dict):
         raise ServeError(f"{url} answered no JSON object")
     return content
@@ -114,5 +117,5 @@ def healthy(url: str) -> bool:
     try:
         with _OPENER.open(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == 200)
-    except OSError:  # URLError and HTTPError are OSErrors: not up yet
+    except (OSError, http.client.HTTPException):  # URLError and HTTPError are OSErrors: not up yet
         return False

@@ -18,6 +18,15 @@ for package in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["set
 from crepe_deploy.bench.assets import Assets, ensure_assets  # noqa: E402
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `faults`, unless -m asks for it."""
+    if "faults" in config.option.markexpr:
+        return
+    left = [item for item in items if item.get_closest_marker("faults")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
 @pytest.fixture(scope="session")
 def assets() -> Assets:
     """The real model and texts, fetched if missing."""

@@ -86,12 +86,13 @@ class ServedWorker:
 
 
 def session_sizes(session: int, field: str) -> Iterator[int]:
-    """Bytes in a memory field of /proc/PID/status, for every process of the session that `session` leads."""
+    """Bytes in a memory field of /proc/PID/status, for every process of the session that `session` leads; that one, the
+    server's keeper, not counted."""
     for folder in _PROC.glob("[0-9]*"):
         try:
             stat = (folder / "stat").read_text(encoding="utf-8")
             status = (folder / "status").read_text(encoding="utf-8")
         except OSError:  # it has ended meanwhile
             continue
-        if int(stat.rpartition(")")[2].split()[3]) == session:
+        if int(stat.rpartition(")")[2].split()[3]) == session != int(folder.name):
             yield from (int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))

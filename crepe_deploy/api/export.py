@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crepe_deploy.progress import Progress, silent
+from crepe_deploy.store.checkpoint import require_folder
 from crepe_deploy.store.manifest import Manifest
 
 from .inputs import export_options
@@ -24,6 +25,7 @@ def export(
     """
     from crepe_deploy.exporting.pipeline import export_checkpoint
 
+    require_folder(Path(source))
     target = Path(out) if out is not None else Path(source).resolve().parent / format
     options = export_options(onnx_flavor, precision)
     return export_checkpoint(

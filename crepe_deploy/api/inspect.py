@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
+from crepe_deploy.errors import InputError
 from crepe_deploy.packed.config import QUANT_METHOD
 from crepe_deploy.store.audit import audit, inspect_folder, recorded
-from crepe_deploy.store.checkpoint import read_config
+from crepe_deploy.store.checkpoint import read_config, require_folder
+from crepe_deploy.store.stock import check_tokenizer
 from crepe_deploy.structural.check import describe
 
 
@@ -32,16 +34,22 @@ class TensorRow(TypedDict):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` counted. layers: the widths of each layer where layers may differ, else None."""
+    """What `inspect` counted.
+
+    layers: the widths of each layer where layers may differ, else None. damage: why the folder's tokenizer does not
+    work, or None.
+    """
 
     folder: Path
     tensors: list[TensorRow]
     layers: list[dict[str, Any]] | None
+    damage: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What the command prints with --json."""
         layers = {"layers": self.layers} if self.layers else {}
-        return {"folder": str(self.folder), "tensors": self.tensors, **layers}
+        damage = {"damage": self.damage} if self.damage else {}
+        return {"folder": str(self.folder), "tensors": self.tensors, **layers, **damage}
 
 
 def inspect(folder: str | Path) -> Inspection:
@@ -52,10 +60,19 @@ def inspect(folder: str | Path) -> Inspection:
     from crepe_deploy.exporting.onnx.inspect import inspect_onnx, is_onnx
 
     root = Path(folder)
+    require_folder(root)
     if is_onnx(root):
-        return Inspection(root, cast(list[TensorRow], inspect_onnx(root)), None)
+        return Inspection(root, cast(list[TensorRow], inspect_onnx(root)), None, _damage(root))
     rows = _packed_rows(root) if _is_packed(root) else cast(list[TensorRow], inspect_folder(root))
-    return Inspection(root, rows, describe(root))
+    return Inspection(root, rows, describe(root), _damage(root))
+
+
+def _damage(root: Path) -> str | None:
+    try:
+        check_tokenizer(root)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _is_packed(root: Path) -> bool:

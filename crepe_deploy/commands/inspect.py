@@ -27,7 +27,8 @@ def inspect_command(folder: Path, as_json: bool) -> None:
     from crepe_deploy.api.inspect import inspect
 
     result = inspect(folder)
-    print_result(result.to_dict(), as_json, [*tensor_lines(result.tensors), *width_lines(result.layers or [])])
+    damage = [f"damaged: {result.damage}"] if result.damage else []
+    print_result(result.to_dict(), as_json, [*tensor_lines(result.tensors), *width_lines(result.layers or []), *damage])
 
 
 def tensor_lines(tensors: list[TensorRow]) -> list[str]:

@@ -21,7 +21,7 @@ Examples:
 def verify_command(folder: Path, as_json: bool) -> None:
     """Compare every file of FOLDER with its manifest; exit 1 naming the file that differs.
 
-    After structural pruning every tensor's shape is compared with config.json too.
+    After structural pruning every tensor's shape is compared with config.json too. The tokenizer is loaded.
     """
     from crepe_deploy.api.verify import verify
 

@@ -15,6 +15,7 @@ from crepe_deploy.pattern import Pattern
 from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.sources import Model
+from crepe_deploy.store.stock import check_tokenizer
 from crepe_deploy.texts import CalibrationSet
 
 from .config import PruneConfig
@@ -56,6 +57,7 @@ def plan_run(
     tokens = _calibration_tokens(decoder, config, calibration)
     held = None
     probe = _probe_tokens(decoder, tokens)
+    check_tokenizer(model.folder)
     if config.steps.rescale is not None and tokens is not None:
         fitted = len(tokens) - config.steps.rescale.held_out(len(tokens))
         tokens, held = tokens[:fitted], tokens[fitted:]

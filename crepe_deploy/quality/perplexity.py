@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from crepe_deploy.errors import CheckpointError, ConfigError, NumericalError
+from crepe_deploy.errors import CheckpointError, ConfigError, NumericalError, UnsupportedModel
 from crepe_deploy.machine import peak_rss_bytes
+from crepe_deploy.model.architecture import whole_model
 from crepe_deploy.model.decoder import COMPUTE_DTYPES
 from crepe_deploy.progress import Progress
+from crepe_deploy.store.stock import check_ids, third_party
 from crepe_deploy.texts import Text, load_text, load_tokenizer, tokenize, wants_bos_each_window
 
 from .scoring import (
@@ -159,6 +160,7 @@ def evaluate(
         _check_same_vocabulary(model, reference)
     window = min([window, *(context_length(one) or window for one in (model, reference) if one is not None)])
     windows = plan_windows(ids, window, stride, max_tokens, mode, tokenizer.bos_token_id)
+    check_ids(tokenizer, torch.cat(windows.sequences).tolist(), model.get_input_embeddings().num_embeddings)
     scores = _score_all(model, reference, windows, progress)
     return QualityReport(
         model=str(model_dir),
@@ -176,26 +178,11 @@ def load_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> Any:
 
     Raises CheckpointError, and ConfigError for an unknown dtype.
     """
-    from transformers import AutoModelForCausalLM
-
     if dtype != "auto" and dtype not in COMPUTE_DTYPES:
         raise ConfigError(f"dtype '{dtype}' is not known; known: auto, {', '.join(COMPUTE_DTYPES)}")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=COMPUTE_DTYPES.get(dtype, "auto"),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
-    if info["missing_keys"]:
-        raise CheckpointError(f"{folder} lacks weights that the model needs: {', '.join(sorted(info['missing_keys']))}")
-    return model.eval().to(device)
+    return whole_model(folder, dtype=COMPUTE_DTYPES.get(dtype, "auto")).to(device)
 
 
 def context_length(model: Any) -> int | None:
@@ -296,7 +283,8 @@ def _score(model: Any, reference: Any | None, ids: Tensor, first: int) -> _Score
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(ids[None], use_cache=False).logits[0]
+    with third_party(f"transformers cannot compute with {model.config.name_or_path}", UnsupportedModel):
+        logits: Tensor = model(ids[None], use_cache=False).logits[0]
     return logits
 
 

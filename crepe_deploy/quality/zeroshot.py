@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from crepe_deploy.errors import CalibrationError, ConfigError, MissingExtra
+from crepe_deploy.store.stock import check_ids
 from crepe_deploy.texts import load_tokenizer
 
 from .perplexity import load_model, resolve_device
@@ -253,7 +254,11 @@ def _run(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=batch_size, device=str(model.device))
+    tokenizer = load_tokenizer(folder)
+    embedding = model.get_input_embeddings()
+    rows = len(embedding.weight)
+    embedding.register_forward_pre_hook(lambda _, given: check_ids(tokenizer, given[0].flatten().tolist(), rows))
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
     try:
         loaded = manager.load([dict(spec) if isinstance(spec, dict) else spec for spec in specs])
         for task in loaded["tasks"].values():

@@ -107,6 +107,13 @@ def _check_layout(path: Path, infos: list[TensorInfo], data_start: int, file_byt
         )
 
 
+def require_folder(root: Path) -> None:
+    """Raise CheckpointError unless there is such a folder."""
+    if not root.is_dir():
+        what = "there is no such folder" if not root.exists() else "it is a file"
+        raise CheckpointError(f"{root} is not a model folder: {what}")
+
+
 def read_config(root: Path) -> dict[str, Any]:
     """`config.json` of a model folder. Raises CheckpointError."""
     return read_object(root / "config.json", lenient=True)
@@ -155,8 +162,7 @@ class CheckpointReader:
     """
 
     def __init__(self, root: Path) -> None:
-        if not root.is_dir():
-            raise CheckpointError(f"{root} is not a model folder")
+        require_folder(root)
         self.root = root
         self.files = shard_paths(root)
         self.tensors: dict[str, TensorInfo] = {}

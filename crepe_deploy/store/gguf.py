@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 import os
 import shutil
 import struct
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,9 @@ from typing import Any
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, MissingExtra, OutputError, UnsupportedModel
 
 from .files import disk_errors, write_json
+from .gguf_split import check_parts, join, parts_of
 from .manifest import sha256_file
+from .stock import CLOSED, third_party
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -36,34 +41,73 @@ class GgufInfo:
 def check_gguf(path: Path) -> GgufInfo:
     """Read the header and prove that every tensor's bytes are there; the data itself is not read.
 
-    Raises CheckpointError (missing, not GGUF, unknown version, damaged or truncated) and MissingExtra.
+    Of a split file, `path` being any part, the headers of all parts. Raises CheckpointError (missing, not GGUF, unknown
+    version, damaged, truncated, a part or a name that is not right) and MissingExtra.
     """
-    _check_magic(path)
+    parts = parts_of(path)
+    for part in parts:
+        _check_magic(part)
     _need("gguf")
+    readers = [_checked_reader(part) for part in parts]
+    check_parts(parts, readers)
+    with _damage_named(parts[0]):
+        info = GgufInfo(
+            name=_text(readers[0], "general.name") or path.stem,
+            architecture=_text(readers[0], "general.architecture") or "unknown",
+            licence=_text(readers[0], "general.license"),
+            quantisation=dict(Counter(tensor.tensor_type.name for reader in readers for tensor in reader.tensors)),
+        )
+        _check_names(path, info.architecture, readers)
+    return info
+
+
+def _checked_reader(path: Path) -> Any:
     from gguf import GGUFReader
 
     size = path.stat().st_size
-    try:
+    with _damage_named(path):
         reader = GGUFReader(str(path))
         ends = [int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors]
-        info = GgufInfo(
-            name=_text(reader, "general.name") or path.stem,
-            architecture=_text(reader, "general.architecture") or "unknown",
-            licence=_text(reader, "general.license"),
-            quantisation=dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
-        )
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({size} bytes): {error}; download it again") from error
     if not ends or max(ends) > size:
         raise CheckpointError(
             f"{path} is truncated: it has {size} bytes and its tensors end at byte {max(ends, default=0)}; "
             f"download it again"
         )
-    return info
+    return reader
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or truncated ({path.stat().st_size} bytes): {error}; download it again"
+        ) from error
+
+
+def _check_names(path: Path, architecture: str, readers: list[Any]) -> None:
+    """Refuse tensors that no reader of this architecture looks for: a misnamed one would be left out in silence."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kind = next((kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+    blocks = readers[0].fields.get(f"{architecture}.block_count")
+    if kind is None or blocks is None:
+        return  # transformers will say that it cannot read this
+    known = {name for _, name in get_tensor_name_map(kind, int(blocks.contents())).mapping.values()}
+    names = [tensor.name for reader in readers for tensor in reader.tensors]
+    strange = [name for name in names if name not in known and name.rpartition(".")[0] not in known]
+    if strange:
+        raise CheckpointError(
+            f"{path}: tensor '{strange[0]}' is none that a '{architecture}' model of {int(blocks.contents())} blocks "
+            f"has{f' ({len(strange)} such tensors)' if len(strange) > 1 else ''}; download it again"
+        )
 
 
 def convert_gguf(path: Path, out_dir: Path, dtype: str = "bfloat16") -> dict[str, Any]:
     """Dequantise a GGUF file into a Hugging Face folder (weights, config, generation config, tokenizer, template).
+
+    Of a split file, `path` being any part, all parts are read, joined beside the output meanwhile.
 
     Works in `out_dir.partial-PID` and renames it; `out_dir` must not exist or be empty. Returns, and leaves in the
     folder as `gguf_source.json`, where the weights come from: file name, sha256, size, storage types, dtype; a
@@ -76,10 +120,12 @@ def convert_gguf(path: Path, out_dir: Path, dtype: str = "bfloat16") -> dict[str
         raise OutputError(f"{out_dir} exists already; remove it or choose another folder")
     info = check_gguf(path)
     _need("accelerate")
+    parts = parts_of(path)
     provenance = {
-        "file": path.name,
-        "sha256": sha256_file(path),
-        "size_bytes": path.stat().st_size,
+        "file": parts[0].name,
+        "sha256": hash_gguf(path),
+        "size_bytes": sum(part.stat().st_size for part in parts),
+        **({"parts": {part.name: sha256_file(part) for part in parts}} if len(parts) > 1 else {}),
         **asdict(info),
         "weights": f"dequantised from {', '.join(sorted(info.quantisation))} to {dtype}",
         "dtype": dtype,
@@ -88,7 +134,12 @@ def convert_gguf(path: Path, out_dir: Path, dtype: str = "bfloat16") -> dict[str
     try:
         with disk_errors(partial):
             partial.mkdir(parents=True)
-            _dequantise(path, partial, dtype, info)
+            whole = path
+            if len(parts) > 1:
+                whole = partial / "joined.gguf"
+                join(parts, whole)
+            _dequantise(whole, partial, dtype, f"{path} ({info.architecture})")
+            (partial / "joined.gguf").unlink(missing_ok=True)
             write_json(partial / PROVENANCE, provenance)
             (partial / "README.md").write_text(_card(provenance), encoding="utf-8")
             for file in partial.iterdir():
@@ -97,6 +148,14 @@ def convert_gguf(path: Path, out_dir: Path, dtype: str = "bfloat16") -> dict[str
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return provenance
+
+
+def hash_gguf(path: Path) -> str:
+    """Hex sha256 of a GGUF file; of a split one, that of its parts' hashes. Raises CheckpointError."""
+    parts = parts_of(path)
+    if len(parts) == 1:
+        return sha256_file(path)
+    return hashlib.sha256("".join(map(sha256_file, parts)).encode()).hexdigest()
 
 
 def _check_magic(path: Path) -> None:
@@ -112,6 +171,12 @@ def _check_magic(path: Path) -> None:
     version = struct.unpack("<I", head[4:8])[0]
     if version not in VERSIONS:
         raise CheckpointError(f"{path} is GGUF version {version}; versions {VERSIONS[0]} to {VERSIONS[-1]} are read")
+
+
+def named(names: Iterable[str], most: int = 5) -> str:
+    """Some names for a message, sorted, and how many more there are."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
 
 
 def _need(package: str) -> None:
@@ -133,26 +198,29 @@ def _text(reader: Any, key: str) -> str | None:
     return None if field is None else str(field.contents())
 
 
-def _dequantise(path: Path, out_dir: Path, dtype: str, info: GgufInfo) -> None:
+def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, **CLOSED}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            dtype=getattr(torch, dtype),
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        _forget_quantisation(model)
-        model.save_pretrained(str(out_dir))
-        tokenizer.save_pretrained(str(out_dir))
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, AttributeError) as error:
-        raise UnsupportedModel(f"transformers cannot convert {path} ({info.architecture}): {error}") from error
+        with third_party(f"transformers cannot convert {shown}", UnsupportedModel):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                **place,
+                dtype=getattr(torch, dtype),
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+            if loading["missing_keys"]:
+                raise CheckpointError(f"{shown} lacks weights that the model needs: {named(loading['missing_keys'])}")
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            _forget_quantisation(model)
+        with third_party(f"transformers cannot save {shown}", UnsupportedModel), disk_errors(out_dir):
+            model.save_pretrained(str(out_dir))
+            tokenizer.save_pretrained(str(out_dir))
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -16,6 +16,7 @@ from .checkpoint import shard_paths
 from .manifest import Source, sha256_file
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_GGUF_CACHE = "gguf-2"  # before 2 a model could be kept whose missing weights were random
 _HUB_FILES = [
     "*.safetensors",
     "*.json",
@@ -55,12 +56,12 @@ def resolve_model(model: str, revision: str | None = None, say: Callable[[str], 
 
 
 def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:
-    from .gguf import convert_gguf
+    from .gguf import convert_gguf, hash_gguf
 
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    digest = sha256_file(path)
-    folder = cache_dir() / "gguf" / digest
+    digest = hash_gguf(path)
+    folder = cache_dir() / _GGUF_CACHE / digest
     if not folder.is_dir():
         say(f"dequantising {path.name} (once; kept in {folder})")
         convert_gguf(path, folder)

@@ -18,6 +18,7 @@ from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.journal import Journal, open_journal
 from crepe_deploy.store.sources import Model, describe_source
+from crepe_deploy.store.stock import check_tokenizer
 from crepe_deploy.texts import CalibrationSet
 
 from .config import TyrConfig
@@ -89,6 +90,7 @@ def prepare_run(
     require_family(decoder)
     geometry = Geometry.from_config(decoder.config)
     _check_windows(config, calibration, decoder)
+    check_tokenizer(model.folder)
     units = config_units(config, geometry)
     budgets: list[Budget] = []
     shared: list[Width] = []

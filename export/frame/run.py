@@ -20,6 +20,7 @@ from ...store.manifest import (
     versions,
 )
 from ...store.sources import Model, describe_source
+from ...store.stock import check_tokenizer
 from .card import write_card
 from .exporter import Exporter, Source, Words
 
@@ -33,6 +34,8 @@ def run(
     manifest, InputError for what the format does not take, DiskFullError, CheckpointError, ParityError.
     """
     source = read_source(exporter, folder, fresh=fresh)
+    if not fresh:
+        check_tokenizer(folder)
     with exporter.weights(source, target) as weights:
         plan = exporter.plan(source, weights)
         require_disk(target, exporter.room(plan))

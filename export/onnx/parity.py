@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...errors import CheckpointError, ParityError
+from ...errors import NoTokenizer, ParityError
 from ...model.decoder import Decoder
 from ...model.proof import walk_all
 from ...serve.ort import Generator, Graph, Logits, Prompts, greedy, load_runner
+from ...store.stock import check_ids
 from ...texts import load_tokenizer
 
 GREEDY_TOKENS: Final = 64
@@ -80,9 +81,11 @@ def fixed_prompts(source: Path, vocab_size: int) -> list[list[int]]:
     """Three prompts of different lengths; without a tokenizer, of token ids from 2 on."""
     try:
         tokenizer = load_tokenizer(source)
-    except CheckpointError:
+    except NoTokenizer:
         return [[token % vocab_size for token in range(2, end)] for end in (7, 19, 10)]
-    return [[int(token) for token in tokenizer(prompt)["input_ids"]] for prompt in PROMPTS]
+    prompts = [[int(token) for token in tokenizer(prompt)["input_ids"]] for prompt in PROMPTS]
+    check_ids(tokenizer, [token for prompt in prompts for token in prompt], vocab_size)
+    return prompts
 
 
 def _graph_runs(graph: Graph, prompts: Prompts, count: int) -> list[Run]:

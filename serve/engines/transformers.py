@@ -19,13 +19,13 @@ class TransformersEngine:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
 
+        from ...model.architecture import whole_model
         from ...packed.linear import PackedLinear
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=settings.dtype)
-        self.model = model.to(self.device).eval()
+        model = whole_model(folder, dtype=settings.dtype)
+        self.model = model.to(self.device)
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
         for module in self.model.modules():

@@ -6,69 +6,15 @@ import importlib.util
 import json
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
-import torch
 from crepe_deploy.bench import assets as module
 from crepe_deploy.bench.assets import Assets, PackagedFile, ensure_assets, main, split_documents, wiki_documents
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, MissingExtra, OutputError
 from crepe_deploy.store.gguf import check_gguf, convert_gguf
+from tests.gguf_files import write_gguf
 from tests.pico import make_pico_llama, pico_tokenizer
-
-
-def write_gguf(path: Path, model_dir: Path) -> Path:
-    """A llama GGUF of the pico model: matrices in Q8_0, norms in float32, tokenizer and template inside."""
-    tensors = load_file(model_dir / "model.safetensors")
-    config = json.loads((model_dir / "config.json").read_text())
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_name("Pico")
-    writer.add_license("mit")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    _write_tokenizer(writer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for name, tensor in tensors.items():
-        projection = name.split(".")[-2]
-        array = _interleave(tensor, heads[projection]) if projection in heads else tensor.numpy()
-        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quants.quantize(np.ascontiguousarray(array, dtype=np.float32), kind)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def _interleave(weight: torch.Tensor, heads: int) -> np.ndarray:
-    out, columns = weight.shape
-    return weight.reshape(heads, 2, out // heads // 2, columns).swapaxes(1, 2).reshape(out, columns).numpy()
-
-
-def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
-    tokenizer = pico_tokenizer()
-    vocab = tokenizer.get_vocab()
-    tokens = sorted(vocab, key=vocab.__getitem__)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in merges])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
 
 @pytest.fixture(scope="module")

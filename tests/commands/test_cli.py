@@ -62,7 +62,7 @@ FORKED_POOL = """
 import multiprocessing, os, signal, sys
 from crepe_deploy import cli
 
-cli.interrupt_on_sigterm()
+cli.interrupt_on_signals()
 pool = multiprocessing.get_context("fork").Pool(2)
 assert pool.map(abs, [-1, -2]) == [1, 2]
 pool.terminate()
@@ -258,7 +258,7 @@ def test_full_disk(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopping_leaves_nothing(tmp_path: Path, calib: Path, stop: signal.Signals) -> None:
     model = make_pico_llama(tmp_path / "model", num_hidden_layers=60)
     arguments = ["prune-and-export", model, "--out", tmp_path / "out", "--calib", calib, "--method", "sparsegpt"]

@@ -1,7 +1,8 @@
 """Stands in for vLLM's OpenAI server: `fake_server.py PORT MODE`.
 
-Modes: good, wrong, dies, never, quits, stubborn; faulty: of four streams one is good, one is refused, one breaks off
-in the middle, and one is a token short.
+Modes: good, wrong, dies, never, quits, stubborn; brood: stubborn, with a child in a session of its own and a grandchild
+that lost its parent; faulty: of four streams one is good, one is refused, one breaks off in the middle, and one is a
+token short.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -91,7 +93,10 @@ def main() -> None:
     if mode == "dies":
         sys.exit("ValueError: no room for the model")
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN if mode == "stubborn" else stop)
+        signal.signal(number, signal.SIG_IGN if mode in ("stubborn", "brood") else stop)
+    if mode == "brood":
+        subprocess.Popen(["sleep", "3600"], start_new_session=True)
+        subprocess.Popen(["sh", "-c", "setsid sleep 3600 & exit"]).wait()
     Handler.mode = mode
     time.sleep(0.3)
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from crepe_deploy.exporting.frame.greedy import GREEDY_TOKENS
-from crepe_deploy.serve import launcher
+from crepe_deploy.serve import process as processes
 from crepe_deploy.serve.command import serve_command, usage
 from crepe_deploy.serve.launcher import ServeOptions, check, free_port, run, served_dtype, vllm_command
-from crepe_deploy.serve.smoke import compare, healthy
+from crepe_deploy.serve.smoke import compare, healthy, request
 
 from crepe_deploy.errors import CheckpointError, ConfigError, ServeError
+from tests.serve.example import run_example
+from tests.serve.processes import below, wait_until_gone
 
 FAKE = Path(__file__).with_name("fake_server.py")
 GREEDY: dict[str, Any] = {
@@ -89,7 +90,7 @@ def test_failures_end_with_the_cause(tmp_path: Path, mode: str, match: str) -> N
 
 
 def test_a_server_that_ignores_signals_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "STOP_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(processes, "STOP_TIMEOUT_S", 0.5)
     assert start("stubborn", tmp_path)["smoke"]["agreed"] == 4
 
 
@@ -126,6 +127,12 @@ def test_other_hosts_need_a_key(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="--api-key"):
             check(ServeOptions(tmp_path, host=host))
     check(ServeOptions(tmp_path, host="0.0.0.0", port=0, api_key="secret"))
+    for key in ("", "two words", "k\u00e9y", "line\n"):
+        with pytest.raises(ConfigError, match="--api-key"):
+            check(ServeOptions(tmp_path, host="0.0.0.0", port=0, api_key=key))
+    for host in ("no such host", "a" * 70, "x:y"):
+        with pytest.raises(ConfigError, match="cannot be served on"):
+            check(ServeOptions(tmp_path, host=host, port=0, api_key="secret"))
     for host in ("127.0.0.1", "localhost"):
         check(ServeOptions(tmp_path, host=host, port=0))
 
@@ -152,7 +159,7 @@ def test_the_users_options_win(tmp_path: Path) -> None:
 
 def test_the_command_passes_unknown_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ServeOptions] = []
-    monkeypatch.setattr(launcher, "serve", lambda options, say, ready: seen.append(options))
+    monkeypatch.setattr("crepe_deploy.serve.launcher.serve", lambda options, say, ready: seen.append(options))
     arguments = [str(tmp_path), "--port", "9", "--enforce-eager", "--max-model-len", "64"]
     result = CliRunner().invoke(serve_command, arguments, catch_exceptions=False)
     assert result.exit_code == 0
@@ -174,7 +181,7 @@ def test_defining_the_command_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.vllm
-def test_vllm_serves_a_packed_model_from_the_command_line(tmp_path: Path) -> None:
+def test_vllm_serves_a_packed_model_and_does_not_outlive_the_command(tmp_path: Path) -> None:
     import torch
 
     from tests.serve.models import exports
@@ -182,20 +189,24 @@ def test_vllm_serves_a_packed_model_from_the_command_line(tmp_path: Path) -> Non
     packed = exports(tmp_path, "16:32", torch.float32)["packed"]
     code = "from crepe_deploy.serve.command import serve_command; serve_command()"
     python = [sys.executable, "-P", "-c", code]
-    options = ["--port", "0", "--json", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
-    process = subprocess.Popen([*python, str(packed), *options], stdout=subprocess.PIPE, text=True)
+    options = ["--port", "0", "--json", "--api-key", "secret", "--enforce-eager", "--max-model-len", "256"]
+    process = subprocess.Popen(
+        [*python, str(packed), *options, "--max-num-seqs", "4"], stdout=subprocess.PIPE, text=True
+    )  # fmt: skip
     assert process.stdout is not None
     try:
         server = json.loads(process.stdout.readline())
         assert server["smoke"]["agreed"] == server["smoke"]["total"] == GREEDY_TOKENS
-        process.send_signal(signal.SIGINT)
-        assert process.wait(3600) == 0
+        body = {"model": server["model"], "prompt": "the city of the world", "max_tokens": 16, "temperature": 0}
+        for path in ("/v1/completions", "/invocations"):
+            with pytest.raises(ServeError, match="answered 401"):
+                request(f"{server['url']}{path}", body, None)
+        text = request(f"{server['url']}/v1/completions", body, "secret")["choices"][0]["text"]
+        assert run_example(server["url"], body["prompt"], "secret").startswith(text)
+        all_of_it = below(process.pid)
+        assert len(all_of_it) >= 3  # the keeper, the API server, the engine
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-    for _ in range(40):
-        if not healthy(server["url"]):
-            break
-        time.sleep(0.25)
-    assert not healthy(server["url"])
+    wait_until_gone(all_of_it)

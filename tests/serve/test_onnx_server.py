@@ -75,7 +75,10 @@ def test_text_seeds_and_counts(server: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("body", "match"),
     [
-        ({"prompt": "a", "stream": True}, "400.*'stream' is not supported"),
+        ({"prompt": "a", "stream": 1}, "400.*'stream' is true or false"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "400.*goes with stream"),
+        ({"prompt": "a", "stream": True, "stream_options": {"every": 1}}, "400.*include_usage only"),
+        ({"prompt": "a", "stop": "b"}, "400.*'stop' is not supported"),
         ({"prompt": "a", "n": 2}, "400.*'n' is not supported"),
         ({"prompt": "a", "temperature": -1}, "400.*temperature"),
         ({"prompt": "a", "max_tokens": "many"}, "400.*'max_tokens'"),
@@ -135,10 +138,11 @@ class Counting:
 
 def test_generation_ends_where_it_should() -> None:
     greedy = Sampling(max_tokens=9, temperature=0)
-    assert generate(Counting(), [1], greedy, frozenset({4}), 100) == ([2, 3, 4], "stop")
-    assert generate(Counting(), [1], greedy, frozenset({4}), 2) == ([2, 3], "length")
+    assert list(generate(Counting(), [1], greedy, frozenset({4}), 100)) == [(2, None), (3, None), (4, "stop")]
+    assert list(generate(Counting(), [1], greedy, frozenset({4}), 2)) == [(2, None), (3, "length")]
     ignoring = Sampling(max_tokens=4, temperature=0, ignore_eos=True)
-    assert generate(Counting(), [1], ignoring, frozenset({2}), 100) == ([2, 3, 4, 5], "length")
+    found = list(generate(Counting(), [1], ignoring, frozenset({2}), 100))
+    assert found == [(2, None), (3, None), (4, None), (5, "length")]
 
 
 def test_sampling_follows_the_probabilities() -> None:

@@ -1,0 +1,66 @@
+"""The library's frame: an input is a function that makes it, and what every command must answer to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.pico import sample_text
+
+Make = Callable[[Path], Path]
+Command = Callable[[Path, Path], list[str]]
+FORMATS = ("dense", "packed", "int8", "onnx", "deci")
+
+
+@dataclass(frozen=True)
+class Case:
+    """An input and what it meets. refused: as in `case`."""
+
+    make: Make
+    refused: Mapping[str, str]
+
+    def answer(self, command: str) -> str | None:
+        """A word of the refusal that `command` must give; None where it must work."""
+        return self.refused.get(command, self.refused.get("*"))
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(**refused: str) -> Callable[[Make], Make]:
+    """Add a maker: it gets an empty folder to work in and returns the path that commands are given.
+
+    refused: command, "export_FORMAT" or "export" for every format, or "every" -> a word of the one line that refuses
+    it, exit code 2, or exit code 1 where it begins with "1: ". A command not named must work.
+    """
+    spelled = {"*" if name == "every" else name: word for name, word in refused.items()}
+    for name in [f"export_{format}" for format in FORMATS if "export" in spelled]:
+        spelled.setdefault(name, spelled["export"])
+
+    def add(make: Make) -> Make:
+        assert make.__name__ not in CASES
+        CASES[make.__name__] = Case(make, spelled)
+        return make
+
+    return add
+
+
+def _text(work: Path) -> str:
+    path = work.parent / f"{work.name}.txt"
+    path.write_text(sample_text(1500, seed=1))
+    return str(path)
+
+
+def _export(format: str) -> Command:
+    return lambda model, work: ["export", str(model), "--format", format, "--out", str(work / "out")]
+
+
+COMMANDS: dict[str, Command] = {
+    "inspect": lambda model, _: ["inspect", str(model), "--json"],
+    "verify": lambda model, _: ["verify", str(model), "--json"],
+    "plan": lambda model, _: ["plan", str(model), "--json"],
+    "eval": lambda model, work: ["eval", str(model), "--text", _text(work), "--window", "32", "--max-tokens", "64"],
+    "prune": lambda model, work: ["prune", str(model), "--method", "magnitude", "--out", str(work / "out")],
+    **{f"export_{format}": _export(format) for format in FORMATS},
+}

@@ -1,0 +1,90 @@
+"""GGUF as it comes: whole, in parts, with parts or tensors missing, misnamed or changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from crepe_deploy.errors import CheckpointError
+from crepe_deploy.store import sources
+from crepe_deploy.store.checkpoint import CheckpointReader, same_bits
+from crepe_deploy.store.gguf import check_gguf, convert_gguf
+from crepe_deploy.store.sources import resolve_model
+from tests.gguf_files import write_gguf
+from tests.pico import make_pico_llama
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pico_llama(tmp_path_factory.mktemp("pico") / "pico")
+
+
+def split(pico: Path, folder: Path, parts: int = 3) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    write_gguf(folder / "pico.gguf", pico, parts)
+    return sorted(folder.glob("*.gguf"))
+
+
+def test_all_parts_of_a_split_file_are_read_whichever_is_given(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole = resolve_model(str(write_gguf(tmp_path / "whole.gguf", pico)))
+    parts = split(pico, tmp_path / "parts")
+    assert [part.name for part in parts] == [f"pico-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    models = [resolve_model(str(part)) for part in parts]
+    assert len({model.folder for model in models}) == 1 and models[0].folder != whole.folder
+    assert sorted(path.name for path in models[0].folder.iterdir()) == sorted(
+        path.name for path in whole.folder.iterdir()
+    )
+    reader, other = CheckpointReader(models[0].folder), CheckpointReader(whole.folder)
+    assert reader.tensors.keys() == other.tensors.keys()
+    assert all(same_bits(reader.load(name), other.load(name)) for name in reader.tensors)
+    config = [(model.folder / "config.json").read_text() for model in (models[0], whole)]
+    assert config[0] == config[1]
+
+
+def test_parts_that_are_not_there_are_named(pico: Path, tmp_path: Path) -> None:
+    first, second, third = split(pico, tmp_path)
+    second.unlink()
+    for part in (first, third):
+        with pytest.raises(CheckpointError, match=r"one of 3 parts.*pico-00002-of-00003.gguf is not beside it"):
+            convert_gguf(part, tmp_path / "out")
+    renamed = first.rename(tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"part 1 of 3.*-00001-of-00003.gguf"):
+        convert_gguf(renamed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_different_files_are_refused(pico: Path, tmp_path: Path) -> None:
+    first, second, third = split(pico, tmp_path)
+    shutil.copyfile(first, second)
+    with pytest.raises(CheckpointError, match="does not say of itself that it is part 2 of 3"):
+        check_gguf(first)
+    split(pico, tmp_path / "again", parts=2)
+    assert third.is_file()
+
+
+@pytest.mark.parametrize("missing", ["blk.1.ffn_down.weight", "token_embd.weight", "output_norm.weight"])
+def test_a_missing_tensor_is_refused_rather_than_made_up(pico: Path, tmp_path: Path, missing: str) -> None:
+    path = write_gguf(tmp_path / "cut.gguf", pico, rename=lambda name: None if name == missing else name)
+    with pytest.raises(CheckpointError, match="lacks weights that the model needs"):
+        convert_gguf(path, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "output.weight"])
+def test_a_misnamed_tensor_is_named(pico: Path, tmp_path: Path, name: str) -> None:
+    path = write_gguf(tmp_path / "odd.gguf", pico, rename=lambda each: "oddly.named" if each == name else each)
+    with pytest.raises(CheckpointError, match=r"'oddly.named' is none that a 'llama' model of 2 blocks has"):
+        convert_gguf(path, tmp_path / "out")
+
+
+def test_what_older_versions_kept_is_not_used(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "pico.gguf", pico)
+    old = sources.cache_dir() / "gguf" / sources.sha256_file(path)
+    old.mkdir(parents=True)
+    assert resolve_model(str(path)).folder != old
