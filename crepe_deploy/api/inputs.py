@@ -60,16 +60,27 @@ def windows_of(model: Model, calib: Calibration, field: str, samples: int, lengt
     MissingExtra.
     """
     if isinstance(calib, CalibrationSet):
-        return calib
+        return _varied(calib)
     config = load_config(model.folder)
     rows = int(config.get_text_config().vocab_size)
     if isinstance(calib, Tensor):
-        return _as_given(calib, rows, seed)
+        return _varied(_as_given(calib, rows, seed))
     source = calib if isinstance(calib, str | Path) else _several(calib)
     context = int(getattr(config, "max_position_embeddings", length))
     tokenizer = load_tokenizer(model.folder)
     windows = calibration_windows(source, tokenizer, samples, min(length, context), seed=seed, field=field)
     check_ids(tokenizer, windows.tokens.flatten().tolist(), rows)
+    return _varied(windows)
+
+
+def _varied(windows: CalibrationSet) -> CalibrationSet:
+    """The same. Raises CalibrationError for windows of one token over and over behind BOS, padding for example."""
+    body = windows.tokens[:, 1:] if windows.tokens.shape[1] > 2 else windows.tokens
+    if bool((body == body[0, 0]).all()):
+        raise CalibrationError(
+            f"{windows.source}: its windows hold nothing but token {int(body[0, 0])} over and over, from which nothing "
+            "can be learned about a model: give other text"
+        )
     return windows
 
 

@@ -10,23 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calls import Call
 from .decoder import Decoder, LinearSpec
-from .stats import Need, Stats
+from .stats import Need, Stats, Variety, check_inputs
 
 BATCH_TOKENS = 2048
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
 class Stream:
     """Hidden states of a token set in front of one block, in micro-batches, and how every block is to be called.
 
-    hidden: tensors (batch, length, width), compute dtype. calls: for each batch size, one call for each block.
+    hidden: tensors (batch, length, width), compute dtype. calls: for each micro-batch, one call for each block.
     """
 
     hidden: list[Tensor]
-    calls: dict[int, list[Call]]
+    calls: list[list[Call]]
 
     @property
     def sequences(self) -> int:
@@ -40,8 +39,7 @@ class Stream:
     def run(self, block: nn.Module, index: int, *, advance: bool) -> None:
         """Send every micro-batch through `block`; with `advance` its output replaces the hidden states."""
         for position, batch in enumerate(self.hidden):
-            args, kwargs = self.calls[batch.shape[0]][index]
-            output = block(batch, *args, **kwargs)
+            output = self.calls[position][index](block, batch)
             if advance:
                 self.hidden[position] = output
 
@@ -54,11 +52,14 @@ def embed(decoder: Decoder, token_sets: list[Tensor]) -> list[Stream]:
 
 def _embed_one(run: Any, tokens: Tensor) -> Stream:
     hidden: list[Tensor] = []
-    calls: dict[int, list[Call]] = {}
+    calls: list[list[Call]] = []
+    first: dict[int, list[Call]] = {}
     for batch in torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1])):
         slots = run(batch)
+        noted = [slot.call for slot in slots]
+        alike, memo = first.setdefault(len(batch), noted), dict[int, Any]()
         hidden.append(slots[0].hidden)
-        calls.setdefault(batch.shape[0], [slot.call for slot in slots])
+        calls.append([call.sharing(other, memo) for call, other in zip(noted, alike, strict=True)])
     return Stream(hidden, calls)
 
 
@@ -108,11 +109,13 @@ class _Accumulator:
     total: Tensor | None = None
     tokens: int = 0
     gram: Tensor | None = None
+    variety: Variety = field(default_factory=Variety)
     _stats: Stats | None = None
 
     def add(self, batch: Tensor) -> None:
         """`batch` (..., in), any float dtype."""
         rows = batch.reshape(-1, batch.shape[-1])
+        self.variety.see(rows)
         if "moments" in self.needs:
             total = rows.sum(0, dtype=torch.float32)
             self.total = total if self.total is None else self.total.add_(total)
@@ -128,15 +131,19 @@ class _Accumulator:
                 self.gram.addmm_(rows.T, rows)
 
     @torch.inference_mode()
-    def stats(self, sequences: int) -> Stats:
-        """Close the sums; every call returns the same object, so that methods can recognise a shared input."""
+    def stats(self, layer: str, sequences: int) -> Stats:
+        """Close the sums; every call returns the same object, so that methods can recognise a shared input.
+
+        Raises NumericalError naming `layer`, see `check_inputs`.
+        """
         if self._stats is None:
-            self._stats = Stats(
+            stats = Stats(
                 col_norm=None if self.squares is None else (self.squares / sequences).sqrt_(),
                 hessian=None if self.gram is None else self.gram.mul_(2 / sequences),
                 total=None if self.total is None else self.total / sequences,
                 variance=self._variance(),
             )
+            self._stats = check_inputs(layer, stats, varied=self.variety.varied)
         return self._stats
 
     def _variance(self) -> Tensor | None:
@@ -179,8 +186,8 @@ class Collector:
 
         return hook
 
-    def stats(self, path: str, sequences: int) -> Stats:
-        """The statistics of one linear's input; linears with a shared input get the same tensors."""
+    def stats(self, spec: LinearSpec, sequences: int) -> Stats:
+        """The statistics of one linear's input; linears with a shared input get the same. Raises NumericalError."""
         if not self.needs:
             return Stats()
-        return self._by_path[path].stats(sequences)
+        return self._by_path[spec.path].stats(spec.key, sequences)

@@ -26,7 +26,7 @@ from .blocks import is_linear
 from .calibrate import Stream, bf16_products, shared_inputs
 from .decoder import LinearSpec
 from .families import Residual, family_of
-from .stats import Stats
+from .stats import Stats, Variety, check_inputs
 
 EPSILON = 1e-6  # to the mean square in an RMS norm
 RIDGE = (
@@ -51,6 +51,7 @@ class _Sums:
     power: Tensor | None = None
     drift: Tensor | None = None
     tokens: int = 0
+    variety: Variety = field(default_factory=Variety)
 
     def add(self, pruned: Tensor, dense: Tensor, residual: Tensor | None, scale: Tensor | None) -> None:
         """`pruned`, `dense` (..., in); `residual` (..., width) fp32 or None; `scale` (..., 1), tokens' weights."""
@@ -58,6 +59,7 @@ class _Sums:
         self.squares += d.square().sum(0)
         self.total += x.sum(0)
         self.tokens += len(x)
+        self.variety.see(x)
         if scale is not None:
             power = x.square().sum(0)
             self.power = power if self.power is None else self.power.add_(power)
@@ -101,7 +103,6 @@ class Side:
         they are not run again. whole: a part that is to be finished as well.
         """
         hidden = self.stream.hidden[position]
-        args, kwargs = self.stream.calls[hidden.shape[0]][index]
         read: dict[str, Tensor] = {"": hidden}
 
         def note(name: str, stop: bool) -> Hook:
@@ -116,7 +117,7 @@ class Side:
         if residual is not None and residual.stream:
             hooks[residual.stream] = note(residual.stream, False)
         with _hooks(block, hooks), self._replayed(block, position, path, whole), contextlib.suppress(_ReachedError):
-            block(hidden, *args, **kwargs)
+            self.stream.calls[position][index](block, hidden)
         if residual is None:
             return read[path], None
         stream = read[residual.stream].float()
@@ -131,10 +132,9 @@ class Side:
     def advance(self, block: nn.Module, index: int) -> None:
         """Send the hidden states through the block and forget its parts."""
         for position in range(len(self.stream.hidden)):
-            hidden = self.stream.hidden[position]
-            args, kwargs = self.stream.calls[hidden.shape[0]][index]
+            call, hidden = self.stream.calls[position][index], self.stream.hidden[position]
             with torch.inference_mode(), self._replayed(block, position):
-                self.stream.hidden[position] = block(hidden, *args, **kwargs)
+                self.stream.hidden[position] = call(block, hidden)
         self.outputs = []
 
     @contextlib.contextmanager
@@ -209,6 +209,7 @@ class Pair:
                 lost *= gain / (gain.square() + RIDGE * gain.square().mean())
             sums.add(pruned, dense, lost, scale)
         stats = sums.stats(self.pruned.stream.sequences)
+        check_inputs(group[0].key, stats, varied=sums.variety.varied)
         return replace(stats, cross=None) if path in self.own else stats
 
     def advance(self, before: nn.Module, block: nn.Module, index: int) -> None:

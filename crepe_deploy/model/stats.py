@@ -9,7 +9,7 @@ from typing import Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from crepe_deploy.errors import CalibrationError
+from crepe_deploy.errors import CalibrationError, NumericalError
 
 Need = Literal["col_norm", "hessian", "moments"]
 Derived = TypeVar("Derived")
@@ -44,6 +44,47 @@ class Stats:
         if key not in self.memo:
             self.memo[key] = compute()
         return cast(Derived, self.memo[key])
+
+
+@dataclass
+class Variety:
+    """Whether the rows seen so far differ at all; looks no further than the first that does."""
+
+    varied: bool = False
+    _first: Tensor | None = None
+
+    def see(self, rows: Tensor) -> None:
+        """`rows` (tokens, in) of one layer's input."""
+        if self.varied or not len(rows):
+            return
+        first = self._first = rows[0].clone() if self._first is None else self._first
+        self.varied = any(not torch.equal(row, first) for row in rows)
+
+
+def check_inputs(layer: str, stats: Stats, *, varied: bool) -> Stats:
+    """`stats` of the input of `layer`, if a choice can rest on them. All that is collected passes here.
+
+    Inputs that were 0 on every token are common; all of them, or one input for every token, say nothing of a layer.
+    varied: whether any token's input differed from another's. Raises NumericalError naming the layer and the way out.
+    """
+    collected = {name: value for name, value in vars(stats).items() if isinstance(value, Tensor)}
+    if not all(bool(value.isfinite().all()) for value in collected.values()):
+        raise NumericalError(
+            f"the inputs of {layer} are not finite on the calibration text: they overflow the dtype of computation, or "
+            "the model is damaged; compute with --dtype float32"
+        )
+    sizes = stats.col_norm if stats.hessian is None else stats.hessian.diagonal()
+    if sizes is not None and not bool(sizes.any()):
+        raise NumericalError(
+            f"the inputs of {layer} are zero on the whole calibration text, which leaves nothing to choose by: "
+            "give other text, or leave the layer out"
+        )
+    if collected and not varied:
+        raise NumericalError(
+            f"the input of {layer} is the same for every token of the calibration text, which leaves nothing to choose "
+            "by: give other text, or leave the layer out"
+        )
+    return stats
 
 
 def reorder_stats(stats: Stats, order: Tensor) -> Stats:

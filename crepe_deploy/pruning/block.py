@@ -71,7 +71,7 @@ def _alone(
             stream.run(block, index, advance=plan.config.feed == "dense")
     layers = {}
     for spec in targets:
-        stats = Stats() if stream is None else collector.stats(spec.path, stream.sequences)
+        stats = Stats() if stream is None else collector.stats(spec, stream.sequences)
         layers[spec.key] = pruner.prune(block, spec, weights, stats)
     if stream is not None and plan.config.feed == "pruned" and not last:
         with pruner.phases("forward"):

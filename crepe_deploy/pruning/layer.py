@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,12 +14,16 @@ from crepe_deploy.model.stats import Stats, reorder_stats
 from crepe_deploy.pattern import NM, Pattern
 from crepe_deploy.phases import Phases
 from crepe_deploy.select import select
+from crepe_deploy.store.audit import count_zeros
 
 from .config import PruneConfig
 from .methods.base import ScoreMethod, Solution
+from .methods.numbers import check_kept, exponent_of, naming, scaled, with_drift
 from .methods.ria import RIA
 from .steps.folds import Foldable, foldables
 from .steps.permute import Permuter
+
+TINY = 1e-30  # of a sum of squares in fp32: below it they were rounded away
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,12 @@ class LayerResult:
     """What pruning did to one layer.
 
     error: ||(W - W')D||_F / ||W D||_F, see `layer_error`. weighting: D is the norms of the inputs ("input-norm") or the
-    identity ("none"). notes: what the method and the steps have to say, for the manifest.
+    identity ("none"). zeros: in the pruned weight. notes: what the method and the steps have to say, for the manifest.
     """
 
     error: float
     weighting: str
+    zeros: int
     notes: dict[str, float]
 
 
@@ -44,29 +50,51 @@ class LayerPruner:
     phases: Phases
 
     def prune(self, block: nn.Module, spec: LinearSpec, weights: dict[str, Tensor], stats: Stats) -> LayerResult:
-        """Prune one layer of `block`, whose tensors by checkpoint name are `weights`; both follow."""
+        """Prune one layer of `block`, whose tensors by checkpoint name are `weights`; both follow.
+
+        Raises NumericalError naming the layer.
+        """
         stored = weights[spec.key]
         weight = stored.T if spec.transposed else stored
+        with naming(spec.key):
+            pruned, weighting, notes = self._pruned(block, spec, weights, weight, stats)
+            with self.phases("error"):
+                error = layer_error(weight, pruned, weighting)
+        weight.copy_(pruned)
+        _follow(block, spec.path, "weight", stored)
+        return LayerResult(error, "none" if weighting is None else "input-norm", count_zeros(pruned), notes)
+
+    def _pruned(
+        self, block: nn.Module, spec: LinearSpec, weights: dict[str, Tensor], weight: Tensor, stats: Stats
+    ) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+        """The pruned weight (out, in) in the dtype of `weight`, the norms of its inputs, and notes.
+
+        Only updating steps change kept weights. All arithmetic is done on weights of a size that fp32 can square.
+        """
+        exponent = exponent_of(weight)
         score: Tensor | None = None
         if isinstance(self.config.method, ScoreMethod):
             with self.phases("score"):
-                score = self.config.method.score(weight, stats)
+                score = self.config.method.score(scaled(weight, exponent), stats)
         notes: dict[str, float] = {}
         if self.config.steps.permute is not None:
             with self.phases("permute"):
                 score, stats, notes = self._reorder(block, spec, weights, score, stats, self.config.steps.permute)
-        pruned, solved_notes = self._solve(weight, score, stats, self.patterns[spec.key])
-        with self.phases("error"):
-            norms = input_norms(stats)
-            error = layer_error(weight, pruned, norms)
-        weight.copy_(pruned)
-        _follow(block, spec.path, "weight", stored)
-        return LayerResult(error, "none" if norms is None else "input-norm", notes | solved_notes)
+        exponent, stats = with_drift(exponent, stats)
+        start = scaled(weight, exponent)
+        solution, solved_notes = self._solve(start, score, stats, self.patterns[spec.key])
+        norms = input_norms(stats)
+        with self.phases("update"):
+            if solution.weight is start:
+                return weight.masked_fill(~solution.mask, 0), norms, notes | solved_notes
+            updated = scaled(solution.weight, -exponent)
+            solved_notes |= check_kept(weight, updated.to(weight.dtype), solution.mask, norms)
+            return updated.to(weight.dtype).masked_fill(~solution.mask, 0), norms, notes | solved_notes
 
     def _solve(
         self, weight: Tensor, score: Tensor | None, stats: Stats, pattern: Pattern
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The pruned weight (out, in) in the dtype of `weight`, and notes. Only updating steps change kept weights."""
+    ) -> tuple[Solution, dict[str, float]]:
+        """What method and steps make of the weight (out, in), and all their notes."""
         steps = self.config.steps
         solution = self._first(weight, score, stats, pattern)
         notes = dict(solution.notes)
@@ -79,8 +107,7 @@ class LayerPruner:
             with self.phases("reconstruct"):
                 solution = steps.reconstruct(weight, solution.weight, solution.mask, stats, pattern)
             notes |= {f"reconstruct_{name}": value for name, value in solution.notes.items()}
-        with self.phases("update"):
-            return solution.weight.to(weight.dtype).masked_fill(~solution.mask, 0), notes
+        return solution, notes
 
     def _first(self, weight: Tensor, score: Tensor | None, stats: Stats, pattern: Pattern) -> Solution:
         """What the method itself gives: a mask, and the weights as they are or as it updates them."""
@@ -110,7 +137,11 @@ class LayerPruner:
         if fold is None or not isinstance(pattern, NM) or spec.in_features // fold.heads % pattern.m:
             return score, stats, {}  # a group that spans heads cannot be filled from within one
         stored = weights[spec.key]
-        judge = RIA().score(stored.T if spec.transposed else stored, stats) if score is None else score
+        if score is None:
+            weight = stored.T if spec.transposed else stored
+            judge = RIA().score(scaled(weight, exponent_of(weight)), stats)
+        else:
+            judge = score
         orders = [permuter.search(rows, pattern.n, pattern.m) for rows in fold.search_rows(judge)]
         columns = fold.input_order(orders)
         reorder_rows(weights[spec.key], columns, 0 if spec.transposed else 1)
@@ -159,15 +190,27 @@ def input_norms(stats: Stats) -> Tensor | None:
 
 
 def layer_error(dense: Tensor, pruned: Tensor, col_norm: Tensor | None) -> float:
-    """||(W - W')D||_F / ||W D||_F for weights (out, in), D = diag(col_norm) or the identity."""
-    change, size = 0.0, 0.0
-    for before, after in zip(torch.split(dense, 1024), torch.split(pruned, 1024), strict=True):
-        before = before.float()
-        change += _weighted_square(before - after, col_norm)
-        size += _weighted_square(before, col_norm)
+    """||(W - W')D||_F / ||W D||_F for weights (out, in), D = diag(col_norm) or the identity.
+
+    Summed in fp32, in fp64 where that does not hold the squares; 0 where the weight does nothing.
+    """
+    change, size = _squares(dense, pruned, col_norm, torch.float32)
+    if not (math.isfinite(change) and TINY < size < math.inf):
+        change, size = _squares(dense, pruned, col_norm, torch.float64)
     return (change / size) ** 0.5 if size else 0.0
 
 
-def _weighted_square(matrix: Tensor, col_norm: Tensor | None) -> float:
+def _squares(dense: Tensor, pruned: Tensor, col_norm: Tensor | None, dtype: torch.dtype) -> tuple[float, float]:
+    """||(W - W')D||_F^2 and ||W D||_F^2."""
+    change, size = 0.0, 0.0
+    weights = None if col_norm is None else col_norm.to(dtype).square()
+    for before, after in zip(torch.split(dense, 1024), torch.split(pruned, 1024), strict=True):
+        before = before.to(dtype)
+        change += _weighted_square(before - after, weights)
+        size += _weighted_square(before, weights)
+    return change, size
+
+
+def _weighted_square(matrix: Tensor, weights: Tensor | None) -> float:
     squares = matrix.square().sum(0)
-    return float(squares.sum() if col_norm is None else squares @ col_norm.square())
+    return float(squares.sum() if weights is None else squares @ weights)

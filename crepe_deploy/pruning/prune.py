@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crepe_deploy.errors import NumericalError, VerifyError
 from crepe_deploy.model.decoder import Head
 from crepe_deploy.model.proof import check_parity
 from crepe_deploy.pattern import Pattern
@@ -80,7 +81,7 @@ def prune(
         phases.add(pruned.seconds)
         copy_companions(model.folder, folder)
         with phases("verify"):
-            zeros, parity = _prove(folder, plan, pruned.logits)
+            zeros, parity = _prove(folder, plan, pruned)
         with phases("hash"):
             source, files = describe_source(model), hash_folder(folder)
         tensors = _records(plan, pruned.layers, zeros)
@@ -131,6 +132,11 @@ def _prune_into(folder: Path, plan: RunPlan, streams: Streams, step: Progress) -
                 rescaled = _rescale(plan, streams, head)
             with phases("verify"):
                 logits = head(plan.probe, streams.probe.hidden[0]).float()
+            if not logits.isfinite().all():
+                raise NumericalError(
+                    "the pruned model's logits are not finite on the calibration text: activations overflow the dtype "
+                    "of computation; compute with --dtype float32"
+                )
             with phases("write"):
                 for name in writer.pending:
                     writer.write(name, head.weights[name] if name in head.weights else decoder.reader.load(name))
@@ -153,7 +159,7 @@ def _rescale(plan: RunPlan, streams: Streams, head: Head) -> Rescaled | None:
     return rescaled
 
 
-def _prove(folder: Path, plan: RunPlan, logits: Tensor) -> tuple[dict[str, int], dict[str, Any]]:
+def _prove(folder: Path, plan: RunPlan, pruned: Pruned) -> tuple[dict[str, int], dict[str, Any]]:
     """Zeros of every target by tensor name, and the parity of the logits, as a fresh reader finds both on the disk."""
     specs = {spec.key: spec for block in plan.targets for spec in block}
     zeros: dict[str, int] = {}
@@ -162,8 +168,10 @@ def _prove(folder: Path, plan: RunPlan, logits: Tensor) -> tuple[dict[str, int],
         for key in weights.keys() & specs.keys():
             weight = weights[key].T.contiguous() if specs[key].transposed else weights[key]
             zeros[key] = check_pattern(key, weight, plan.patterns[key])
+            if zeros[key] != pruned.layers[key].zeros:
+                raise VerifyError(f"{key}: {zeros[key]} zeros were written of {pruned.layers[key].zeros}")
 
-    parity = check_parity(folder, plan.config.dtype, plan.probe, logits, count)
+    parity = check_parity(folder, plan.config.dtype, plan.probe, pruned.logits, count)
     return zeros, parity
 
 

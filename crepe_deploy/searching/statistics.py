@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from crepe_deploy.model.calibrate import Stream, embed
 from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.model.stats import Stats, Variety, check_inputs
 from crepe_deploy.progress import Progress, silent
-from crepe_deploy.store.files import disk_errors, require_disk
+from crepe_deploy.store.files import require_disk
+from crepe_deploy.store.writing import save_tensors
 
 from .sample import Band, LayerSample, band_starts, cut_band
 
@@ -55,11 +57,13 @@ class InputSums:
         self.squares = torch.zeros(width)
         self.sketch = torch.zeros(rule.sketch_rows, width)
         self.token_sketch = torch.zeros(rule.sketch_rows, width)
+        self.variety = Variety()
         self._generator = generator
 
     def add(self, batch: Tensor) -> None:
         """`batch` (..., in), any float dtype."""
         rows = batch.reshape(-1, batch.shape[-1]).float()
+        self.variety.see(rows)
         squares = rows.square()
         self.squares += squares.sum(0)
         shape = (len(self.sketch), len(rows))
@@ -137,13 +141,15 @@ def _sample(
     spec: LinearSpec, stored: Tensor, sums: InputSums, stream: Stream, rule: SampleRule, generator: torch.Generator
 ) -> LayerSample:
     weight = stored.T if spec.transposed else stored
+    col_norm = (sums.squares / stream.sequences).sqrt()
+    check_inputs(spec.key, Stats(col_norm=col_norm), varied=sums.variety.varied)
     places = band_starts(len(weight), rule.bands, rule.height, generator)
     return LayerSample(
         key=spec.key,
         out_features=spec.out_features,
         bands=tuple(cut_band(weight, start, height, rule.reach) for start, height in places),
         column_sums=weight.abs().float().sum(0),
-        col_norm=(sums.squares / stream.sequences).sqrt(),
+        col_norm=col_norm,
         sketch=sums.sketch,
         token_sketch=sums.token_sketch,
     )
@@ -155,8 +161,7 @@ def _through_disk(path: Path, layers: list[LayerSample]) -> list[LayerSample]:
     for layer in layers:
         tensors |= {f"{layer.key}/{name}": getattr(layer, name).clone() for name in _VECTORS}
         tensors |= {f"{layer.key}/{band.start}": band.weight.contiguous() for band in layer.bands}
-    with disk_errors(path):
-        save_file(tensors, path)
+    save_tensors(tensors, path)
     mapped = load_file(path)
     return [
         LayerSample(

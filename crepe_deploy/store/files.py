@@ -7,10 +7,13 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from crepe_deploy.errors import DiskFullError, OutputError
 
@@ -19,13 +22,24 @@ DISK_MARGIN_BYTES = 64 << 20
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's write errors under `path` into DiskFullError or OutputError."""
+    """Turn write errors under `path`, the system's and those that safetensors words, into DiskFullError or OutputError.
+
+    safetensors keeps the system's number in its text alone; what has none is not of the disk and goes on as it is.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise DiskFullError(f"the disk is full while writing {path}: free some room and run again") from error
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise _write_error(path, error.errno, error) from error
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise _write_error(path, int(number[1]), error) from error
+        raise
+
+
+def _write_error(path: Path, number: int | None, error: Exception) -> DiskFullError | OutputError:
+    if number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return DiskFullError(f"the disk is full while writing {path}: free some room and run again")
+    return OutputError(f"{path} cannot be written: {os.strerror(number) if number else error}")
 
 
 def write_text(path: Path, text: str) -> None:

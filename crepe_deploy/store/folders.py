@@ -126,7 +126,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = 
     Raises OutputError, DiskFullError.
     """
     partial = out.with_name(out.name + ".partial")
-    with _Uninterrupted() as signals, _parents(out), Claim(out) as claim:
+    with Uninterrupted() as signals, _parents(out), Claim(out) as claim:
         claim.recover()
         check_output(out, overwrite=overwrite, own=own)
         claim.make(partial)
@@ -145,7 +145,7 @@ def scratch_folder(place: Path) -> Iterator[Path]:
 
     Raises OutputError where something bears its name.
     """
-    with _Uninterrupted() as signals, Claim(place) as claim:
+    with Uninterrupted() as signals, Claim(place) as claim:
         claim.recover()
         claim.make(place)
         try:
@@ -287,10 +287,10 @@ def _parents(out: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-class _Uninterrupted:
+class Uninterrupted:
     """Inside, Ctrl-C, SIGTERM and SIGHUP wait: claiming, renaming and clearing up are never left half done."""
 
-    def __enter__(self) -> _Uninterrupted:
+    def __enter__(self) -> Uninterrupted:
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         return self
 

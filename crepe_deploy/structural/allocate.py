@@ -26,7 +26,7 @@ def flap_scores(decoder: Decoder, tokens: Tensor, step: Progress = silent) -> li
         with decoder.block(index) as (block, weights):
             with collector.watching(block, specs):
                 stream.run(block, index, advance=True)
-            stats = [collector.stats(spec.path, stream.sequences) for spec in specs]
+            stats = [collector.stats(spec, stream.sequences) for spec in specs]
             attention, neurons = (flap(weights[spec.key], moments) for spec, moments in zip(specs, stats, strict=True))
         scores.append((attention, neurons))
         step(index + 1, len(decoder.blocks))

@@ -12,6 +12,7 @@ from crepe_deploy.model.calibrate import Collector, embed
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.paired import Pair
 from crepe_deploy.model.stats import Stats
+from crepe_deploy.pruning.methods.numbers import naming
 
 from .accumulate import level_shares, mean_weight
 from .levels import Level, LocalRules, attention_levels, neuron_levels
@@ -51,7 +52,7 @@ class Builder:
                     if self.rules.needs:
                         with collector.watching(block, specs):
                             stream.run(block, index, advance=False)
-                    stats = [collector.stats(spec.path, stream.sequences) for spec in specs]
+                    stats = [collector.stats(spec, stream.sequences) for spec in specs]
                     self._write(store, index, layer, [weights[spec.key] for spec in specs], stats)
                 if self.rules.needs and index < len(wanted) - 1:
                     if accumulation != "none":
@@ -93,10 +94,12 @@ class Builder:
         store.write(index, attention, self._neurons(weights[1], stats[1], layer, index))
 
     def _attention(self, weight: Tensor, stats: Stats, layer: LayerLevels, index: int) -> dict[tuple[int, int], Level]:
-        return attention_levels(weight, stats, layer.attention, self.geometry, self.rules, salt=2 * index)
+        with naming(f"the output projection of layer {index}'s attention"):
+            return attention_levels(weight, stats, layer.attention, self.geometry, self.rules, salt=2 * index)
 
     def _neurons(self, weight: Tensor, stats: Stats, layer: LayerLevels, index: int) -> dict[int, Level]:
-        return neuron_levels(weight, stats, layer.neurons, self.rules, salt=2 * index + 1)
+        with naming(f"the output projection of layer {index}'s FFN"):
+            return neuron_levels(weight, stats, layer.neurons, self.rules, salt=2 * index + 1)
 
 
 def _put_means(

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.progress import Say, Show
-from crepe_deploy.store.files import disk_errors
 from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
@@ -19,7 +18,7 @@ from .config import TyrConfig
 from .plan import LayerPlan
 from .prepare import Run, prepare_run
 from .stages import find_widths, finish
-from .work import remove_work_folder
+from .work import removed_once_written
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,8 @@ def tyr(
     widths, facts = find_widths(run)
     plans = finish(run, widths)
     report = _report(run, plans, facts, time.monotonic() - started)
-    written = write(TyrResult(model, config, calibration, plans, report), out, overwrite)
-    with disk_errors(run.work):
-        remove_work_folder(run.work)
+    with removed_once_written(run.work, out):
+        written = write(TyrResult(model, config, calibration, plans, report), out, overwrite)
     return {"out": str(out), **report, **written}
 
 

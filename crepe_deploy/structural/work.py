@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from crepe_deploy.errors import OutputError
 from crepe_deploy.store.files import disk_errors
+from crepe_deploy.store.folders import Uninterrupted
 
 JOURNAL: Final = "journal.jsonl"
 OWN: Final = (JOURNAL, "iteration-*", "split", "shared", "final")  # the names that a search gives what it keeps there
@@ -41,6 +43,32 @@ def remove_work_folder(work: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     with contextlib.suppress(OSError):
         work.rmdir()
+
+
+@contextlib.contextmanager
+def removed_once_written(work: Path, out: Path) -> Iterator[None]:
+    """Inside, `out` is written; then the work folder goes, also where a stop comes in between.
+
+    Nothing is left to resume by then. Raises OutputError.
+    """
+    before = _identity(out)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if _identity(out) in (None, before):
+            raise
+        _remove(work)
+        raise
+    _remove(work)
+
+
+def _remove(work: Path) -> None:
+    with Uninterrupted(), disk_errors(work):
+        remove_work_folder(work)
+
+
+def _identity(folder: Path) -> int | None:
+    return folder.stat().st_ino if folder.exists() else None
 
 
 def _strange(work: Path) -> Path | None:

@@ -75,7 +75,7 @@ class SparseGPT:
             error = _prune_block(columns, mask, factor.upper, start, end, pattern)
             columns[end:].addmm_(factor.upper[start:end, end:].t(), error, alpha=-1)
         if not columns.isfinite().all():
-            raise NumericalError("SparseGPT's updated weight is not finite: the weight or its hessian is damaged")
+            raise NumericalError("SparseGPT's updated weight is not finite: give other text, or leave the layer out")
         return Solution(columns.t().contiguous(), mask.t().contiguous(), {"damping": factor.damping})
 
     def factor(self, stats: Stats, weight: Tensor) -> Factor:

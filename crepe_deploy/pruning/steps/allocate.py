@@ -75,7 +75,7 @@ def _observe(
             stream.run(block, index, advance=True)
         layers = []
         for group in groups:
-            layers.append([(_weight(weights, spec), collector.stats(spec.path, stream.sequences)) for spec in group])
+            layers.append([(_weight(weights, spec), collector.stats(spec, stream.sequences)) for spec in group])
         if layers:
             seen.append(allocator.observe(layers, [_unit(index, group, pattern).levels for group in groups]))
     return groups

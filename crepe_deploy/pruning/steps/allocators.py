@@ -29,6 +29,7 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.stats import Need, Stats, need_col_norm
 
 from ..methods.base import check_range
+from ..methods.numbers import exponent_of, scaled
 
 GRID = 64  # points of an error curve where a pattern has no levels of its own
 BINS = 100
@@ -91,7 +92,10 @@ class Owl:
 
 @dataclass(frozen=True)
 class Alpha:
-    """`spread`: how far the ratio of a block's sparsity to the mean goes from 1."""
+    """`spread`: how far the ratio of a block's sparsity to the mean goes from 1.
+
+    Matrices of zeros have no spectrum and count for nothing; a block of nothing else is pruned as much as any.
+    """
 
     spread: float = 0.3
     needs: ClassVar[frozenset[Need]] = frozenset()
@@ -99,16 +103,18 @@ class Alpha:
     def __post_init__(self) -> None:
         check_range("spread", self.spread, 0, 0.99)
 
-    def observe(self, layers: Sequence[Sequence[tuple[Tensor, Stats]]], levels: Sequence[int]) -> float:
-        """The mean exponent of the block's matrices."""
-        exponents = [power_law_exponent(weight) for unit in layers for weight, _ in unit]
-        return sum(exponents) / len(exponents)
+    def observe(self, layers: Sequence[Sequence[tuple[Tensor, Stats]]], levels: Sequence[int]) -> float | None:
+        """The mean exponent of the block's matrices; None where all are zero."""
+        exponents = [power_law_exponent(weight) for unit in layers for weight, _ in unit if weight.any()]
+        return sum(exponents) / len(exponents) if exponents else None
 
-    def fractions(self, seen: Sequence[float], units: Sequence[Unit], keep: float) -> list[float]:
+    def fractions(self, seen: Sequence[float | None], units: Sequence[Unit], keep: float) -> list[float]:
         """Blocks with a smaller exponent, a heavier tail, keep more, all units of a block alike."""
-        low, high = min(seen), max(seen)
+        known = [value for value in seen if value is not None] or [1.0]
+        low, high = min(known), max(known)
+        values = [high if value is None else value for value in seen]
         ratios = [
-            1 - self.spread + (value - low) / (high - low) * 2 * self.spread if high > low else 1.0 for value in seen
+            1 - self.spread + (value - low) / (high - low) * 2 * self.spread if high > low else 1.0 for value in values
         ]
         total = sum(unit.size for unit in units)
         weighted = sum(unit.size * ratios[unit.block] for unit in units)
@@ -166,6 +172,7 @@ def error_curve(weight: Tensor, stats: Stats, levels: int) -> Tensor:
     G is `levels` up to 64, with what each group of `levels` columns keeps chosen by |W| ||X||; above, G is 64 and the
     choice is by row. The inputs are taken as uncorrelated: the diagonal of the Gram matrix.
     """
+    weight = scaled(weight, exponent_of(weight))
     parts = weight.float().square() * need_col_norm(stats, weight).square()
     width = levels if levels <= GRID else weight.shape[1]
     ordered = parts.reshape(-1, width).sort(dim=1, descending=True).values.sum(0, dtype=torch.float64)

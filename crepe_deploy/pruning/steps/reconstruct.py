@@ -272,7 +272,7 @@ def _better(goal: Goal, floor: Tensor, before: Solution, after: Solution, patter
     Where a mask is counted over the whole matrix another one is taken or left as a whole.
     """
     if not after.weight.isfinite().all():
-        raise NumericalError("the reconstructed weight is not finite: the weight or its hessian is damaged")
+        raise NumericalError("the reconstructed weight is not finite: give other text, or leave the layer out")
     first, second = goal.error(before.weight), goal.error(after.weight)
     worse = second > first
     if isinstance(pattern, Unstructured) and pattern.granularity == "matrix" and before.mask is not after.mask:

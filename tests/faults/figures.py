@@ -1,0 +1,96 @@
+"""What the workers wrote, counted: for `faults.json`, and as the table of docs/reliability.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_FRAME = re.compile(r'File "[^"]*?((?:crepe_deploy|export|serve|bench)/[\w/]+\.py)", line (\d+), in (\w+)')
+
+
+def gather(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """Everything counted that lies in the folder so far."""
+    inputs, faults = Counted(), Counted()
+    for line in _lines(options.out, "inputs"):
+        inputs.add(line)
+    for line in _lines(options.out, "faults"):
+        faults.add(line)
+    return {
+        "command": f"python -m tests.faults --seed {options.seed} --inputs {options.inputs} --faults {options.faults}",
+        "seed": options.seed,
+        "seconds": round(seconds, 1),
+        "inputs": inputs.summary(),
+        "faults": faults.summary(),
+        "defects": {**inputs.defects, **faults.defects},
+    }
+
+
+class Counted:
+    """Counts over lines of one file."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.table: dict[str, Counter[str]] = {name: Counter() for name in ("kinds", "commands", "codes", "pairs")}
+        self.messages: set[str] = set()
+        self.slowest: tuple[float, str] = (0.0, "")
+        self.largest: tuple[int, str] = (0, "")
+        self.defects: dict[str, dict[str, Any]] = {}
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Count one line."""
+        self.number += 1
+        command, kind = line["command"], line["kind"]
+        for name, value in (("kinds", kind), ("commands", command), ("codes", line["code"])):
+            self.table[name][str(value)] += 1
+        self.messages.add(f"{command}: {line['message']}")
+        self.slowest = max(self.slowest, (line["seconds"], f"{kind} {command} {line['index']}"))
+        self.largest = max(self.largest, (line["memory"], f"{kind} {command} {line['index']}"))
+        for defect in line.get("defects", ()):
+            key = f"{defect}: {signature(line['details'])}" if defect == "traceback" else f"{defect} ({command})"
+            entry = self.defects.setdefault(key, {"times": 0, "first": line})
+            entry["times"] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """What is written of them."""
+        return {
+            "number": self.number,
+            **{name: dict(sorted(counts.items())) for name, counts in self.table.items() if counts},
+            "distinct_messages": len(self.messages),
+            "slowest_seconds": self.slowest,
+            "largest_bytes": self.largest,
+        }
+
+
+def signature(details: str) -> str:
+    """What tells one traceback from another: the error's type and the last frame of ours."""
+    frames = _FRAME.findall(details)
+    errors = re.findall(r"^([A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Panic\w*|\w+))(?::|$)", details, re.M)
+    where = "{}:{} {}".format(*frames[-1]) if frames else "?"
+    return f"{errors[-1] if errors else '?'} at {where}"
+
+
+def lines(summary: dict[str, Any]) -> list[str]:
+    """For a person."""
+    said = [
+        f"{name}: {counts['number']}, exit codes {counts.get('codes')}, {counts['distinct_messages']} messages, "
+        f"slowest {counts['slowest_seconds']}, largest {counts['largest_bytes']}"
+        for name in ("inputs", "faults")
+        if (counts := summary[name])["number"]
+    ]
+    for key, entry in sorted(summary["defects"].items(), key=lambda pair: -pair[1]["times"])[:40]:
+        first = entry["first"]
+        said.append(
+            f"{entry['times']} x {key}; {first['kind']} {first['index']}: {first['what']} {' '.join(first['argv'][:6])}"
+        )
+    return [*said, f"{summary['seconds']} s, {len(summary['defects'])} distinct defects"]
+
+
+def _lines(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    for place in sorted(folder.glob(f"{name}-*.jsonl")):
+        for line in place.read_text().splitlines():
+            yield json.loads(line)
