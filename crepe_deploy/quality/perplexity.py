@@ -143,9 +143,10 @@ def evaluate(
     """Perplexity of `model_dir` on `text`, and the paired figures where `against` names a reference folder.
 
     The text is tokenised once, as far as `max_tokens` needs; `window` is clipped to the models' contexts, `stride`
-    defaults to the window. dtype "auto" is each checkpoint's own. bos "auto": "window" for Gemma, "start" where the tokenizer itself
-    puts one, else "none". device "auto": CUDA where there is one. `seed` is the bootstrap's. Both models are in
-    memory together; logits go to float32 a few rows at a time. `progress` is told windows done and in all.
+    defaults to the window. dtype "auto" is each checkpoint's own. bos "auto": "window" for Gemma, "start" where the
+    tokenizer itself puts one, else "none". device "auto": CUDA where there is one. `seed` is the bootstrap's. Both
+    models are in memory together; logits go to float32 a few rows at a time. `progress` is told windows done and in
+    all.
     Raises CheckpointError, CalibrationError, ConfigError (models that cannot be compared) and NumericalError.
     """
     started = time.monotonic()
