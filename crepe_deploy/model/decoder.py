@@ -98,7 +98,7 @@ class Decoder:
     @property
     def context_length(self) -> int:
         """The longest window the model accepts, in tokens."""
-        return int(getattr(self.config, "max_position_embeddings", 2048))
+        return int(getattr(self.config, "max_position_embeddings", None) or 2048)
 
     @property
     def vocab_size(self) -> int:
