@@ -17,19 +17,30 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks and its path: the outermost list of like modules that hold linear layers.
+    """The list of decoder blocks and its path: the only outermost list of modules that hold linear layers.
 
-    Raises UnsupportedModel where there is none, or where a block holds matrices that are no linear layers.
+    Raises UnsupportedModel where there is none, or another one beside it; where its modules are of several kinds; where
+    a block holds matrices that are no linear layers.
     """
     name = type(model).__name__
+    lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len({type(block) for block in module}) != 1:
-            continue
-        if any(is_linear(part) for part in module[0].modules()):
-            for index, block in enumerate(module):
-                _check_block(name, f"{path}.{index}", block)
-            return path, module
-    raise UnsupportedModel(f"{name}: no list of decoder blocks with linear layers was found")
+        inner = any(path.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inner and any(is_linear(part) for part in module.modules()):
+            lists[path] = module
+    if not lists:
+        raise UnsupportedModel(f"{name}: no list of decoder blocks with linear layers was found")
+    path, blocks = next(iter(lists.items()))
+    kinds = sorted({type(block).__name__ for block in blocks})
+    if len(kinds) != 1:
+        raise UnsupportedModel(f"{name}: the blocks of '{path}' are of several kinds: {', '.join(kinds)}")
+    for index, block in enumerate(blocks):
+        _check_block(name, f"{path}.{index}", block)
+    if len(lists) > 1:
+        raise UnsupportedModel(
+            f"{name}: linear layers are in several lists, {', '.join(lists)}; one list of decoder blocks is handled"
+        )
+    return path, blocks
 
 
 def _check_block(name: str, path: str, block: nn.Module) -> None:

@@ -10,23 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calls import Call
 from .decoder import Decoder, LinearSpec
 from .stats import Need, Stats, Variety, check_inputs
 
 BATCH_TOKENS = 2048
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
 class Stream:
     """Hidden states of a token set in front of one block, in micro-batches, and how every block is to be called.
 
-    hidden: tensors (batch, length, width), compute dtype. calls: for each batch size, one call for each block.
+    hidden: tensors (batch, length, width), compute dtype. calls: for each micro-batch, one call for each block.
     """
 
     hidden: list[Tensor]
-    calls: dict[int, list[Call]]
+    calls: list[list[Call]]
 
     @property
     def sequences(self) -> int:
@@ -40,8 +39,7 @@ class Stream:
     def run(self, block: nn.Module, index: int, *, advance: bool) -> None:
         """Send every micro-batch through `block`; with `advance` its output replaces the hidden states."""
         for position, batch in enumerate(self.hidden):
-            args, kwargs = self.calls[batch.shape[0]][index]
-            output = block(batch, *args, **kwargs)
+            output = self.calls[position][index](block, batch)
             if advance:
                 self.hidden[position] = output
 
@@ -54,11 +52,14 @@ def embed(decoder: Decoder, token_sets: list[Tensor]) -> list[Stream]:
 
 def _embed_one(run: Any, tokens: Tensor) -> Stream:
     hidden: list[Tensor] = []
-    calls: dict[int, list[Call]] = {}
+    calls: list[list[Call]] = []
+    first: dict[int, list[Call]] = {}
     for batch in torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1])):
         slots = run(batch)
+        noted = [slot.call for slot in slots]
+        alike, memo = first.setdefault(len(batch), noted), dict[int, Any]()
         hidden.append(slots[0].hidden)
-        calls.setdefault(batch.shape[0], [slot.call for slot in slots])
+        calls.append([call.sharing(other, memo) for call, other in zip(noted, alike, strict=True)])
     return Stream(hidden, calls)
 
 

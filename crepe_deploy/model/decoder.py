@@ -10,17 +10,18 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
+from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, UnsupportedModel
 from crepe_deploy.store.checkpoint import CheckpointReader
 
 from .architecture import build_meta, load_config, outline
 from .blocks import find_blocks, is_linear
+from .calls import BlockSlot
 from .families import family_of
+from .probe import probe, run, stand_ins
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROOF_DTYPE = "float64"  # for comparisons: real models' residuals reach 1e4, where float32 keeps three decimals
@@ -41,31 +42,6 @@ class LinearSpec:
     transposed: bool
 
 
-class BlockSlot(nn.Module):
-    """Stands where a decoder block stood: notes how it was called and passes the hidden states on.
-
-    `replacement`, when set, is returned instead. Unknown attributes are looked up on the block.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self._block = [block]  # in a list, so that its parameters are not this module's
-        self.hidden: Tensor | None = None
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self.replacement: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"][0], name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.hidden = hidden_states
-        self.call = (args, kwargs)
-        return hidden_states if self.replacement is None else self.replacement
-
-
 @dataclass(frozen=True)
 class Head:
     """Everything outside the blocks, in memory: tokens (batch, length), states behind the blocks -> logits.
@@ -84,7 +60,8 @@ class Decoder:
     """A causal language model on the meta device, bound to the checkpoint that holds its weights.
 
     model: the transformers module whose decoder blocks have been replaced by `slots`.
-    blocks: the real blocks. linears: per block, what can be pruned. dtype: of computation.
+    blocks: the real blocks. linears: per block, what can be pruned. dtype: of computation. reads: paths of linear
+    layers whose weight the model's code reads beside calling them.
     Raises UnsupportedModel naming what is missing, CheckpointError, ConfigError.
     """
 
@@ -98,10 +75,13 @@ class Decoder:
         self.model = build_meta(self.config, self.dtype)
         self.blocks_path, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
+        probed = probe(self.model, self.blocks_path, self.blocks)
+        self.reads = probed.reads
         self.linears = [self._linears(index) for index in range(len(self.blocks))]
-        self.slots = [BlockSlot(block) for block in self.blocks]
-        parent = self.model.get_submodule(self.blocks_path.rpartition(".")[0])
-        setattr(parent, self.blocks_path.rpartition(".")[2], nn.ModuleList(self.slots))
+        self.slots = [BlockSlot(block, form) for block, form in zip(self.blocks, probed.forms, strict=True)]
+        self.model.set_submodule(self.blocks_path, nn.ModuleList(self.slots))
+        with stand_ins(self.model, {}, set()):
+            run(self.model, type(self.model).__name__)  # with slots for blocks as well
 
     def _compute_dtype(self, dtype: str) -> torch.dtype:
         check_dtype(dtype)
@@ -125,7 +105,9 @@ class Decoder:
         return int(self.config.vocab_size)
 
     def key(self, name: str) -> str:
-        """The checkpoint's name for a parameter of the module tree. Raises CheckpointError naming it."""
+        """The checkpoint's name for a parameter of the module tree. Raises CheckpointError, UnsupportedModel."""
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
         prefix = f"{self.model.base_model_prefix}."
         renamed = name
         for module, spelled in family_of(self.config.model_type).renamed.items():
@@ -133,6 +115,11 @@ class Decoder:
         for candidate in (name, renamed, name.removeprefix(prefix), prefix + name):
             if candidate in self.reader:
                 return candidate
+        if get_checkpoint_conversion_mapping(self.config.model_type):
+            raise UnsupportedModel(
+                f"{self.reader.root}: tensor '{name}' is missing; transformers renames tensors of model type "
+                f"'{self.config.model_type}' as it loads them, which is not handled"
+            )
         raise CheckpointError(f"{self.reader.root}: tensor '{name}' is missing")
 
     def _check_weights(self) -> None:
@@ -201,7 +188,13 @@ class Decoder:
         with self._materialised(base, prefix), torch.inference_mode():
 
             def embed(tokens: Tensor) -> list[BlockSlot]:
-                base(input_ids=tokens, use_cache=False)
+                try:
+                    base(input_ids=tokens, use_cache=False)
+                except IndexError as error:
+                    raise CalibrationError(
+                        f"model type '{self.config.model_type}' cannot embed {tokens.shape[1]} tokens with ids up to "
+                        f"{int(tokens.max())}: give shorter windows, or the tokenizer that belongs to the model"
+                    ) from error
                 return self.slots
 
             yield embed

@@ -103,7 +103,6 @@ class Side:
         they are not run again. whole: a part that is to be finished as well.
         """
         hidden = self.stream.hidden[position]
-        args, kwargs = self.stream.calls[hidden.shape[0]][index]
         read: dict[str, Tensor] = {"": hidden}
 
         def note(name: str, stop: bool) -> Hook:
@@ -118,7 +117,7 @@ class Side:
         if residual is not None and residual.stream:
             hooks[residual.stream] = note(residual.stream, False)
         with _hooks(block, hooks), self._replayed(block, position, path, whole), contextlib.suppress(_ReachedError):
-            block(hidden, *args, **kwargs)
+            self.stream.calls[position][index](block, hidden)
         if residual is None:
             return read[path], None
         stream = read[residual.stream].float()
@@ -133,10 +132,9 @@ class Side:
     def advance(self, block: nn.Module, index: int) -> None:
         """Send the hidden states through the block and forget its parts."""
         for position in range(len(self.stream.hidden)):
-            hidden = self.stream.hidden[position]
-            args, kwargs = self.stream.calls[hidden.shape[0]][index]
+            call, hidden = self.stream.calls[position][index], self.stream.hidden[position]
             with torch.inference_mode(), self._replayed(block, position):
-                self.stream.hidden[position] = block(hidden, *args, **kwargs)
+                self.stream.hidden[position] = call(block, hidden)
         self.outputs = []
 
     @contextlib.contextmanager

@@ -82,7 +82,9 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
             key = _key(model, f"{name}.weight", stored)
             ignored_keys.add(_exactly(key))
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, self._packed(linear, name, key.removesuffix(".weight")))
+            layer = self._packed(linear, name, key.removesuffix(".weight"))
+            vars(layer)["weight"] = _initialised()
+            setattr(model.get_submodule(parent), leaf, layer)
         if not chosen:
             raise CheckpointError("config.json says packed, and its 'ignore' leaves no linear layer to pack")
         # The guards, `P.weight` of shape (0,), have no parameter to go to.
@@ -107,6 +109,7 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
         from .linear import check_loaded
 
         for name, layer in _packed_layers(model).items():
+            del vars(layer)["weight"]
             check_loaded(layer, f"{name}.weight")
             layer.prepare(f"{name}.weight")
         return model
@@ -135,6 +138,15 @@ def _runs_on(place: str) -> bool:
         return True
     kind, _, index = ("cuda", "", place) if place.isdigit() else place.partition(":")
     return kind == "cuda" and (not index or index.isdigit()) and int(index or 0) < torch.cuda.device_count()
+
+
+def _initialised() -> torch.Tensor:
+    """What model code finds at `weight` while it initialises, and leaves alone: a tensor marked as loaded."""
+    import torch
+
+    mark = torch.empty(1, 1)
+    mark._is_hf_initialized = True  # type: ignore[attr-defined]
+    return mark
 
 
 def _packed_layers(model: Any) -> dict[str, PackedLinear]:

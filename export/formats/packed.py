@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, ConfigError, ParityError
+from ...errors import CheckpointError, ConfigError, ParityError, UnsupportedModel
 from ...model.decoder import Decoder
 from ...packed.config import COLUMN_MULTIPLE, PackedConfig, packed_config
 from ...packed.format import (
@@ -78,6 +78,7 @@ class Packed(Exporter[PackedPlan]):
                 f"needs (out, in) matrices whose columns are a multiple of {COLUMN_MULTIPLE} and of the group. Use "
                 "--format dense"
             )
+        _check_reads(decoder, packed)
         config = packed_config(config.pattern, dense_modules(decoder, packed), _spelled(decoder, config, packed))
         return PackedPlan(source, decoder.reader, config, _plan(decoder.reader, packed, config), packed, left)
 
@@ -157,6 +158,17 @@ def _choose(reader: CheckpointReader, parent: Manifest, config: PackedConfig) ->
         fits = _packable(name, record, config) and reader.info(name).dtype in DTYPES
         (packed if fits else left).append(name)
     return packed, left
+
+
+def _check_reads(decoder: Decoder, packed: list[str]) -> None:
+    """Raise UnsupportedModel where the model's code reads the weight of a layer that would have none any more."""
+    for index, specs in enumerate(decoder.linears):
+        for spec in specs:
+            if spec.key in packed and f"{decoder.blocks_path}.{index}.{spec.path}" in decoder.reads:
+                raise UnsupportedModel(
+                    f"the code of '{decoder.config.model_type}' reads '{spec.key}' beside calling its layer, so it "
+                    "cannot run packed; use --format dense"
+                )
 
 
 def _packable(name: str, record: TensorRecord, config: PackedConfig) -> bool:

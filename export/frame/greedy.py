@@ -36,7 +36,8 @@ def record_greedy(source: Path, count: int = GREEDY_TOKENS, tick: Callable[[], N
     """Continue the fixed prompt greedily with the dense checkpoint `source`, one block in memory at a time.
 
     Computed in float32, so that `margins`, the gaps between the two best logits, say where a coarser dtype may round
-    to the other token. Without a tokenizer `prompt` is None and the prompt's token ids are 2, 3, 4, 5, 6.
+    to the other token. Without a tokenizer, and where its ids of the prompt are none or too many for the context,
+    `prompt` is None and the prompt's token ids are 2, 3, 4, 5, 6.
 
     A token is known only when the one before it is, so each is a walk through all blocks. What is outside the blocks
     is in memory together at the end of each walk anyway and stays there in the files' dtype; of the blocks, as many
@@ -45,7 +46,7 @@ def record_greedy(source: Path, count: int = GREEDY_TOKENS, tick: Callable[[], N
     stored = Decoder(source).dtype
     decoder = Decoder(source, "float32")
     decoder.reader = KeepingReader(source, _keeps(decoder))
-    prompt, ids = _prompt_ids(source, decoder.vocab_size)
+    prompt, ids = _prompt_ids(source, decoder)
     tokens = torch.tensor([ids])
     margins = []
     for _ in range(min(count, decoder.context_length - len(ids))):
@@ -81,11 +82,14 @@ def _keeps(decoder: Decoder) -> Callable[[TensorInfo], bool]:
     return keep
 
 
-def _prompt_ids(source: Path, vocab_size: int) -> tuple[str | None, list[int]]:
+def _prompt_ids(source: Path, decoder: Decoder) -> tuple[str | None, list[int]]:
+    size = decoder.vocab_size
     try:
         tokenizer = load_tokenizer(source)
+        ids = [int(token) for token in tokenizer(PROMPT)["input_ids"]]
+        check_ids(tokenizer, ids, size)
     except NoTokenizer:
-        return None, [token % vocab_size for token in range(2, 7)]
-    ids = [int(token) for token in tokenizer(PROMPT)["input_ids"]]
-    check_ids(tokenizer, ids, vocab_size)
-    return PROMPT, ids
+        ids = []
+    if 0 < len(ids) < decoder.context_length:
+        return PROMPT, ids
+    return None, [token % size for token in range(2, 7)][: max(1, decoder.context_length - 1)]
