@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from crepe_deploy.errors import CrepeError
@@ -35,12 +34,6 @@ class Planned:
         for extent in self.shape:
             size *= extent
         return size
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one safetensors file, all at once. Raises DiskFullError, OutputError."""
-    with disk_errors(path):
-        save_file(dict(tensors), str(path))
 
 
 class CheckpointWriter:
