@@ -190,10 +190,10 @@ class Decoder:
             def embed(tokens: Tensor) -> list[BlockSlot]:
                 try:
                     base(input_ids=tokens, use_cache=False)
-                except IndexError as error:
+                except (IndexError, RuntimeError) as error:
                     raise CalibrationError(
                         f"model type '{self.config.model_type}' cannot embed {tokens.shape[1]} tokens with ids up to "
-                        f"{int(tokens.max())}: give shorter windows, or the tokenizer that belongs to the model"
+                        f"{int(tokens.max())} ({error}): give shorter windows, or the model's own tokenizer"
                     ) from error
                 return self.slots
 
