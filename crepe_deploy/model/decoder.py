@@ -106,7 +106,7 @@ class Decoder:
 
     def key(self, name: str) -> str:
         """The checkpoint's name for a parameter of the module tree. Raises CheckpointError, UnsupportedModel."""
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.conversion_mapping import get_model_conversion_mapping
 
         prefix = f"{self.model.base_model_prefix}."
         renamed = name
@@ -115,10 +115,10 @@ class Decoder:
         for candidate in (name, renamed, name.removeprefix(prefix), prefix + name):
             if candidate in self.reader:
                 return candidate
-        if get_checkpoint_conversion_mapping(self.config.model_type):
+        if get_model_conversion_mapping(self.model, add_legacy=False):
             raise UnsupportedModel(
-                f"{self.reader.root}: tensor '{name}' is missing; transformers renames tensors of model type "
-                f"'{self.config.model_type}' as it loads them, which is not handled"
+                f"{self.reader.root}: transformers renames tensors of model type '{self.config.model_type}' as it loads "
+                f"them, which is not handled ('{name}' is missing)"
             )
         raise CheckpointError(f"{self.reader.root}: tensor '{name}' is missing")
 

@@ -156,6 +156,9 @@ STEPS: Final[dict[str, Callable[[Path, Path], None]]] = {
 }
 
 
+ANSWERS: Final = ("load", "fold", "packed", "int8")  # what may be refused: all of it, or a step by itself
+
+
 def outcome(step: str, folder: Path, work: Path) -> str:
     """Nothing, or why not: "refused: ..." by name, or "FAILS: ..."."""
     try:
@@ -180,8 +183,15 @@ def sweep(model_type: str, work: Path, steps: tuple[str, ...] = tuple(STEPS)) ->
     return outcomes
 
 
+def check(outcomes: dict[str, str]) -> None:
+    """Raise AssertionError unless all works, or is refused where that is an answer."""
+    for step, said in outcomes.items():
+        assert not said or (said.startswith("refused: ") and step in ANSWERS), (step, said)
+
+
 def row(model_type: str, outcomes: dict[str, str]) -> str:
     """One line of the docs: what works, or why nothing does."""
+    check(outcomes)
     first = next(iter(outcomes.values()))
     if first:
         reason = " ".join(first.removeprefix("refused: ").split()).partition("; ")[0].partition(" (experts")[0]

@@ -142,5 +142,7 @@ def _uneven(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter += torch.rand_like(parameter) * 0.2
+        elif parameter.std() < 1e-3:
+            parameter.normal_(std=0.1)
         elif parameter.std() < 0.1:
-            parameter *= 0.1 / parameter.std().clamp(min=1e-3)
+            parameter *= 0.1 / parameter.std()
