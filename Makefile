@@ -9,7 +9,7 @@ SPEC   := pyproject.toml constraints.txt Makefile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test lint gate bench report assets browser clean
+.PHONY: setup demo test faults audit lint gate bench report assets browser clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.base
@@ -69,6 +69,24 @@ browser:
 WORKERS ?= 2
 test: $(VENV)/.dev assets browser
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# Malformed inputs, failing disks, kills and servers under load (docs/reliability.md): about an hour, goes on where it stopped.
+SEED   ?= 0
+INPUTS ?= 100000
+FAULTS ?= 3000
+STORM  ?= 600
+faults: $(VENV)/.dev
+	@$(BIN)/python -m tests.faults --seed $(SEED) --inputs $(INPUTS) --faults $(FAULTS) --storm $(STORM) --jobs $(WORKERS) \
+	  --write bench/results/faults.json --table docs/reliability.md
+
+# The pinned versions against the advisory database; fails where that cannot be asked.
+$(VENV)/.audit: $(VENV)/.torch
+	@$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install -q pip-audit==2.10.1
+	@touch $@
+
+audit: $(VENV)/.audit
+	@$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt || \
+	  { echo "audit: FAILED. A vulnerable version is named above, or the advisory database was not reached."; exit 1; }
 
 # Packed kernels beside dense ones against the committed baseline; JUnit XML in out/gate/. Under a minute.
 gate: $(VENV)/.dev

@@ -1,15 +1,9 @@
-"""Text for calibration and evaluation alike: local `.txt`, `.jsonl`, `.parquet`, or a `datasets` name.
-
-A `datasets` source is written `NAME`, `NAME:SPLIT`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT` (`NAME::SPLIT` without a
-config); with two parts the second is a split where it starts with train, valid, test or dev. NAME may be a folder.
-"""
+"""Tokens for calibration and evaluation alike, from the documents of a source: whole texts, prefixes, windows, BOS."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,36 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CalibrationError, CheckpointError, ConfigError, MissingExtra
+from .documents import Text, load_text
+from .errors import CalibrationError, CheckpointError, ConfigError
+from .limits import MOST, check_seed
 from .model.families import family_of
 from .store.checkpoint import read_config
 from .store.stock import tokenizer_of
 
-SEPARATOR = "\n\n"
-DATASET_MAX_CHARS = 50_000_000
 CHARS_PER_TOKEN = 16
 MIN_CHARS = 2_000_000
-FILE_KINDS = (".txt", ".jsonl", ".parquet")
-_SPLIT_NAMES = ("train", "valid", "test", "dev")
-
-
-@dataclass(frozen=True)
-class Text:
-    """Documents read from one source.
-
-    sha256: of the file's bytes; for a `datasets` source of the joined UTF-8 text that was read.
-    truncated: the dataset held more than the characters asked for.
-    """
-
-    source: str
-    documents: list[str]
-    sha256: str
-    truncated: bool = False
-
-    @property
-    def joined(self) -> str:
-        """All documents, separated by a blank line."""
-        return SEPARATOR.join(self.documents)
+WHOLE_CHARS = 50_000_000  # a text of no more than these is read whole where its beginning has too few tokens
+SLACK = 256  # tokens behind those that are wanted, which the end of a cut text may change
 
 
 @dataclass(frozen=True)
@@ -91,29 +66,6 @@ class CalibrationSet:
         }
 
 
-def load_text(
-    source: str | Path, field: str = "text", split: str = "train", max_chars: int = DATASET_MAX_CHARS
-) -> Text:
-    """Read every document of a source; `split` is a dataset's split where the source names none.
-
-    A dataset is streamed, and no further than the document that reaches `max_chars` characters.
-    Raises CalibrationError (missing, unreadable, not UTF-8, a bad line, no such field, no text) and MissingExtra.
-    """
-    path = Path(source)
-    if path.suffix in FILE_KINDS or path.is_file():
-        text = _load_file(path, field)
-    else:
-        text = _load_dataset(str(source), field, split, max_chars)
-    if not any(document.strip() for document in text.documents):
-        raise CalibrationError(f"{source} holds no text")
-    return text
-
-
-def load_documents(source: str | Path, field: str = "text") -> list[str]:
-    """The documents of a source; a `.txt` file is one document. Raises as `load_text` does."""
-    return load_text(source, field).documents
-
-
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder. Raises NoTokenizer, and CheckpointError where it is damaged."""
     return tokenizer_of(folder)
@@ -151,8 +103,11 @@ def calibration_windows(
     even), in one random order.
     Raises CalibrationError saying how many tokens are missing, ConfigError, and as `load_text` does.
     """
-    if samples < 1 or length < 2:
-        raise ConfigError(f"{samples} calibration samples of {length} tokens: at least 1 sample of 2 tokens is needed")
+    check_seed(seed)
+    if samples < 1 or length < 2 or samples * length > MOST:
+        raise ConfigError(
+            f"{samples} calibration samples of {length} tokens: it must be 1 of 2, and {MOST} tokens at most"
+        )
     if isinstance(source, (str, Path, Text)):
         return _windows(source, tokenizer, samples, length, seed, field)
     names = [str(one) for one in source]
@@ -189,11 +144,7 @@ def _windows(
 ) -> CalibrationSet:
     bos = wants_bos_each_window(tokenizer)
     body = length - 1 if bos else length
-    if isinstance(source, Text):
-        text = source
-    else:
-        text = load_text(source, field, max_chars=max(MIN_CHARS, CHARS_PER_TOKEN * samples * body))
-    ids, rule = _enough_tokens(tokenizer, text, samples * body)
+    ids, text, rule = _enough_tokens(tokenizer, source, samples * body, field)
     windows = draw_windows(ids, samples, body, seed)
     if bos:
         windows = torch.cat([torch.full((samples, 1), tokenizer.bos_token_id), windows], dim=1)
@@ -223,122 +174,43 @@ def draw_windows(ids: Tensor, samples: int, length: int, seed: int) -> Tensor:
     return ids[starts[:, None] + torch.arange(length)]
 
 
-def _enough_tokens(tokenizer: Any, text: Text, wanted: int) -> tuple[Tensor, str]:
-    whole = text.joined
+def _enough_tokens(
+    tokenizer: Any, source: str | Path | Text, wanted: int, field: str
+) -> tuple[Tensor, Text, str]:  # fmt: skip
+    """The tokens of as much of a text as holds `wanted` ones, that text, and what was used of it, in words."""
     cut = max(MIN_CHARS, CHARS_PER_TOKEN * wanted)
-    ids = tokenize(tokenizer, whole[:cut])
-    used = "the text" if len(whole) <= cut and not text.truncated else f"the first {cut} characters"
-    if ids.numel() < wanted and len(whole) > cut:
-        ids, used = tokenize(tokenizer, whole), "the text"
+    while True:
+        text = source if isinstance(source, Text) else load_text(source, field, max_chars=cut, file_chars=cut + 1)
+        whole = text.joined
+        ids = tokenize(tokenizer, whole[:cut])
+        all_used = len(whole) <= cut and not text.truncated
+        if ids.numel() >= wanted or len(whole) <= cut:
+            break
+        cut = max(8 * cut, WHOLE_CHARS)
+    used = "the text" if all_used else f"the first {cut} characters"
     if ids.numel() < wanted:
         raise CalibrationError(
             f"{text.source} has {ids.numel()} tokens and {wanted} are needed: {wanted - ids.numel()} are missing; "
             f"give more text, fewer samples or shorter ones"
         )
-    return ids, f"{used}, documents joined by blank lines, windows at random places without overlap"
+    return ids, text, f"{used}, documents joined by blank lines, windows at random places without overlap"
 
 
-def _load_file(path: Path, field: str) -> Text:
-    if path.suffix not in FILE_KINDS:
-        raise CalibrationError(f"{path} is not one of the kinds that can be read: {', '.join(FILE_KINDS)}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CalibrationError(f"cannot read {path}: {error.strerror or error}") from error
-    if not data:
-        raise CalibrationError(f"{path} is empty")
-    digest = hashlib.sha256(data).hexdigest()
-    if path.suffix == ".parquet":
-        return Text(str(path), _read_parquet(path, field), digest)
-    content = _decode(path, data)
-    documents = [content] if path.suffix == ".txt" else list(_json_lines(path, content, field))
-    return Text(str(path), documents, digest)
+def first_tokens(
+    tokenizer: Any, source: str | Path, field: str, wanted: int | None
+) -> tuple[Tensor, Text, int | None]:  # fmt: skip
+    """The first `wanted` tokens of a text as they stand in the whole (None: all), what was read, and its tokens in all.
 
-
-def _decode(path: Path, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it to UTF-8"
-        ) from error
-
-
-def _json_lines(path: Path, content: str, field: str) -> Iterator[str]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{path} line {number} is not JSON: {error}") from error
-        yield _field_of(row, field, f"{path} line {number}")
-
-
-def _field_of(row: Any, field: str, place: str) -> str:
-    value = row.get(field) if isinstance(row, dict) else None
-    if isinstance(value, str):
-        return value
-    fields = f"its fields are {', '.join(map(str, row))}" if isinstance(row, dict) else "it is no object"
-    raise CalibrationError(f"{place} has no text in field '{field}': {fields}")
-
-
-def _read_parquet(path: Path, field: str) -> list[str]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise MissingExtra("pyarrow", "eval", "reading a .parquet file")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        names = pyarrow.parquet.read_schema(path).names
-        if field not in names:
-            raise CalibrationError(f"{path} has no column '{field}': its columns are {', '.join(names)}")
-        values = pyarrow.parquet.read_table(path, columns=[field]).column(field).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise CalibrationError(f"{path} is not a parquet file that can be read: {error}") from error
-    return [_field_of({field: value}, field, f"{path} row {row}") for row, value in enumerate(values)]
-
-
-def parse_dataset_name(source: str, split: str) -> tuple[str, str | None, str]:
-    """Split `NAME[:CONFIG][:SPLIT]` into its parts; `split` where none is named. Raises CalibrationError."""
-    name, *rest = source.split(":")
-    if not name or len(rest) > 2:
-        raise CalibrationError(f"'{source}' is no file and no dataset name of the form NAME[:CONFIG][:SPLIT]")
-    if len(rest) == 2:
-        return name, rest[0] or None, rest[1] or split
-    if rest and rest[0].startswith(_SPLIT_NAMES):
-        return name, None, rest[0]
-    return name, rest[0] if rest else None, split
-
-
-def _load_dataset(source: str, field: str, split: str, max_chars: int) -> Text:
-    name, config, split = parse_dataset_name(source, split)
-    if importlib.util.find_spec("datasets") is None:
-        raise MissingExtra("datasets", "eval", f"'{source}' is no file on this disk; reading it as a dataset")
-    import httpx
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        rows = load_dataset(name, config, split=split, streaming=True)
-        documents, truncated = _take(rows, field, source, max_chars)
-    except (OSError, ValueError, KeyError, DatasetsError, HfHubHTTPError, httpx.HTTPError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CalibrationError(
-            f"'{source}' is no file on this disk, and dataset '{name}' (config {config}, split {split}) could not be "
-            f"read: {reason}"
-        ) from error
-    digest = hashlib.sha256(SEPARATOR.join(documents).encode()).hexdigest()
-    return Text(source, documents, digest, truncated)
-
-
-def _take(rows: Iterable[Any], field: str, source: str, max_chars: int) -> tuple[list[str], bool]:
-    documents: list[str] = []
-    chars = 0
-    for number, row in enumerate(rows):
-        if chars >= max_chars:
-            return documents, True
-        documents.append(_field_of(row, field, f"{source} row {number}"))
-        chars += len(documents[-1])
-    return documents, False
+    Only as much of a long text is tokenised as that takes: then nobody knows how many it has in all, and it is None.
+    Raises as `load_text` does.
+    """
+    cut = None if wanted is None else max(MIN_CHARS, 8 * (wanted + SLACK))
+    while True:
+        text = load_text(source, field, split="test", file_chars=None if cut is None else cut + 1)
+        whole = text.joined
+        ids = tokenize(tokenizer, whole[:cut])
+        if wanted is None or cut is None or len(whole) <= cut:
+            return ids[:wanted], text, ids.numel()
+        if ids.numel() >= wanted + SLACK:
+            return ids[:wanted], text, None
+        cut *= 8

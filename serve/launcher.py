@@ -27,7 +27,7 @@ from .passed_on import ONNX, VLLM, check_passed_on
 from .process import Server
 from .smoke import compare, complete, model_name
 
-GREEDY_KEYS: Final = frozenset({"prompt_token_ids", "token_ids", "margins", "checkpoint_dtype"})
+GREEDY_KEYS: Final = ("prompt_token_ids", "token_ids", "margins", "checkpoint_dtype")
 _KEY: Final = re.compile(r"[!-~]+")
 
 Say = Callable[[str], None]
@@ -48,8 +48,9 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that answers: its address, the name it serves the model under, its process, its log while it runs, the
-    smoke check's result (None where the folder records none), and seconds from its start until it was healthy."""
+    """A server that answers: its address, the name it serves the model under, the process of its keeper, which leads
+    its session, its log while it runs, the smoke check's result (None where the folder records none), and seconds from
+    its start until it was healthy."""
 
     url: str
     model: str
@@ -108,7 +109,7 @@ def server_command(options: ServeOptions, port: int, greedy: dict[str, Any] | No
     if not is_onnx(options.folder):
         return vllm_command(options, port, greedy)
     check_passed_on(options.extra, ONNX)
-    command = [sys.executable, "-P", "-m", "crepe_deploy.serve.onnx_server", str(options.folder)]
+    command = [sys.executable, "-P", "-m", "crepe_deploy.serve.onnx_server", str(options.folder.resolve())]
     return [*command, "--host", options.host, "--port", str(port), *options.extra]
 
 
@@ -128,10 +129,24 @@ def recorded_greedy(folder: Path) -> dict[str, Any] | None:
     """The manifest's greedy prompt, or None where there is no manifest or it has none."""
     if not (folder / MANIFEST_NAME).is_file():
         return None
-    greedy: dict[str, Any] | None = load_manifest(folder).metrics.get("greedy")
-    if greedy is not None and not greedy.keys() >= GREEDY_KEYS:
+    greedy = load_manifest(folder).metrics.get("greedy")
+    if greedy is not None and not _is_greedy(greedy):
         raise CheckpointError(f"{folder / MANIFEST_NAME}: its greedy prompt is incomplete; export the checkpoint again")
     return greedy
+
+
+def _is_greedy(record: Any) -> bool:
+    """Whether this is a prompt, what follows it, how clear each token was, and the dtype of the checkpoint."""
+    if not isinstance(record, dict) or not record.keys() >= set(GREEDY_KEYS):
+        return False
+    prompt, tokens, margins, dtype = (record[key] for key in GREEDY_KEYS)
+    return (
+        all(isinstance(part, list) for part in (prompt, tokens, margins))
+        and all(type(token) is int for token in (*prompt, *tokens))
+        and all(type(margin) in (int, float) for margin in margins)
+        and (len(prompt) > 0 and len(margins) == len(tokens))
+        and (isinstance(dtype, str) and dtype.isidentifier())
+    )
 
 
 def vllm_command(options: ServeOptions, port: int, greedy: dict[str, Any] | None) -> list[str]:
@@ -139,12 +154,13 @@ def vllm_command(options: ServeOptions, port: int, greedy: dict[str, Any] | None
     not passed on."""
     check_passed_on(options.extra, VLLM)
     # -P: a stale *.egg-info in the working folder must not hide the installed plugin from vLLM.
-    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.folder)]
+    folder = options.folder.resolve()
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", options.host, "--port", str(port)]
     if options.api_key is not None:
         command += ["--middleware", MIDDLEWARE]
     if not _given(options, "--served-model-name"):
-        command += ["--served-model-name", options.folder.resolve().name]
+        command.append(f"--served-model-name={folder.name}")  # in one: a name may begin with dashes
     if greedy is not None and not _given(options, "--dtype"):
         command += ["--dtype", greedy["checkpoint_dtype"]]
     return [*command, *options.extra]

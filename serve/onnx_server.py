@@ -163,7 +163,7 @@ async def read_body(request: Request, limit: int) -> bytes | None:
 def whole(name: str, ask: Ask, answer: Answer) -> dict[str, Any]:
     """An answer in one."""
     said = {"message": {"role": "assistant", "content": answer.text}} if ask.chat else {"text": answer.text}
-    choice = {"index": 0, "finish_reason": answer.reason, "logprobs": None, **said}
+    choice: dict[str, Any] = {"index": 0, "finish_reason": answer.reason, "logprobs": None, **said}
     if ask.return_token_ids:
         choice["token_ids"] = answer.tokens
     return envelope(name, ask) | {"choices": [choice], "usage": usage(answer)}

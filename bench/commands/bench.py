@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from ...commands.options import Count
 from ...errors import ConfigError, CrepeError
 from .init_ci import init_ci_command
 
@@ -54,12 +55,12 @@ bench_command.add_command(init_ci_command)
     help=f"BATCHxPROMPT+OUTPUT[*REQUESTS] or, served, CONCURRENCY@PROMPT+OUTPUT*REQUESTS; for folders "
     f"{DEFAULT_POINTS}.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=None, help="Rounds, two visits each; for folders 7.")
-@click.option("--threads", type=click.IntRange(1), default=None, help="Of each candidate. Default: one a core.")
+@click.option("--rounds", type=Count(1), default=None, help="Rounds, two visits each; for folders 7.")
+@click.option("--threads", type=Count(1), default=None, help="Of each candidate. Default: one a core.")
 @click.option("--aa", is_flag=True, help="Measure the baseline twice, for the machine's noise floor.")
 @click.option("--text", type=click.Path(path_type=Path), default=None, help="Also measure quality on this text.")
-@click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window of --text.")
-@click.option("--max-tokens", type=click.IntRange(2), default=None, help="Score only the first tokens of --text.")
+@click.option("--window", type=Count(2), default=512, show_default=True, help="Tokens a window of --text.")
+@click.option("--max-tokens", type=Count(2), default=None, help="Score only the first tokens of --text.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="The run. Default: NAME.json, here.")
 @click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 @click.option(
@@ -69,7 +70,7 @@ bench_command.add_command(init_ci_command)
     default=None,
     help="Judge the candidates by these budgets, against the baseline.",
 )
-@click.option("--max-rounds", type=click.IntRange(1), default=None, help="With --gate: add rounds while undecided.")
+@click.option("--max-rounds", type=Count(1), default=None, help="With --gate: add rounds while undecided.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run, or with --gate the verdict, as JSON.")
 @click.pass_obj
 def run_command(

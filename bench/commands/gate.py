@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from ...commands.options import Number
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Examples:
 @click.argument("baseline", type=_PATH)
 @click.argument("candidate", type=_PATH, required=False)
 @click.option("--budgets", type=_PATH, default=None, help="YAML or JSON: how much worse is allowed; see configs/.")
-@click.option("--max-slowdown", type=float, default=None, metavar="FRACTION", help="One budget for all latencies.")
+@click.option("--max-slowdown", type=Number(), default=None, metavar="FRACTION", help="One budget for all latencies.")
 @click.option("--pruned", multiple=True, metavar="NAME", help="Within one run: gate this candidate against dense.")
 @click.option("--candidate", "names", multiple=True, metavar="NAME", help="Of two runs: gate only this candidate.")
 @click.option(

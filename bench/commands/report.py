@@ -8,6 +8,8 @@ from typing import Final
 
 import click
 
+from ...commands.options import Count, Number
+
 EXAMPLES: Final = """\b
 Examples:
   crepe-deploy report run.json --out report
@@ -23,14 +25,14 @@ Examples:
     "--max-perplexity-ratio",
     default=1.10,
     show_default=True,
-    type=click.FloatRange(min=1.0),
+    type=Number(1.0),
     help="Quality limit of the answer: candidates above this multiple of the baseline's perplexity are out.",
 )
 @click.option(
     "--context",
     default=4096,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=Count(1),
     help="KV-cache tokens in the memory stack.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")

@@ -21,8 +21,8 @@ from typing import Annotated, Final, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...errors import ConfigError
+from ...store.reading import read_yaml
 from ..run.metrics import METRICS
-from ..run.yaml_files import read_yaml
 
 TIME: Final = "time_s"  # what a micro-benchmark measures
 REQUEST_METRICS: Final = ("ttft_s", "tpot_s", "itl_s", "latency_s", TIME)
@@ -107,7 +107,7 @@ def slowdown_budgets(max_slowdown: float, metrics: tuple[str, ...]) -> Budgets:
 
 def load_budgets(path: Path) -> Budgets:
     """Read a budgets file. Raises ConfigError naming the file, the key and what is wrong with it."""
-    document = read_yaml(path)
+    document = read_yaml(path, ConfigError)
     try:
         return Budgets.model_validate(document)
     except ValidationError as error:

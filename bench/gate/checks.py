@@ -141,7 +141,7 @@ def _quality(pair: Pair, name: str, limit: float, gate: Gate) -> Row:
     row = Row(candidate=pair[1].name, check="quality", metric=name, status="INVALID", reason="", limit=limit)
     if new is None or (gate != PRUNED and base is None):
         return row.model_copy(update={"reason": "there is a budget for it, and quality was not measured"})
-    if base is not None and base.convention != new.convention:
+    if base is not None and _decisive(base.convention) != _decisive(new.convention):
         return row.model_copy(update={"reason": "the two were measured with different conventions"})
     if gate != PRUNED and base is not None and name == "perplexity_ratio":
         value, what = Interval(value=new.perplexity.value / base.perplexity.value), "on the same text"
@@ -157,6 +157,11 @@ def _quality(pair: Pair, name: str, limit: float, gate: Gate) -> Row:
         reason += "; more evaluation text can decide, more rounds cannot"
     unit = {"perplexity_ratio": "ratio", "same_top": "share"}.get(name, "nats")
     return row.model_copy(update={"status": status, "value": value, "reason": reason, "unit": unit})
+
+
+def _decisive(convention: Mapping[str, Any]) -> dict[str, Any]:
+    """What a figure depends on: not how long the text is behind the tokens that were scored."""
+    return {name: value for name, value in convention.items() if name != "text_tokens"}
 
 
 def _within(value: Interval, limit: float, sign: int) -> Status:

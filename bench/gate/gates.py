@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ConfigError, CrepeError, GateFailed, GateInconclusive, GateInvalid
+from ...store.reading import read_json
 from ..run.result import Run, load_run, save_run
 from ..run.statistics import noise_floor
 from .arms import COMMITS, PRUNED, Arm, arm
 from .budgets import TIME, Budgets, slowdown_budgets
 from .checks import HostMismatch, Pair
 from .judge import judge
-from .pytest_json import arm_of_file, arm_of_folder, is_pytest_json, parse_saved, read_json
+from .pytest_json import arm_of_file, arm_of_folder, is_pytest_json, parse_saved
 from .verdict import Verdict
 
 Limits = Budgets | float  # a whole budgets file, or one slow-down for everything
@@ -139,11 +140,11 @@ def _read(path: Path) -> Run | Arm:
         files = sorted(path.glob("*.json"))
         if not files:
             raise ConfigError(f"{path} holds no .json file")
-        documents = [(file, read_json(file)) for file in files]
+        documents = [(file, read_json(file, ConfigError, lenient=True)) for file in files]
         if strange := [file for file, document in documents if not is_pytest_json(document)]:
             raise ConfigError(f"{strange[0]} is not from pytest-benchmark; of a folder each file must be")
         return arm_of_folder(path, [parse_saved(document, file) for file, document in documents])
-    document = read_json(path)
+    document = read_json(path, ConfigError, lenient=True)
     if is_pytest_json(document):
         return arm_of_file(parse_saved(document, path))
     return load_run(path)

@@ -10,8 +10,6 @@ its ratio to that, which survives another machine.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from ...errors import ConfigError
+from ..run.result import LONGEST, SHORTEST
 from ..run.statistics import undisturbed
 from .arms import Arm, Cell
 from .budgets import TIME
@@ -53,19 +52,41 @@ def is_pytest_json(document: Any) -> bool:
 
 
 def parse_saved(document: dict[str, Any], path: Path) -> Saved:
-    """What such a document holds. Raises ConfigError for no benchmarks, no raw timings, or impossible ones."""
-    machine = document["machine_info"]
-    cpu = machine.get("cpu", {})
+    """What such a document holds. Raises ConfigError for no benchmarks, no raw timings, or impossible ones.
+
+    What it may know of the machine, the commit and each benchmark may be missing or null, as some plugins leave it.
+    """
+    machine = _object(document, "machine_info", path)
+    cpu = _object(machine, "cpu", path)
     benchmarks = document["benchmarks"]
     if not isinstance(benchmarks, list) or not benchmarks:
         raise ConfigError(f"{path} holds no benchmark: was anything selected when it was written?")
+    commit = _object(document, "commit_info", path).get("id")
+    timings: dict[str, Timings] = {}
+    for entry in benchmarks:
+        name = entry.get("fullname") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or name in timings:
+            raise ConfigError(f"{path}: a benchmark has no `fullname`, or that of another one: {name!r:.80}")
+        timings[name] = _timings(name, entry, path)
     return Saved(
         path=path,
-        host={"cpu": cpu.get("brand_raw"), "cores": cpu.get("count"), "machine": machine.get("machine")},
+        host={
+            "cpu": cpu.get("brand_raw", cpu.get("brand")),  # its name before py-cpuinfo 6
+            "cores": cpu.get("count"),
+            "machine": machine.get("machine"),
+        },
         python=str(machine.get("python_version")),
-        commit=document.get("commit_info", {}).get("id"),
-        timings={str(entry.get("fullname")): _timings(entry, path) for entry in benchmarks},
+        commit=commit if isinstance(commit, str) else None,
+        timings=timings,
     )
+
+
+def _object(parent: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """An object of an object; empty where it is missing or null. Raises ConfigError for anything else."""
+    value = parent.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{path}: {name} is {value!r:.80}, and not an object")
+    return value or {}
 
 
 def arm_of_file(saved: Saved) -> Arm:
@@ -93,32 +114,25 @@ def arm_of_folder(folder: Path, files: Sequence[Saved]) -> Arm:
     return Arm(folder.name, cells, facts, requests=requests, versions={"python": first.python}, paired=True)
 
 
-def _timings(entry: dict[str, Any], path: Path) -> Timings:
-    name = entry.get("fullname")
-    data = entry.get("stats", {}).get("data")
+def _timings(name: str, entry: dict[str, Any], path: Path) -> Timings:
+    data = _object(entry, "stats", path).get("data")
     if not data:
         raise ConfigError(
             f"{path}: {name} has no raw timings: write the file with --benchmark-json, or add --benchmark-save-data"
         )
-    control = entry.get("extra_info", {}).get(CONTROL)
-    for values in (data, control or data):
-        if not isinstance(values, list) or not all(isinstance(x, int | float) and 0 < x < math.inf for x in values):
-            raise ConfigError(f"{path}: {name} has timings that are not positive numbers")
+    control = _object(entry, "extra_info", path).get(CONTROL)
+    for values in (data, data if control is None else control):
+        if not isinstance(values, list) or not all(map(_is_time, values)):
+            raise ConfigError(f"{path}: {name} has timings that are not positive numbers of seconds")
     if control is not None and len(control) != len(data):
         raise ConfigError(f"{path}: {name} has {len(data)} timings and {len(control)} of its control")
     return Timings(data, control)
 
 
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and SHORTEST <= value <= LONGEST
+
+
 def _blocks(values: list[float]) -> dict[int, float]:
     parts = np.array_split(np.asarray(values), min(BLOCKS, len(values)))
     return {index: undisturbed(part.tolist()) for index, part in enumerate(parts)}
-
-
-def read_json(path: Path) -> Any:
-    """A JSON document. Raises ConfigError naming the file: missing, or cut short."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON, perhaps cut short: {error}") from error

@@ -22,7 +22,7 @@ STYLES: Final[dict[Status, str]] = {
 SIGNS: Final[dict[Status, str]] = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "INVALID": "⛔"}
 COLUMNS: Final = ("candidate", "check", "where", "baseline", "measured", "found", "limit", "reason")
 _MARKDOWN: Final = str.maketrans(
-    {"\\": "\\\\", "|": "\\|", "&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b", "`": "'"}
+    {mark: f"\\{mark}" for mark in "\\|*_[]#~"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b", "`": "'"}
 )
 _NOT_IN_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -155,7 +155,7 @@ def _number(value: float, unit: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Markdown that cannot leave its table cell, mention anyone or make HTML."""
+    """Markdown that cannot leave its table cell, mention or link to anyone, or make HTML."""
     return " ".join(text.split()).translate(_MARKDOWN)
 
 

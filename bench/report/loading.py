@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ConfigError
-from ..run.result import Candidate, Run, Series, load_run, workload_sha256
+from ...store.reading import read_bytes
+from ..run.result import Candidate, Run, Series, parse_run, workload_sha256
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ def load_groups(paths: Sequence[Path]) -> list[Group]:
     """Read run files. Raises ConfigError naming the one that is missing, cut short, inconsistent or without samples."""
     sources: dict[str, Source] = {}
     for path in paths:
-        run = load_run(path)
+        data = read_bytes(path, ConfigError)
+        run = parse_run(data, path)
         _check(run, path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(data).hexdigest()
         sources.setdefault(digest, Source(path, digest, run))
     groups: dict[str, list[Source]] = {}
     for source in sources.values():

@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from codecs import BOM_UTF8
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import ConfigError
 from ...store.files import write_text
+from ...store.reading import parse_json, read_bytes
 
 SCHEMA_VERSION: Final = 1
+SHORTEST, LONGEST = 1e-12, 1e12  # seconds: what lies outside was not measured
+
+
+def _possible(seconds: float) -> float:
+    if seconds and not SHORTEST <= seconds <= LONGEST:
+        raise ValueError(f"{seconds:g} is no time in seconds that can be measured")
+    return seconds
+
+
+Seconds = Annotated[float, AfterValidator(_possible)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
 class _Record(BaseModel):
@@ -36,8 +49,8 @@ class Host(_Record):
 
     cpu: str
     isa: str
-    cores: int
-    memory_bytes: int
+    cores: Count
+    memory_bytes: Count
     gpu: list[str] = Field(default_factory=list)
     system: str
 
@@ -51,7 +64,7 @@ class Environment(_Record):
 
     host: Host
     versions: dict[str, str]
-    threads: int
+    threads: Count
     clock_mhz: float | None = None
     load: tuple[float, float]
     variables: dict[str, str] = Field(default_factory=dict)
@@ -63,11 +76,11 @@ class Point(_Record):
     in flight against a server, `requests` of them in a visit. Lengths are tokens of each sequence."""
 
     name: str
-    prompt_tokens: int
-    output_tokens: int
-    batch: int = 1
-    concurrency: int | None = None
-    requests: int = 1
+    prompt_tokens: Count
+    output_tokens: Count
+    batch: Count = 1
+    concurrency: Count | None = None
+    requests: Count = 1
 
 
 class Workload(_Record):
@@ -86,12 +99,12 @@ class Request(_Record):
     send several tokens at once: then fewer). A failed request has an `error` and no times, and no statistic sees it.
     """
 
-    sequences: int = 1
-    prompt_tokens: int
-    output_tokens: int
-    ttft_s: float | None = None
-    itl_s: list[float] = Field(default_factory=list)
-    latency_s: float | None = None
+    sequences: Count = 1
+    prompt_tokens: Count
+    output_tokens: Count
+    ttft_s: Seconds | None = None
+    itl_s: list[Seconds] = Field(default_factory=list)
+    latency_s: Seconds | None = None
     error: str | None = None
 
 
@@ -99,7 +112,7 @@ class Visit(_Record):
     """One candidate's turn at one point. Two visits make a round, in the order A B B A. `round` 0 is the first."""
 
     round: int
-    duration_s: float
+    duration_s: Seconds
     requests: list[Request]
 
 
@@ -114,7 +127,7 @@ class Layer(_Record):
     """One linear layer: its shape as (out, in), and the fraction of zeros among its weights."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[Count, Count]
     sparsity: float
     pattern: str | None = None
     error: float | None = None
@@ -126,11 +139,11 @@ class Memory(_Record):
     loaded, peak: resident (on a GPU: allocated) after loading and at most. kv_token: of the cache, each token.
     """
 
-    weights_bytes: int
-    linears_bytes: int | None = None
-    loaded_bytes: int | None = None
-    peak_bytes: int | None = None
-    kv_token_bytes: int | None = None
+    weights_bytes: Count
+    linears_bytes: Count | None = None
+    loaded_bytes: Count | None = None
+    peak_bytes: Count | None = None
+    kv_token_bytes: Count | None = None
 
 
 class Quality(_Record):
@@ -156,7 +169,7 @@ class Candidate(_Record):
     format: str = "dense"
     folder: str
     model_sha256: str
-    load_s: list[float]
+    load_s: list[Seconds]
     memory: Memory
     quality: Quality | None = None
     layers: list[Layer] = Field(default_factory=list)
@@ -180,12 +193,12 @@ class Run(_Record):
     name: str
     created: str
     command: str
-    seconds: float
+    seconds: Seconds
     environment: Environment
     workload: Workload
     baseline: str
     candidates: list[Candidate]
-    noise: dict[str, float] | None = None
+    noise: dict[str, Annotated[float, Field(ge=0, le=100)]] | None = None
 
     def candidate(self, name: str) -> Candidate:
         """The candidate of this name. Raises ConfigError naming those there are."""
@@ -214,17 +227,17 @@ def save_run(run: Run, path: Path) -> None:
 
 def load_run(path: Path) -> Run:
     """Read a run. Raises ConfigError naming the file: missing, truncated, of another kind or a higher version."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON, perhaps cut short: {error}") from error
+    return parse_run(read_bytes(path, ConfigError), path)
+
+
+def parse_run(data: bytes, path: Path) -> Run:
+    """A run from the content of its file. Raises as `load_run` does."""
+    document = parse_json(data, path, ConfigError)
     version = document.get("schema_version") if isinstance(document, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise ConfigError(f"{path} has schema version {version}; this crepe-deploy reads up to {SCHEMA_VERSION}")
     try:
-        return Run.model_validate(document)
+        return Run.model_validate_json(data.removeprefix(BOM_UTF8), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the document"

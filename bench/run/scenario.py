@@ -6,6 +6,7 @@ Unknown keys are refused, and whatever can be wrong is said before anything slow
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +14,8 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ...errors import ConfigError
+from ...store.reading import read_yaml
 from .result import Point, Workload
-from .yaml_files import read_yaml
 
 AGAIN: Final = " again"
 
@@ -128,7 +129,7 @@ class Scenario(_Strict):
 
 def load_scenario(path: Path) -> Scenario:
     """Read a scenario; its paths are relative to the file. Raises ConfigError naming the file, the key and its fix."""
-    content = read_yaml(path)
+    content = read_yaml(path, ConfigError)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Scenario.model_fields)}")
     return resolve(parse(content, str(path)), path.parent)
@@ -168,7 +169,7 @@ def _parse_point(text: str) -> dict[str, Any]:
     prompt, _, output = rest.partition("+")
     output, star, requests = output.partition("*")
     numbers = [width, prompt, output, *([requests] if star else [])]
-    if not all(number.isdecimal() and int(number) for number in numbers):
+    if not all(re.fullmatch("[0-9]{1,9}", number) and int(number) for number in numbers):
         raise ConfigError(
             f"'{text}' is no point: write BATCHxPROMPT+OUTPUT, such as 1x64+32, or for a server "
             "CONCURRENCY@PROMPT+OUTPUT*REQUESTS, such as 4@128+32*16"
@@ -178,7 +179,10 @@ def _parse_point(text: str) -> dict[str, Any]:
 
 
 def _from_here(root: Path, path: Path) -> Path:
-    place = (root / path).resolve()
+    try:
+        place = (root / path).resolve()
+    except ValueError as cause:  # a NUL in the name
+        raise ConfigError(f"{str(path)!r} is no path: {cause}") from cause
     here = Path.cwd().resolve()
     return place.relative_to(here) if place.is_relative_to(here) else place
 

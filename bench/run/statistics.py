@@ -90,6 +90,11 @@ def log_mean(values: Sequence[float], seed: int = 0) -> LogMean:
     return LogMean(mean, max(mean - low, 0.0) * stretch, max(high - mean, 0.0) * stretch, len(logs) - 1)
 
 
+def positive(*arms: Sequence[float]) -> bool:
+    """Whether each has samples, and none but positive ones: what a ratio can be taken of."""
+    return all(len(arm) and min(arm) > 0 for arm in arms)
+
+
 def paired_log_mean(numerator: Sequence[float], denominator: Sequence[float], seed: int = 0) -> LogMean:
     """Of numerator / denominator, round by round. Raises ValueError for samples that do not pair."""
     if len(numerator) != len(denominator):
@@ -155,14 +160,15 @@ def bootstrap(
 def noise_floor(first: Series, second: Series) -> dict[str, float]:
     """What two equal candidates differ by: "POINT/METRIC" -> half-width of the 95 % interval of their log-ratio.
 
-    Metrics that fewer than two rounds of both have are left out. Raises ValueError for series of two points.
+    Metrics that fewer than two rounds of both have, or that took no time, are left out. Raises ValueError for series
+    of two points.
     """
     if first.point != second.point:
         raise ValueError(f"series of two points do not pair: {first.point} and {second.point}")
     floors = {}
     for name, metric in METRICS.items():
         pairs = common_rounds(rounds_of(first, metric), rounds_of(second, metric))
-        if len(pairs[0]) >= 2:
+        if len(pairs[0]) >= 2 and positive(*pairs):
             floors[f"{first.point}/{name}"] = half_width(paired_log_mean(*pairs))
     return floors
 

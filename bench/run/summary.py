@@ -8,7 +8,7 @@ from typing import Final
 
 from .metrics import METRICS, common_rounds, errors, rounds_of
 from .result import Candidate, Interval, Run
-from .statistics import paired_ratio
+from .statistics import paired_ratio, positive
 
 SHOWN: Final = ("ttft_s", "tpot_s", "itl_p99_s", "output_tokens_per_s")
 _SCALE: Final = {"s": (1e3, "ms"), "tokens/s": (1.0, "tokens/s")}
@@ -42,11 +42,11 @@ def failures(run: Run) -> list[str]:
 
 
 def gain(run: Run, candidate: Candidate, point: str, metric: str) -> Interval | None:
-    """How many times better than the baseline, above 1 means better; None where rounds are missing."""
+    """How many times better than the baseline, above 1 means better; None where rounds are missing or took no time."""
     kind = METRICS[metric]
     arms = (rounds_of(one.series_at(point), kind) for one in (run.candidate(run.baseline), candidate))
     before, after = common_rounds(*arms)
-    if not before or candidate.name == run.baseline:
+    if candidate.name == run.baseline or not positive(before, after):
         return None
     return paired_ratio(before, after) if kind.better == "lower" else paired_ratio(after, before)
 
@@ -76,7 +76,7 @@ def _memory_line(candidate: Candidate) -> str:
     parts = {"files": memory.weights_bytes, "linear layers": memory.linears_bytes, "loaded": memory.loaded_bytes,
              "peak": memory.peak_bytes}  # fmt: skip
     sizes = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts.items() if size is not None)
-    return f"{candidate.name}: {sizes}; loaded in {min(candidate.load_s):.1f} s"
+    return f"{candidate.name}: {sizes}" + (f"; loaded in {min(candidate.load_s):.1f} s" if candidate.load_s else "")
 
 
 def _quality_line(candidate: Candidate) -> Iterator[str]:

@@ -17,11 +17,12 @@ import click
 import numpy as np
 import torch
 
+from ...documents import load_text
 from ...quality.perplexity import plan_windows
 from ...quality.scoring import estimate, exp_mean, kl_per_token, mean, same_top_token, token_nll
 from ...serve.ort import Graph
 from ...store.manifest import load_manifest
-from ...texts import load_text, load_tokenizer, tokenize
+from ...texts import load_tokenizer, tokenize
 from ..assets import ensure_assets
 from ..run.processes import crepe_deploy, run_json
 from .frame import CALIBRATION, assets_option, folder_option, machine, out_option, save

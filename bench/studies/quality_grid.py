@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...documents import load_text
 from ...errors import ConfigError, CrepeError
 from ...pattern import NM, parse_record
 from ...pruning.config import PruneConfig, prune_config
@@ -29,7 +30,7 @@ from ...pruning.prune import prune
 from ...quality.perplexity import load_model, plan_windows
 from ...quality.scoring import token_nll
 from ...store.sources import resolve_model
-from ...texts import CalibrationSet, calibration_windows, load_text, load_tokenizer, tokenize
+from ...texts import CalibrationSet, calibration_windows, load_tokenizer, tokenize
 from ..assets import ensure_assets
 from .frame import assets_option, publish, say
 from .grid import Cell, ResultsFile, cells_of, text_record, texts_record

@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from crepe_deploy.documents import SEPARATOR, Text
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.model.architecture import load_config
 from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
 from crepe_deploy.progress import Say, unsaid
 from crepe_deploy.store.sources import Model, require_pinned, resolve_model
 from crepe_deploy.store.stock import check_ids
-from crepe_deploy.texts import SEPARATOR, CalibrationSet, Text, calibration_windows, load_tokenizer
+from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
 
 Granularity = Literal["row", "matrix"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +12,30 @@ from typing import Any, TypeVar
 import click
 
 from crepe_deploy.errors import EXIT_RESUMABLE, ConfigError
+from crepe_deploy.limits import MOST, MOST_SEED
 from crepe_deploy.store.files import to_json
+from crepe_deploy.store.reading import parse_value
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+SEED = click.IntRange(0, MOST_SEED)
+
+
+class Count(click.IntRange):
+    """A whole number that fits a C int, from `low` on."""
+
+    def __init__(self, low: int, high: int = MOST) -> None:
+        super().__init__(low, high)
+
+
+class Number(click.FloatRange):
+    """A fraction that is a number, neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does, and refuse what has no place on a line."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
 
 
 def say(message: str) -> None:
@@ -69,8 +90,8 @@ def calibration_options(*, samples: int, length: int, required: bool = False) ->
                      help="Calibration text: .txt, .jsonl, .parquet or a datasets name. Several give equal shares."),
         click.option("--calib-field", default="text", show_default=True,
                      help="Field of .jsonl, .parquet or dataset rows."),
-        click.option("--calib-samples", type=click.IntRange(1), default=samples, show_default=True),
-        click.option("--calib-length", type=click.IntRange(2), default=length, show_default=True,
+        click.option("--calib-samples", type=Count(1), default=samples, show_default=True),
+        click.option("--calib-length", type=Count(2), default=length, show_default=True,
                      help="Tokens in each sample, clipped to the model's context."),
     )  # fmt: skip
 
@@ -131,7 +152,7 @@ prune_options = options(
     click.option("--rescale", default=None, metavar="STEP",
                  help="logits: fit their scale to the dense model on held-out calibration windows."),
     calibration_options(samples=128, length=2048),
-    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--seed", type=SEED, default=0, show_default=True),
     click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches."),
     click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense."),
     click.option("--dtype", default="auto", show_default=True, help="To compute in: auto, bfloat16, float16, float32."),
@@ -150,13 +171,10 @@ def values(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_params(params: tuple[str, ...]) -> dict[str, Any]:
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for param in params:
         name, equals, value = param.partition("=")
         if not equals:
             raise ConfigError(f"--param {param} is not NAME=VALUE")
-        try:
-            parsed[name] = json.loads(value)
-        except json.JSONDecodeError:
-            parsed[name] = value
+        parsed[name] = parse_value(value)
     return parsed

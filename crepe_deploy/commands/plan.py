@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import json_option, print_result, revision_option, say, sparsity_options
+from .options import Count, json_option, print_result, revision_option, say, sparsity_options
 
 if TYPE_CHECKING:
     from crepe_deploy.api.plan import Plan
@@ -22,8 +22,8 @@ Examples:
 @click.command("plan", epilog=EXAMPLES)
 @click.argument("model")
 @sparsity_options
-@click.option("--calib-samples", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--calib-length", type=click.IntRange(2), default=2048, show_default=True)
+@click.option("--calib-samples", type=Count(1), default=128, show_default=True)
+@click.option("--calib-length", type=Count(2), default=2048, show_default=True)
 @revision_option
 @json_option
 def plan_command(model: str, as_json: bool, **options: Any) -> None:

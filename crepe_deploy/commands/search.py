@@ -10,6 +10,9 @@ import click
 from crepe_deploy.errors import ConfigError
 
 from .options import (
+    SEED,
+    Count,
+    Number,
     calibration_options,
     prepare_libraries,
     print_result,
@@ -33,8 +36,8 @@ Examples:
 @calibration_options(samples=16, length=512, required=True)
 @click.option("--text", required=True, metavar="FILE_OR_DATASET", help="Text to judge on; never a test split.")
 @click.option("--text-field", default="text", show_default=True)
-@click.option("--text-samples", type=click.IntRange(1), default=4, show_default=True, help="Windows judged on.")
-@click.option("--text-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens in each.")
+@click.option("--text-samples", type=Count(1), default=4, show_default=True, help="Windows judged on.")
+@click.option("--text-length", type=Count(2), default=512, show_default=True, help="Tokens in each.")
 @sparsity_options
 @click.option(
     "--optimizer",
@@ -49,18 +52,18 @@ Examples:
     show_default=True,
     help="auto (what ranks best), gini, diagonal-error, sketch-error, token-error, retained-mass, fitted.",
 )
-@click.option("--evaluations", type=click.IntRange(1), default=None, help="Default: pho 240, hill-climb 60.")
+@click.option("--evaluations", type=Count(1), default=None, help="Default: pho 240, hill-climb 60.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=None,
     help="Stop optimising in time to be done after so long; a resumed search counts anew.",
 )
-@click.option("--fit", type=click.IntRange(3), default=16, show_default=True, help="Settings judged to fit proxies.")
-@click.option("--finalists", type=click.IntRange(1), default=8, show_default=True, help="Settings judged at the end.")
+@click.option("--fit", type=Count(3), default=16, show_default=True, help="Settings judged to fit proxies.")
+@click.option("--finalists", type=Count(1), default=8, show_default=True, help="Settings judged at the end.")
 @click.option("--kernels", default=None, metavar="LIST", help="Window sizes, comma-separated, odd, ascending.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that score candidates.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--workers", type=Count(1), default=2, show_default=True, help="Threads that score candidates.")
 @click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches.")
 @click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense.")
 @click.option("--dtype", default="auto", show_default=True)

@@ -8,6 +8,9 @@ from typing import Any
 import click
 
 from .options import (
+    SEED,
+    Count,
+    Number,
     calibration_options,
     json_option,
     options,
@@ -39,7 +42,7 @@ def _share(context: click.Context, parameter: click.Parameter, value: str | None
 tyr_options = options(
     click.argument("model"),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for dense/ and report.json."),
-    click.option("--sparsity", type=float, default=0.5, show_default=True,
+    click.option("--sparsity", type=Number(), default=0.5, show_default=True,
                  help="Share of the decoder layers' linear parameters to remove, keys and values included; embeddings, "
                  "norms and lm_head stay whole and are not counted, as in the paper."),
     click.option("--method", type=click.Choice(["tyr", "flap", "uniform", "magnitude", "random"]), default="tyr",
@@ -47,13 +50,13 @@ tyr_options = options(
     click.option("--widths", type=click.Choice(["per-layer", "uniform"]), default="per-layer", show_default=True,
                  help="uniform: one width for all layers, a plain checkpoint for any server."),
     calibration_options(samples=16, length=512, required=True),
-    click.option("--search-samples", type=click.IntRange(0), default=0, show_default=True,
+    click.option("--search-samples", type=Count(0), default=0, show_default=True,
                  help="Further windows that only the search sees; 0: it sees the calibration samples."),
-    click.option("--iterations", type=click.IntRange(1, 8), default=4, show_default=True,
+    click.option("--iterations", type=Count(1, 8), default=4, show_default=True,
                  help="Of building and searching; level steps are 12.5 %, halved by each."),
-    click.option("--generations", type=click.IntRange(1), default=10, show_default=True, help="Of each iteration."),
-    click.option("--offspring", type=click.IntRange(1), default=16, show_default=True, help="Of each generation."),
-    click.option("--ffn-multiple", type=click.IntRange(1), default=128, show_default=True,
+    click.option("--generations", type=Count(1), default=10, show_default=True, help="Of each iteration."),
+    click.option("--offspring", type=Count(1), default=16, show_default=True, help="Of each generation."),
+    click.option("--ffn-multiple", type=Count(1), default=128, show_default=True,
                  help="FFN neurons come and go in so many."),
     click.option("--attention", type=click.Choice(["auto", "groups", "queries"]), default="auto", show_default=True,
                  help="Unit of per-layer widths: whole KV groups, or a query head of every group; auto: groups where a "
@@ -68,7 +71,7 @@ tyr_options = options(
                  help="Saliency: the paper's, its public code's, or the Hessian term alone."),
     click.option("--fitness", type=click.Choice(["logits", "hidden"]), default="logits", show_default=True,
                  help="KL over the top-k logits, or the distance of hidden states."),
-    click.option("--top-k", type=click.IntRange(1), default=1024, show_default=True, help="Logits that are compared."),
+    click.option("--top-k", type=Count(1), default=1024, show_default=True, help="Logits that are compared."),
     click.option("--refit/--no-refit", default=None, help="Default: refit for tyr and uniform."),
     click.option("--finish", type=click.Choice(["paired", "single", "supernet"]), default="single", show_default=True,
                  help="How the found widths are pruned at the end: aiming at each layer's own output, at the dense "
@@ -76,7 +79,7 @@ tyr_options = options(
     click.option("--layout", type=click.Choice(["plugin", "deci"]), default="plugin", show_default=True,
                  help="Of per-layer widths: for readers with crepe-deploy installed, or DeciLM's for stock vLLM."),
     click.option("--remote-code", is_flag=True, help="Put modelling files beside per-layer weights."),
-    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--seed", type=SEED, default=0, show_default=True),
     click.option("--dtype", default="auto", show_default=True, help="To compute in: auto, bfloat16, float16, float32."),
     revision_option,
     click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run."),

@@ -22,6 +22,7 @@ from .blocks import find_blocks, is_linear
 from .calls import BlockSlot
 from .families import family_of
 from .probe import probe, run, stand_ins
+from .ties import ties_of
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROOF_DTYPE = "float64"  # for comparisons: real models' residuals reach 1e4, where float32 keeps three decimals
@@ -71,8 +72,11 @@ class Decoder:
         self.dtype = self._compute_dtype(dtype)
         self.model = outline(root, self.config, len(self.reader.tensors))
         find_blocks(self.model)
+        self.ties = ties_of(self.model, self.reader, self._find)
+        self.ties.settle(self.model)
         self._check_weights()
         self.model = build_meta(self.config, self.dtype)
+        self.ties.settle(self.model)
         self.blocks_path, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         probed = probe(self.model, self.blocks_path, self.blocks)
@@ -108,6 +112,17 @@ class Decoder:
         """The checkpoint's name for a parameter of the module tree. Raises CheckpointError, UnsupportedModel."""
         from transformers.conversion_mapping import get_model_conversion_mapping
 
+        found = self._find(self.ties.instead.get(name, name))
+        if found is not None:
+            return found
+        if get_model_conversion_mapping(self.model, add_legacy=False):
+            raise UnsupportedModel(
+                f"{self.reader.root}: transformers renames tensors of model type '{self.config.model_type}' as it loads "
+                f"them, which is not handled ('{name}' is missing)"
+            )
+        raise CheckpointError(f"{self.reader.root}: tensor '{name}' is missing")
+
+    def _find(self, name: str) -> str | None:
         prefix = f"{self.model.base_model_prefix}."
         renamed = name
         for module, spelled in family_of(self.config.model_type).renamed.items():
@@ -115,12 +130,7 @@ class Decoder:
         for candidate in (name, renamed, name.removeprefix(prefix), prefix + name):
             if candidate in self.reader:
                 return candidate
-        if get_model_conversion_mapping(self.model, add_legacy=False):
-            raise UnsupportedModel(
-                f"{self.reader.root}: transformers renames tensors of model type '{self.config.model_type}' as it loads "
-                f"them, which is not handled ('{name}' is missing)"
-            )
-        raise CheckpointError(f"{self.reader.root}: tensor '{name}' is missing")
+        return None
 
     def _check_weights(self) -> None:
         tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})

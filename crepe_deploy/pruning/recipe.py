@@ -5,17 +5,17 @@ Shipped ones are in `recipes/` and `presets/`.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.pattern import NM, Pattern
+from crepe_deploy.store.reading import YAML_BYTES, parse_json, parse_yaml, read_text
 
 from .methods import get_method
 
@@ -91,24 +91,24 @@ def _shipped(folder: str) -> Mapping[str, Any]:
 def _load(model: type[_File], kind: str, name_or_path: str | Path) -> _File:
     """The file of this kind, read and checked key by key."""
     shipped = _shipped(f"{kind}s")
-    file = shipped.get(str(name_or_path), Path(name_or_path))
-    if not file.is_file():
+    file = Path(str(shipped.get(str(name_or_path), name_or_path)))
+    if str(name_or_path) not in shipped and not os.path.lexists(file):
         names = ", ".join(sorted(shipped))
         raise ConfigError(f"{kind} '{name_or_path}' is neither a file nor a known name; known: {names}")
     try:
-        return model.model_validate(_parse(file.read_text("utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{kind} file {name_or_path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{kind} {name_or_path} is not YAML or JSON: {error}") from error
+        return model.model_validate(_parse(read_text(file, ConfigError, YAML_BYTES), f"{kind} {name_or_path}"))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in error.errors())
-        raise ConfigError(f"{kind} {name_or_path} is not valid: {faults}") from error
+        raise ConfigError(f"{kind} {name_or_path} is not valid: {faults[:1000]}") from error
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, place: str) -> Any:
     """JSON as JSON, for YAML 1.1 takes 1e-5 for a word; anything else as YAML."""
+    json = text.lstrip().startswith("{")
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return yaml.safe_load(text)
+        return parse_json(text, place, ConfigError)
+    except ConfigError as not_json:
+        try:
+            return parse_yaml(text, place, ConfigError)
+        except ConfigError as not_yaml:
+            raise (not_json if json else not_yaml) from None

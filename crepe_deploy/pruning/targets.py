@@ -18,7 +18,7 @@ def name_filter(include: str | None, exclude: str | None) -> Callable[[str], boo
     try:
         wanted = re.compile(include or "")
         unwanted = re.compile(exclude) if exclude else None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"--include/--exclude is not a regular expression: {error}") from error
     return lambda name: bool(wanted.search(name)) and not (unwanted and unwanted.search(name))
 

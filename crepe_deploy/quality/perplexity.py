@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crepe_deploy.documents import Text
 from crepe_deploy.errors import CheckpointError, ConfigError, NumericalError, UnsupportedModel
+from crepe_deploy.limits import check_seed
 from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.model.architecture import whole_model
 from crepe_deploy.model.decoder import COMPUTE_DTYPES
 from crepe_deploy.progress import Progress
 from crepe_deploy.store.stock import check_ids, third_party
-from crepe_deploy.texts import Text, load_text, load_tokenizer, tokenize, wants_bos_each_window
+from crepe_deploy.texts import first_tokens, load_tokenizer, tokenize, wants_bos_each_window
 
 from .scoring import (
     LEVEL,
@@ -43,14 +45,14 @@ LOGIT_ROWS = 16  # few enough to stay in a CPU cache as float32: twice as fast a
 class Convention:
     """Everything that a perplexity depends on besides the model.
 
-    text_tokens: in the whole text. tokens: of the text in the windows, an incomplete last one left out.
-    predicted: tokens scored. window: after clipping to the model's context.
+    text_tokens: in the whole text, None where it was not read that far. tokens: of the text in the windows, an
+    incomplete last one left out. predicted: tokens scored. window: after clipping to the model's context.
     bos: "none"; "start": one BOS in front of the text; "window": one in front of every window, within its length.
     """
 
     text: str
     sha256: str
-    text_tokens: int
+    text_tokens: int | None
     max_tokens: int | None
     tokens: int
     windows: int
@@ -140,17 +142,18 @@ def evaluate(
 ) -> QualityReport:
     """Perplexity of `model_dir` on `text`, and the paired figures where `against` names a reference folder.
 
-    The text is tokenised once as a whole; `window` is clipped to the models' contexts, `stride` defaults to the
-    window. dtype "auto" is each checkpoint's own. bos "auto": "window" for Gemma, "start" where the tokenizer itself
-    puts one, else "none". device "auto": CUDA where there is one. `seed` is the bootstrap's. Both models are in
-    memory together; logits go to float32 a few rows at a time. `progress` is told windows done and in all.
+    The text is tokenised once, as far as `max_tokens` needs; `window` is clipped to the models' contexts, `stride`
+    defaults to the window. dtype "auto" is each checkpoint's own. bos "auto": "window" for Gemma, "start" where the
+    tokenizer itself puts one, else "none". device "auto": CUDA where there is one. `seed` is the bootstrap's. Both
+    models are in memory together; logits go to float32 a few rows at a time. `progress` is told windows done and in
+    all.
     Raises CheckpointError, CalibrationError, ConfigError (models that cannot be compared) and NumericalError.
     """
     started = time.monotonic()
     tokenizer = load_tokenizer(model_dir)
     mode = resolve_bos(tokenizer, bos)
-    loaded = load_text(text, field, split="test")
-    ids = tokenize(tokenizer, loaded.joined)
+    check_seed(seed)
+    ids, loaded, total = first_tokens(tokenizer, text, field, max_tokens)
     if against is not None:
         _check_same_tokenizer(tokenizer, load_tokenizer(against), loaded)
     place = resolve_device(device)
@@ -166,7 +169,7 @@ def evaluate(
         model=str(model_dir),
         perplexity=estimate([score.nll for score in scores], exp_mean, seed),
         paired=None if reference is None else _paired(str(against), reference, scores, seed),
-        convention=_convention(loaded, ids, windows, max_tokens, mode, model),
+        convention=_convention(loaded, total, windows, max_tokens, mode, model),
         bootstrap={"resamples": RESAMPLES, "level": LEVEL, "seed": seed},
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
@@ -305,11 +308,13 @@ def _dtype_name(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def _convention(text: Text, ids: Tensor, windows: Windows, max_tokens: int | None, bos: str, model: Any) -> Convention:
+def _convention(
+    text: Text, total: int | None, windows: Windows, max_tokens: int | None, bos: str, model: Any
+) -> Convention:
     return Convention(
         text=text.source,
         sha256=text.sha256,
-        text_tokens=ids.numel(),
+        text_tokens=total,
         max_tokens=max_tokens,
         tokens=windows.tokens,
         windows=len(windows.sequences),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.pruning.recipe import Preset
 from crepe_deploy.pruning.targets import choose_targets
 from crepe_deploy.store.files import check_output_file, write_json
+from crepe_deploy.store.folders import temporary_folder
 from crepe_deploy.store.journal import open_journal
 from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model, describe_source
@@ -105,9 +105,9 @@ def search(
     identity = _identity(model, config, calibration, text)
     journal = open_journal(journal_path(out), identity, resume=resume, overwrite=overwrite)
     rule = SampleRule(reach=space.kernel_sizes[-1] // 2, seed=config.seed)
-    with tempfile.TemporaryDirectory(prefix="crepe-search-") as folder:
+    with temporary_folder("search") as folder:
         evaluator = Evaluator(
-            decoder, targets, config.pattern, calibration, text, rule, journal, Path(folder), config.workers, show
+            decoder, targets, config.pattern, calibration, text, rule, journal, folder, config.workers, show
         )
         run = _Search(config, space, evaluator, started, say)
         result = _pho(run) if config.optimizer == "pho" else _climb(run)

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from crepe_deploy.model.calibrate import Stream, embed
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.stats import Stats, Variety, check_inputs
 from crepe_deploy.progress import Progress, silent
-from crepe_deploy.store.files import require_disk
-from crepe_deploy.store.writing import save_tensors
+from crepe_deploy.store.files import disk_errors, require_disk
 
 from .sample import Band, LayerSample, band_starts, cut_band
 
@@ -161,7 +160,8 @@ def _through_disk(path: Path, layers: list[LayerSample]) -> list[LayerSample]:
     for layer in layers:
         tensors |= {f"{layer.key}/{name}": getattr(layer, name).clone() for name in _VECTORS}
         tensors |= {f"{layer.key}/{band.start}": band.weight.contiguous() for band in layer.bands}
-    save_tensors(tensors, path)
+    with disk_errors(path):
+        save_file(tensors, path)
     mapped = load_file(path)
     return [
         LayerSample(

@@ -250,6 +250,21 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return torch.equal(*bits)
 
 
+def same_stored(reader: CheckpointReader, first: str, second: str, piece: int = 16 << 20) -> bool:
+    """Whether two tensors of a checkpoint are equal in dtype, shape and every byte, read a piece at a time."""
+    infos = [reader.info(name) for name in (first, second)]
+    if len({(info.dtype, info.shape) for info in infos}) > 1:
+        return False
+    with open_file(infos[0].file) as one, open_file(infos[1].file) as other:
+        one.seek(infos[0].offset)
+        other.seek(infos[1].offset)
+        for done in range(0, infos[0].size_bytes, piece):
+            size = min(piece, infos[0].size_bytes - done)
+            if one.read(size) != other.read(size):
+                return False
+    return True
+
+
 def fingerprint(tensor: Tensor) -> str:
     """Hex sha256 of the bytes of a contiguous tensor."""
     return hashlib.sha256(bytes_of(tensor) if tensor.numel() else b"").hexdigest()

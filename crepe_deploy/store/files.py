@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
@@ -43,14 +44,17 @@ def _write_error(path: Path, number: int | None, error: Exception) -> DiskFullEr
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 through a temporary file beside it, fsynced and renamed; its folder is made.
+    """Write UTF-8 through a hidden file beside it, fsynced and renamed; its folder is made.
 
-    Raises DiskFullError, OutputError.
+    Hidden files of processes that were killed in this go. Raises DiskFullError, OutputError.
     """
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.crepe-deploy-{os.getpid()}")
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{glob.escape(path.name)}.crepe-deploy-*"):
+                if not left.is_dir() and abandoned(left.name):
+                    left.unlink(missing_ok=True)
             with partial.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
@@ -59,6 +63,20 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def abandoned(name: str) -> bool:
+    """Whether a temporary name, which ends with the number of its process, is of one that has ended."""
+    number = name.rpartition("-")[2]
+    if not number.isdecimal() or len(number) > 9:
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def write_json(path: Path, content: Any) -> None:

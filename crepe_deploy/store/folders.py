@@ -16,21 +16,17 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from crepe_deploy.errors import OutputError
 
-from .files import disk_errors
+from .files import abandoned, disk_errors
 
-DERIVED: Final = (
-    ".partial",
-    ".old",
-    ".work",
-    ".failed",
-    ".unpacked",
-)  # folders beside OUT that belong to the run that writes it
+# Folders beside OUT that belong to the run that writes it.
+DERIVED: Final = (".partial", ".old", ".work", ".failed", ".unpacked")
 MANIFEST: Final = "manifest.json"
 REPORT: Final = "report.json"
 _RECORD_BYTES: Final = 1 << 16
@@ -129,8 +125,8 @@ def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = 
     with Uninterrupted() as signals, _parents(out), Claim(out) as claim:
         claim.recover()
         check_output(out, overwrite=overwrite, own=own)
-        claim.make(partial)
         try:
+            claim.make(partial)
             with signals.delivered():
                 yield partial
             with disk_errors(out):
@@ -147,12 +143,48 @@ def scratch_folder(place: Path) -> Iterator[Path]:
     """
     with Uninterrupted() as signals, Claim(place) as claim:
         claim.recover()
-        claim.make(place)
         try:
+            claim.make(place)
             with signals.delivered():
                 yield place
         finally:
             claim.recover()
+
+
+@contextlib.contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """Yield a new folder in the system's place for temporary ones, removed at the end.
+
+    Those of this user's killed processes go first; a living one holds a lock. Raises OutputError, DiskFullError.
+    """
+    prefix = f"crepe-deploy-{purpose}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        if abandoned(left.name):
+            _remove_unlocked(left)
+    with disk_errors(Path(tempfile.gettempdir())):
+        made = tempfile.TemporaryDirectory(prefix=prefix, suffix=f"-{os.getpid()}", ignore_cleanup_errors=True)
+    with made as name:
+        handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield Path(name)
+        finally:
+            os.close(handle)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return  # another user's, a link, or gone by now
+    try:
+        if os.fstat(handle).st_uid == os.getuid():
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        return  # it lives, where process numbers mean others than here
+    finally:
+        os.close(handle)
 
 
 def free_name(place: Path) -> Path:
@@ -199,10 +231,14 @@ class Claim:
 
     def make(self, folder: Path) -> None:
         """Make an empty folder that is recorded as ours. Raises OutputError where something bears its name."""
+        self._folders[folder.name] = []  # to be made: a kill before its identity is noted leaves it empty
+        self._write()
         with disk_errors(folder):
             try:
                 folder.mkdir()
             except FileExistsError as error:
+                del self._folders[folder.name]
+                self._write()
                 raise OutputError(
                     f"{folder} exists and was not made by a run for {self.out}: move it away, or give another --out"
                 ) from error
@@ -227,6 +263,9 @@ class Claim:
                 old.rename(self.out)
         for name in list(self._folders):
             folder = self.out.with_name(name)
+            if not self._folders[name]:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
             if self._is_ours(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             if not self._is_ours(folder):

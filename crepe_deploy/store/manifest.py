@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from crepe_deploy.errors import VerifyError
+from crepe_deploy.errors import CheckpointError, VerifyError
 
 from .files import disk_errors, write_json
-from .reading import read_object
+from .reading import open_file, read_object
 
 MANIFEST_NAME = "manifest.json"
 LINEAGE = "lineage"
@@ -89,9 +89,12 @@ def versions() -> dict[str, str]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex sha256 of a regular file, read in pieces. Raises CheckpointError."""
+    with open_file(path) as file:
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def hash_folder(root: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -107,6 +107,14 @@ def parse_json(data: bytes | str, place: object, error: Error = CheckpointError,
     return content
 
 
+def parse_value(text: str) -> Any:
+    """The value that a person wrote behind an equals sign: as JSON where it is JSON, else the text itself."""
+    try:
+        return parse_json(text, "the value")
+    except CheckpointError:
+        return text
+
+
 def read_yaml(path: Path, error: Error = CheckpointError) -> Any:
     """A YAML document; see `parse_yaml`. Raises `error`."""
     return parse_yaml(read_text(path, error, YAML_BYTES), path, error)

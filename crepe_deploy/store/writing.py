@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from crepe_deploy.errors import CrepeError
@@ -37,18 +34,6 @@ class Planned:
         for extent in self.shape:
             size *= extent
         return size
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one safetensors file, all at once. Raises DiskFullError, OutputError."""
-    with disk_errors(path):
-        try:
-            save_file(dict(tensors), str(path))
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))  # it keeps the system's error as text only
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 class CheckpointWriter:

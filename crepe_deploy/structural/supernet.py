@@ -16,14 +16,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crepe_deploy.errors import CheckpointError, CrepeError, VerifyError
 from crepe_deploy.store.files import disk_errors, write_json
 from crepe_deploy.store.manifest import sha256_file
 from crepe_deploy.store.reading import read_object
-from crepe_deploy.store.writing import save_tensors
 
 from .levels import AttentionSize, Level
 from .plan import Geometry
@@ -87,7 +86,8 @@ class Store:
         named = {attention_file(size): level for size, level in attention.items()}
         named |= {neuron_file(size): level for size, level in neurons.items()}
         for name, level in named.items():
-            save_tensors(_tensors(level), place / name)
+            with disk_errors(place / name):
+                save_file(_tensors(level), str(place / name))
         hashes = {name: sha256_file(place / name) for name in named}
         write_json(place / INDEX, {"files": hashes})
         self._hashes[index] = hashes
@@ -123,7 +123,7 @@ class Store:
         try:
             self._check(path, self._layer_hashes(index))
             tensors: dict[str, Tensor] = load_file(str(path))
-        except (CheckpointError, VerifyError, SafetensorError, OSError) as error:
+        except (CheckpointError, VerifyError, SafetensorError, OSError, RuntimeError) as error:
             raise VerifyError(f"{error}: the same command with --resume rebuilds this level") from error
         return tensors
 

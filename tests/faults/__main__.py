@@ -32,10 +32,16 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--kinds", default="", help="of inputs, with commas: only these")
     parser.add_argument("--only", type=int, default=None, metavar="INDEX", help="run one input, show and keep it")
-    parser.add_argument("--out", type=Path, default=Path("out/faults"), help="folder of what was found")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/faults"), help="what was found, in a folder for each seed"
+    )
     parser.add_argument("--write", type=Path, default=None, metavar="FILE", help="write the figures as JSON here too")
+    parser.add_argument(
+        "--table", type=Path, default=None, metavar="FILE", help="put them as Markdown between its marks"
+    )
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.out = options.out / f"seed-{options.seed}-jobs-{options.jobs}"
     if options.worker is None and options.only is None:
         return _direct(options)
     if "LD_PRELOAD" not in os.environ:
@@ -48,6 +54,7 @@ def main() -> int:
 def _direct(options: argparse.Namespace) -> int:
     """Start the workers, and gather what they write until they have ended."""
     from . import figures
+    from .table import write_table
 
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
@@ -56,15 +63,26 @@ def _direct(options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "tests.faults", *sys.argv[1:], "--worker", str(number)]
         with (options.out / f"worker-{number}.log").open("a") as log:
             workers.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment() | SETTINGS))
-    codes = []
+    codes: list[int] = []
+    storm = None
     while len(codes) < len(workers):
         time.sleep(1)
         codes = [code for one in workers if (code := one.poll()) is not None]
-        if int(time.time() - began) % 60 == 0 or len(codes) == len(workers):
-            summary = figures.gather(options, time.time() - began)
+        if len(codes) == len(workers) and options.storm:
+            command = [sys.executable, "-m", "tests.serve.storm", str(options.storm), str(options.seed)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | SETTINGS)
+            (options.out / "storm.log").write_text(done.stdout + done.stderr)
+            codes.append(done.returncode)
+            storm = None if done.returncode else json.loads(done.stdout)
+        if int(time.time() - began) % 60 == 0 or len(codes) >= len(workers):
+            summary = figures.gather(options, time.time() - began, storm)
             for place in filter(None, (options.out / "figures.json", options.write)):
                 place.write_text(json.dumps(summary, indent=1) + "\n")
+    if options.table:
+        write_table(options.table, summary)
     print("\n".join(figures.lines(summary)))
+    if any(codes):
+        print(f"a part ended with an error, see {options.out}/*.log")
     return int(any(codes) or bool(summary["defects"]))
 
 

@@ -188,8 +188,8 @@ def _at_the_end(scratch: Path, kind: str, reference: Reference) -> Iterator[str]
     if missing := reference.names - set(present):
         yield f"missing in the end: {min(missing)}"
     left = [name for name in sorted(set(present) - reference.names) if ".failed" not in name]
-    if kind in ("EIO", "EACCES"):  # what may not be removed stays, to the next run for this output
-        left = [name for name in left if not re.match(r"cwd/(\.\w+\.crepe-deploy|out\.work)(/|$)", name)]
+    if kind in ("EIO", "EACCES", "SIGKILL") and "cwd/out/report.json" in present:  # done, but for clearing up
+        left = [name for name in left if not re.match(r"cwd/(\.\w+\.crepe-deploy|out\.work|out\.old)(/|$)", name)]
     if left:
         yield f"left in the end: {left[0]}"
     if changed := [name for name, value in reference.stable.items() if present.get(name, value) != value]:
@@ -205,10 +205,15 @@ def _is_output(name: str) -> bool:
     return name.split("/")[1] == "out"
 
 
+def _timeless(path: Path) -> str:
+    """A JSON file without the seconds that a run took."""
+    return re.sub(r'"seconds": [\d.]+', "", path.read_text()) if path.suffix == ".json" and path.is_file() else ""
+
+
 def _contents(scratch: Path) -> dict[str, str]:
     """What lies in the working and the temporary folder of a run."""
     return {
-        re.sub(r"[0-9a-f]{64}", "SHA256", f"{part}/{name}"): value
+        re.sub(r"[0-9a-f]{64}", "SHA256", f"{part}/{name}"): _timeless(scratch / part / name) or value
         for part in ("cwd", "tmp")
         for name, value in fingerprint(scratch / part).items()
         if not name.startswith("crepe-deploy-")

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import re
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+_VERSIONS = ("crepe-deploy", "torch", "transformers", "safetensors", "tokenizers")
 _FRAME = re.compile(r'File "[^"]*?((?:crepe_deploy|export|serve|bench)/[\w/]+\.py)", line (\d+), in (\w+)')
 
 
-def gather(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+def gather(options: argparse.Namespace, seconds: float, storm: dict[str, Any] | None) -> dict[str, Any]:
     """Everything counted that lies in the folder so far."""
     inputs, faults = Counted(), Counted()
     for line in _lines(options.out, "inputs"):
         inputs.add(line)
     for line in _lines(options.out, "faults"):
         faults.add(line)
+    asked = f"--seed {options.seed} --inputs {options.inputs} --faults {options.faults} --storm {options.storm:g}"
     return {
-        "command": f"python -m tests.faults --seed {options.seed} --inputs {options.inputs} --faults {options.faults}",
-        "seed": options.seed,
+        "command": f"python -m tests.faults {asked} --jobs {options.jobs}",
+        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, {platform.machine()}",
+        "versions": {"Python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
         "seconds": round(seconds, 1),
+        "hours": round((inputs.seconds + faults.seconds) / 3600, 2),
+        "storm": storm,
         "inputs": inputs.summary(),
         "faults": faults.summary(),
         "defects": {**inputs.defects, **faults.defects},
@@ -34,8 +42,8 @@ class Counted:
     """Counts over lines of one file."""
 
     def __init__(self) -> None:
-        self.number = 0
-        self.table: dict[str, Counter[str]] = {name: Counter() for name in ("kinds", "commands", "codes", "pairs")}
+        self.number, self.seconds = 0, 0.0
+        self.table: dict[str, Counter[str]] = {name: Counter() for name in ("kinds", "commands", "codes")}
         self.messages: set[str] = set()
         self.slowest: tuple[float, str] = (0.0, "")
         self.largest: tuple[int, str] = (0, "")
@@ -44,6 +52,7 @@ class Counted:
     def add(self, line: dict[str, Any]) -> None:
         """Count one line."""
         self.number += 1
+        self.seconds += line["seconds"]
         command, kind = line["command"], line["kind"]
         for name, value in (("kinds", kind), ("commands", command), ("codes", line["code"])):
             self.table[name][str(value)] += 1
@@ -54,6 +63,7 @@ class Counted:
             key = f"{defect}: {signature(line['details'])}" if defect == "traceback" else f"{defect} ({command})"
             entry = self.defects.setdefault(key, {"times": 0, "first": line})
             entry["times"] += 1
+            entry["examples"] = [*entry.get("examples", []), f"{kind} {line['index']}"][:20]
 
     def summary(self) -> dict[str, Any]:
         """What is written of them."""

@@ -108,6 +108,8 @@ def run_in_child(
         (scratch / name).mkdir(exist_ok=True)
         if nobody:
             os.chown(scratch / name, NOBODY, NOBODY)
+    for details in (scratch / "tmp").glob("crepe-deploy-*.txt"):
+        details.unlink()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()

@@ -84,9 +84,9 @@ def run_share(tmp_path: Path, *arguments: Any) -> dict[str, Any]:
     """The figures of a small run in a process of its own; fails with what it found."""
     command = [sys.executable, "-m", "tests.faults", "--jobs", "1", "--out", str(tmp_path), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    logs = "".join(path.read_text() for path in tmp_path.glob("*/*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs[-3000:]
-    figures: dict[str, Any] = json.loads((tmp_path / "figures.json").read_text())
+    figures: dict[str, Any] = json.loads((tmp_path / "seed-0-jobs-1" / "figures.json").read_text())
     return figures
 
 

@@ -19,10 +19,11 @@ from click.testing import CliRunner
 from crepe_deploy.exporting.frame.greedy import GREEDY_TOKENS
 from crepe_deploy.serve import process as processes
 from crepe_deploy.serve.command import serve_command, usage
-from crepe_deploy.serve.launcher import ServeOptions, check, free_port, run, served_dtype, vllm_command
+from crepe_deploy.serve.launcher import ServeOptions, check, free_port, recorded_greedy, run, served_dtype, vllm_command
 from crepe_deploy.serve.smoke import compare, healthy, request
 
 from crepe_deploy.errors import CheckpointError, ConfigError, ServeError
+from crepe_deploy.store.manifest import Manifest, Source, save_manifest
 from tests.serve.example import run_example
 from tests.serve.processes import below, wait_until_gone
 
@@ -148,9 +149,28 @@ def test_what_is_no_model_or_no_free_port_is_refused(tmp_path: Path) -> None:
             check(ServeOptions(tmp_path, port=taken.getsockname()[1]))
 
 
+@pytest.mark.parametrize(
+    "greedy",
+    [
+        [], {}, {**GREEDY, "margins": [1.0]}, {**GREEDY, "token_ids": "5678"}, {**GREEDY, "prompt_token_ids": []},
+        {**GREEDY, "token_ids": [5, 6, 7, None]}, {**GREEDY, "checkpoint_dtype": "--trust-remote-code"},
+    ],
+)  # fmt: skip
+def test_a_record_that_cannot_be_compared_is_refused(tmp_path: Path, greedy: Any) -> None:
+    source = Source(kind="folder", id="x", files={})
+    manifest = Manifest(
+        stage="pruned", format="dense", versions={}, source=source, config={}, metrics={"greedy": GREEDY}
+    )
+    save_manifest(tmp_path, manifest)
+    assert recorded_greedy(tmp_path) == GREEDY
+    save_manifest(tmp_path, manifest.model_copy(update={"metrics": {"greedy": greedy}}))
+    with pytest.raises(CheckpointError, match="greedy prompt is incomplete"):
+        recorded_greedy(tmp_path)
+
+
 def test_the_users_options_win(tmp_path: Path) -> None:
     plain = vllm_command(ServeOptions(tmp_path), 8000, GREEDY)
-    assert plain[plain.index("--dtype") + 1] == "bfloat16" and tmp_path.name in plain
+    assert plain[plain.index("--dtype") + 1] == "bfloat16" and f"--served-model-name={tmp_path.name}" in plain
     options = ServeOptions(tmp_path, extra=("--dtype=float32", "--served-model-name", "mine"))
     command = vllm_command(options, 8000, GREEDY)
     assert command.count("--served-model-name") == 1 and "--dtype" not in command

@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+import hypothesis.strategies as st
 import pytest
 from crepe_deploy.exporting.pipeline import export_checkpoint
 from crepe_deploy.serve.onnx_model import Words
 from crepe_deploy.serve.onnx_server import MAX_BODY_BYTES, MAX_REQUESTS
+from hypothesis import HealthCheck, given, settings
 
 from tests.onnx_models import pruned_model
 from tests.pico import pico_tokenizer
@@ -196,3 +198,30 @@ def test_too_many_are_sent_away_and_the_rest_answered(url: str) -> None:
     assert set(codes) <= {200, 503} and codes.count(200) >= MAX_REQUESTS
     assert all(answer["choices"] == expected for code, answer in found if code == 200)
     assert all(answer["error"]["code"] == 503 for code, answer in found if code == 503)
+
+
+SMALL = st.none() | st.booleans() | st.integers(-5, 20) | st.floats() | st.text(max_size=5)
+VALUES = st.recursive(SMALL, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner))
+FIELDS = (
+    "prompt messages model max_tokens max_completion_tokens temperature top_p seed ignore_eos stream stream_options "
+    "return_token_ids n stop logprobs echo user role content include_usage"
+)
+BODIES = st.dictionaries(st.sampled_from(FIELDS.split(" ")) | st.text(max_size=5), VALUES, max_size=6)
+PROMPTS = st.text(min_size=1, max_size=9) | st.lists(st.integers(0, 330), min_size=1, max_size=5) | VALUES
+MESSAGES = st.lists(st.fixed_dictionaries({"role": st.text(max_size=5), "content": st.text(max_size=9)}), max_size=2)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    BODIES, st.text(min_size=1, max_size=9) | st.lists(st.integers(0, 319), min_size=1, max_size=5) | VALUES, MESSAGES
+)
+def test_any_body_is_answered_or_refused(url: str, body: dict[str, Any], prompt: Any, messages: Any) -> None:
+    for path, asked in (("/v1/completions", {"prompt": prompt}), (CHAT, {"messages": messages})):
+        connection = connect(url)
+        connection.request("POST", path, json.dumps(body | asked))
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        assert answer.status in (200, 400), data
+        if answer.status == 400:
+            assert json.loads(data)["error"]["message"]

@@ -43,3 +43,14 @@ def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -
 def test_writing_a_small_file_loads_no_torch() -> None:
     code = "import sys, crepe_deploy.store.files; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_killed_process_left_of_a_file_goes_when_it_is_written_again(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".x.json.crepe-deploy-{ended.pid}"
+    others = [tmp_path / f".x.json.crepe-deploy-{name}" for name in ("1", "y", "9" * 30)]
+    for path in (left, *others):
+        path.write_text("half")
+    write_text(tmp_path / "x.json", "{}")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x.json", *others])

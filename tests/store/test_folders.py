@@ -6,13 +6,24 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from crepe_deploy.errors import DiskFullError, OutputError
 from crepe_deploy.store.files import require_disk
-from crepe_deploy.store.folders import DERIVED, Claim, atomic_folder, check_output, foreign, free_name, scratch_folder
+from crepe_deploy.store.folders import (
+    DERIVED,
+    Claim,
+    atomic_folder,
+    check_output,
+    foreign,
+    free_name,
+    scratch_folder,
+    temporary_folder,
+)
+from tests.faults.strikes import environment
 
 
 def write_ours(folder: Path, text: str) -> Path:
@@ -147,21 +158,10 @@ def test_too_small_a_disk_is_refused_beforehand(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import sys
 from pathlib import Path
 from crepe_deploy.store.folders import atomic_folder
 
-events, last, number = 0, int(sys.argv[2]), int(sys.argv[3])
-WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-
-def strike(event, arguments):
-    global events
-    if event in WATCHED and str(arguments[0]).startswith(sys.argv[1]):
-        events += 1
-        if events == last:
-            os.kill(os.getpid(), number)
-
-sys.addaudithook(strike)
 with atomic_folder(Path(sys.argv[1]) / "out", overwrite=True) as folder:
     (folder / "weights").write_text("new")
     (folder / "manifest.json").write_text('{"versions": {"crepe-deploy": "1"}, "files": {"weights": "hash"}}')
@@ -172,13 +172,14 @@ with atomic_folder(Path(sys.argv[1]) / "out", overwrite=True) as folder:
 def test_killed_at_any_file_event_the_next_run_finds_the_old_or_the_new_whole(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    """Every open, mkdir, rename and removal below the output is struck in turn, until a run gets through."""
+    """Every file call below the output is struck in turn, until a run gets through."""
     for event in range(1, 200):
         root = tmp_path / str(event)
         root.mkdir()
         write_ours(root / "out", "old")
-        command = [sys.executable, "-c", KILLED, str(root), str(event), str(int(number))]
-        code = subprocess.run(command, capture_output=True, check=False).returncode
+        strike = {"STRIKE_ROOT": str(tmp_path), "STRIKE_AT": str(event), "STRIKE_WITH": str(int(number))}
+        command = [sys.executable, "-c", KILLED, str(root)]
+        code = subprocess.run(command, capture_output=True, check=False, env=environment() | strike).returncode
         if number == signal.SIGINT:
             assert [path.name for path in root.iterdir()] == ["out"]  # tidied by the run itself
         with Claim(root / "out") as claim:
@@ -226,3 +227,20 @@ def test_what_is_kept_for_a_look_takes_a_name_that_is_free(tmp_path: Path) -> No
     (tmp_path / "out.failed").mkdir()
     (tmp_path / "out.failed-2").symlink_to("nowhere")
     assert free_name(tmp_path / "out.failed") == tmp_path / "out.failed-3"
+
+
+def test_temporary_folders_of_killed_runs_go_and_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f"crepe-deploy-test-x-{ended.pid}"
+    left.mkdir()
+    (left / "half").write_text("x")
+    (tmp_path / f"other-{ended.pid}").mkdir()
+    (tmp_path / f"crepe-deploy-test-link-{ended.pid}").symlink_to(tmp_path / f"other-{ended.pid}")
+    with temporary_folder("test") as one, temporary_folder("test") as other:
+        assert one.is_dir() and other.is_dir() and one != other
+        assert not left.exists()
+    assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == ["crepe", "other"]

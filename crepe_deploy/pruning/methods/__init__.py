@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from crepe_deploy.errors import ConfigError
+from crepe_deploy.parameters import build
 
 from .base import ScoreMethod, SolveMethod
 from .crepe import Crepe
@@ -26,13 +26,10 @@ METHODS: dict[str, type[Any]] = {
 def get_method(name: str, **params: object) -> ScoreMethod | SolveMethod:
     """Build the method `name` with the hyperparameters `params`; the others keep their defaults.
 
-    Raises ConfigError for an unknown method or hyperparameter, listing the known ones, and for a value out of range.
+    Raises ConfigError for an unknown method or hyperparameter, listing the known ones, and for a value out of range or
+    of another type.
     """
     if name not in METHODS:
         raise ConfigError(f"method '{name}' is unknown; known: {', '.join(METHODS)}")
-    known = [field.name for field in fields(METHODS[name])]
-    for param in params:
-        if param not in known:
-            raise ConfigError(f"method '{name}' has no hyperparameter '{param}'; known: {', '.join(known) or 'none'}")
-    method: ScoreMethod | SolveMethod = METHODS[name](**params)
+    method: ScoreMethod | SolveMethod = build(METHODS[name], params, f"method '{name}'")
     return method

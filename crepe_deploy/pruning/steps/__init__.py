@@ -5,13 +5,14 @@ On the command line and in recipes a step is written `NAME` or `NAME:PARAMETER=V
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.stats import Need
+from crepe_deploy.parameters import build
+from crepe_deploy.store.reading import parse_value
 
 from .allocators import ALLOCATORS, Allocator
 from .permute import PERMUTERS, Permuter
@@ -65,17 +66,10 @@ def build_step(kind: str, text: str) -> Any:
         parameter, equals, value = setting.partition("=")
         if not equals or parameter not in allowed:
             raise ConfigError(f"--{kind} {name}: '{setting}' is not NAME=VALUE with a NAME of: {', '.join(allowed)}")
-        values[parameter] = _value(value)
-    return known[name](**values)
+        values[parameter] = parse_value(value)
+    return build(known[name], values, f"--{kind} {name}")
 
 
 def build_steps(texts: Mapping[str, str]) -> Steps:
     """The steps that are written, by kind. Raises ConfigError."""
     return Steps(**{kind: build_step(kind, text) for kind, text in texts.items()})
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

@@ -33,7 +33,7 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ("relative: [{metric: tpot, max_slowdown: 0.1}]", "unknown metric 'tpot'; there are ttft_s"),
         ("relative: [{metric: tpot_s}]", "relative.0.max_slowdown"),
         ("relative: [{metric: tpot_s, max_slowdown: -1}]", "relative.0.max_slowdown"),
-        ("relative: [{metric: tpot_s, max_slowdown: .nan}]", "relative.0.max_slowdown"),
+        ("relative: [{metric: tpot_s, max_slowdown: .nan}]", "the number .nan"),
         ("relative: [{metric: tpot_s, max_slowdown: -0.1, floor: 1}]", "no floor applies"),
         ("objectives: [{metric: ttft_s}]", "either `max` or `min`"),
         ("objectives: [{metric: ttft_s, max: 1, min: 1}]", "either `max` or `min`"),
@@ -45,7 +45,7 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ("memory: {peak: -2}", "memory.peak"),
         ("quality: {same_top: 1.5}", "quality.same_top"),
         ("schema_version: 2\nmemory: {peak: 0.1}", "schema_version"),
-        ("memory: {peak: 0.1}\nmemory: {peak: 0.5}", "repeated key memory"),
+        ("memory: {peak: 0.1}\nmemory: {peak: 0.5}", "'memory' is given twice"),
         ("relative: [", "is not YAML"),
         ("memory: !!python/object:os.system {}", "is not YAML"),
     ],
@@ -59,8 +59,8 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="is missing"):
         load_budgets(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ConfigError, match="not YAML"):
+    with pytest.raises(ConfigError, match="not UTF-8"):
         load_budgets(tmp_path / "binary.yaml")

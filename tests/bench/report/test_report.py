@@ -229,7 +229,7 @@ def nan_times(document: dict[str, Any]) -> None:
         (lambda d: d.update(baseline="gone"), "no candidate 'gone'"),
         (lambda d: d["workload"]["points"].pop(), "no point 'served-4'"),
         (lambda d: d["candidates"].append(d["candidates"][0]), "candidate 'dense' twice"),
-        (nan_times, "negative or infinite"),
+        (nan_times, "NaN is no number"),
         (lambda d: [c.update(series=[]) for c in d["candidates"]], "holds no samples"),
         (lambda d: d.update(schema_version=2), "schema version 2"),
         (lambda d: d.pop("workload"), "no benchmark run: workload"),
@@ -252,7 +252,7 @@ def test_missing_and_truncated_files_are_named(written: Callable[[Run, str], Pat
     path = written(made_up_run(rounds=1), "run.json")
     assert "gone.json" in str(refused(tmp_path / "gone.json", "--out", tmp_path / "out"))
     path.write_text(path.read_text()[:2000])
-    assert "run.json is not JSON, perhaps cut short" in str(refused(path, "--out", tmp_path / "out"))
+    assert "run.json is not JSON that can be read, perhaps cut short" in str(refused(path, "--out", tmp_path / "out"))
     path.write_bytes(b"\xff\xfe\x00")
     assert "run.json" in str(refused(path, "--out", tmp_path / "out"))
 

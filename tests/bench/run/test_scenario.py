@@ -65,7 +65,7 @@ def test_mistakes_name_the_file_and_the_key(tmp_path: Path, change: dict[str, An
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a\nname: b\n", "repeated key name"),
+        ("name: a\nname: b\n", ".name. is given twice"),
         ("name: [", "is not YAML"),
         ("- 1\n", "must be a mapping with the keys name, candidates"),
         ("", "must be a mapping"),
@@ -77,7 +77,7 @@ def test_what_is_no_scenario_is_said(tmp_path: Path, text: str, message: str) ->
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml is missing"):
         load_scenario(tmp_path / "none.yaml")
 
 

@@ -114,7 +114,7 @@ def test_numbers_of_json_are_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not YAML or JSON"),
+        ("{", "is not JSON"),
         ("[]", "it: Input should be a valid dictionary"),
         (json.dumps({**GOOD, "extra": 1}), "extra: Extra inputs are not permitted"),
         (json.dumps({**GOOD, "feed": "both"}), "feed: Extra inputs are not permitted"),
@@ -132,7 +132,7 @@ def test_damaged_preset_files(tmp_path: Path, text: str, message: str) -> None:
 
 def test_unreadable_and_missing_presets(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is not UTF-8"):
         load_preset(str(tmp_path / "binary.json"))
     with pytest.raises(ConfigError, match="known: default, pho, ria"):
         load_preset("nothing")

@@ -1,0 +1,142 @@
+"""Files of any size and any content: only what is needed is held, and what is no text is refused by a message."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from crepe_deploy import texts
+from crepe_deploy.documents import load_text
+from crepe_deploy.errors import CalibrationError, CrepeError
+from crepe_deploy.texts import calibration_windows, first_tokens, tokenize
+from tests.pico import make_pico_llama, pico_tokenizer, sample_text
+
+MEGABYTES = 200
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_prefix_is_that_of_the_whole_and_the_digest_too(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    documents = [f"the city {index} Größe 日本" for index in range(2000)]
+    if kind == "txt":
+        path.write_text("\ufeff" + "\n\n".join(documents), encoding="utf-8")
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path)
+    whole = load_text(path)
+    assert whole.joined == "\n\n".join(documents) and not whole.truncated
+    for chars in (1, 77, 5000, 10**9):
+        part = load_text(path, file_chars=chars)
+        assert whole.joined.startswith(part.joined[:chars]) and len(part.joined) >= min(chars, len(whole.joined))
+        assert part.truncated == (chars < 10**9)
+        assert len(part.joined) <= 1.2 * chars + 50 and part.sha256 == whole.sha256
+    assert whole.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("wanted", [2, 64, 1000])
+@pytest.mark.parametrize("text", [sample_text(30_000), "ab" * 30_000, "a  b\n" * 9000, "日本" * 9000, "🤖é\r\n" * 9000])
+def test_the_first_tokens_are_those_of_the_whole_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int, text: str
+) -> None:
+    monkeypatch.setattr(texts, "MIN_CHARS", 1000)
+    monkeypatch.setattr(texts, "SLACK", 32)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    tokenizer = pico_tokenizer()
+    whole = tokenize(tokenizer, text)
+    ids, _, total = first_tokens(tokenizer, tmp_path / "a.txt", "text", wanted)
+    assert ids.tolist() == whole[:wanted].tolist()
+    assert total in (None, whole.numel())
+    assert first_tokens(tokenizer, tmp_path / "a.txt", "text", None)[0].tolist() == whole.tolist()
+
+
+def test_calibration_grows_what_it_reads_until_it_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "MIN_CHARS", 100)
+    monkeypatch.setattr(texts, "CHARS_PER_TOKEN", 1)
+    monkeypatch.setattr(texts, "WHOLE_CHARS", 0)
+    (tmp_path / "a.txt").write_text(sample_text(30_000), encoding="utf-8")
+    windows = calibration_windows(tmp_path / "a.txt", pico_tokenizer(), samples=4, length=64)
+    assert "the first" in windows.rule and windows.tokens.shape == (4, 64)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from crepe_deploy.machine import peak_rss_bytes
+from crepe_deploy.texts import calibration_windows, first_tokens, load_tokenizer
+tokenizer = load_tokenizer(Path(sys.argv[1]))
+for path in sys.argv[2:]:
+    assert first_tokens(tokenizer, path, "text", 64)[0].numel() == 64
+    calibration_windows(path, tokenizer, 2, 16)
+print(peak_rss_bytes())
+"""
+
+
+def test_a_large_file_takes_no_more_memory_than_a_small_one(tmp_path: Path) -> None:
+    model = make_pico_llama(tmp_path / "m")
+    page = sample_text(20_000)
+    peaks = []
+    for name, size in (("small", 3 << 20), ("large", MEGABYTES << 20)):
+        paths = [tmp_path / f"{name}.txt", tmp_path / f"{name}.jsonl"]
+        for path in paths:
+            document = page if path.suffix == ".txt" else json.dumps({"text": page}) + "\n"
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines([document] * (size // len(document) + 1))
+        command = [sys.executable, "-c", PEAK, str(model), *map(str, paths)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 100e6
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a"])
+def test_a_fifo_or_a_device_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CalibrationError, match=r"not a regular file|not one of the kinds"):
+        load_text(tmp_path / name)
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    with pytest.raises(CalibrationError, match="not a regular file"):
+        load_text(tmp_path / "zero.txt")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "\\ud800"}', "line 1 is not JSON"),
+        ('{"text": ' + "9" * 5000 + "}", "5000 digits"),
+        ("[" * 5000, "nested deeper"),
+        ("{" + '"a": {' * 150 + "}" * 151, "nested deeper"),
+    ],
+)
+def test_lines_that_no_reader_should_take_are_refused(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(CalibrationError, match=message):
+        load_text(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([1, 2]),
+        pyarrow.array([b"\xff", b"a"]),
+        pyarrow.array([["a"], ["b"]]),
+        pyarrow.array([None, None]),
+        pyarrow.array([b"\xff\xfe", b"a"]).view(pyarrow.string()),
+        pyarrow.array([{"a": "b"}, {"a": "c"}]),
+        pyarrow.array([True, False]),
+    ],
+    ids=str,
+)
+def test_columns_that_are_no_text_are_refused(tmp_path: Path, column: Any) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(CrepeError, match=r"a\.parquet"):
+        load_text(tmp_path / "a.parquet")
