@@ -117,8 +117,8 @@ class Decoder:
             return found
         if get_model_conversion_mapping(self.model, add_legacy=False):
             raise UnsupportedModel(
-                f"{self.reader.root}: transformers renames tensors of model type '{self.config.model_type}' as it loads "
-                f"them, which is not handled ('{name}' is missing)"
+                f"{self.reader.root}: transformers renames tensors of model type '{self.config.model_type}' as it "
+                f"loads them, which is not handled ('{name}' is missing)"
             )
         raise CheckpointError(f"{self.reader.root}: tensor '{name}' is missing")
 
