@@ -17,12 +17,15 @@ import torch
 from torch import nn
 
 from crepe_deploy.errors import CheckpointError, UnsupportedModel
-from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.checkpoint import CheckpointReader, TensorInfo, read_config
 from crepe_deploy.store.stock import CLOSED, blamed, config_of, configured, model_content, third_party
 
 TABLE_BYTES: Final = 1 << 30  # of buffers, which are computed and in no file: positions, causal masks
 SPARE_PARAMETERS: Final = 1000
 PACKED_IN_BYTE: Final = 16  # weights, more than any quantisation packs
+_SIZES: Final = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
 _COUNTS: Final = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
@@ -38,6 +41,11 @@ def load_config(root: Path) -> Any:
         raise UnsupportedModel(f"model type '{name}' is not a text-only decoder")
     _check_counts(root, config)
     return config
+
+
+def content_with_sizes(root: Path, config: Any) -> dict[str, Any]:
+    """`config.json`, and the sizes that it leaves to its family's defaults; config: what `load_config` made of it."""
+    return {**{name: size for name, size in config.to_dict().items() if name in _SIZES}, **read_config(root)}
 
 
 def _check_counts(root: Path, config: Any) -> None:
@@ -90,7 +98,7 @@ def whole_model(folder: Path, **options: Any) -> Any:
     _check_counts(folder, config)
     asked = sum(parameter.numel() for parameter in outline(folder, config, len(reader.tensors)).parameters())
     quantised = getattr(config, "quantization_config", None)
-    stored = next((info for info in reader if info.dtype.is_floating_point and info.dtype.itemsize == 1), None)
+    stored = next((info for info in reader if _unlike_weights(info)), None)
     if stored is not None and not quantised:
         kind = str(stored.dtype).removeprefix("torch.")
         raise UnsupportedModel(f"{stored.file}: tensor '{stored.name}' holds {kind} and config.json does not say how")
@@ -104,6 +112,12 @@ def whole_model(folder: Path, **options: Any) -> Any:
     if info["missing_keys"]:
         raise CheckpointError(f"{folder} lacks weights that the model needs: {', '.join(sorted(info['missing_keys']))}")
     return model.eval()
+
+
+def _unlike_weights(info: TensorInfo) -> bool:
+    """Whether a tensor is of a dtype that transformers would make numbers of in silence: float8, whole, complex."""
+    plain = info.dtype.is_floating_point and info.dtype.itemsize > 1
+    return not plain and (info.dtype.is_floating_point or (info.name.endswith(".weight") and len(info.shape) > 1))
 
 
 def build_meta(config: Any, dtype: torch.dtype) -> Any:

@@ -14,7 +14,7 @@ import contextlib
 import gzip
 import importlib.metadata
 import importlib.util
-import json
+import io
 import sys
 import time
 import zlib
@@ -25,11 +25,13 @@ from typing import Any
 
 import torch
 
-from crepe_deploy.errors import CalibrationError, ConfigError, MissingExtra
-from crepe_deploy.store.stock import check_ids
+from crepe_deploy.errors import CalibrationError, ConfigError, CrepeError, MissingExtra
+from crepe_deploy.store.reading import DOCUMENT_BYTES, decode, parse_json, read_bytes
+from crepe_deploy.store.stock import check_ids, third_party
 from crepe_deploy.texts import load_tokenizer
 
 from .perplexity import load_model, resolve_device
+from .requests import check_tokenizer, checked
 from .scoring import Estimate, estimate, mean
 
 FIRST_EXTRA_DOC_ID = 1_000_000
@@ -112,6 +114,8 @@ def zero_shot(
         raise ConfigError("no task is named")
     specs = [task if task_dir is None else _local_task(task_dir, task) for task in tasks]
     manager = _task_manager(specs)
+    for folder in filter(None, (model_dir, against)):
+        check_tokenizer(folder, load_tokenizer(folder))
     place = resolve_device(device)
     model = load_model(model_dir, dtype, place)
     used_dtype = str(model.dtype).removeprefix("torch.")
@@ -168,19 +172,18 @@ def find_task_file(task_dir: Path, task: str) -> Path:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error) as error:
-        raise CalibrationError(f"cannot read {path}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 at offset {error.start}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
+    data = read_bytes(path, CalibrationError)
+    if path.suffix == ".gz":
+        try:
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+                data = file.read(DOCUMENT_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise CalibrationError(f"cannot read {path}: {error}") from error
+        if len(data) > DOCUMENT_BYTES:
+            raise CalibrationError(f"{path} unpacks to more than {DOCUMENT_BYTES} bytes")
+    for number, line in enumerate(decode(data, path, CalibrationError).split("\n"), start=1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CalibrationError(f"{path} line {number} is not JSON: {error}") from error
+            yield number, parse_json(line, f"{path} line {number}", CalibrationError, lenient=True)
 
 
 def _document(path: Path, identity: Any, rows: list[tuple[str, str, int | None]]) -> Document:
@@ -248,17 +251,24 @@ def _run(
     model: Any, folder: Path, manager: Any, specs: list[Any], limit: int | None, batch_size: int
 ) -> dict[str, Any]:
     """lm-eval's results over one model, with every document's figures."""
-    import httpx
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = load_tokenizer(folder)
     embedding = model.get_input_embeddings()
     rows = len(embedding.weight)
     embedding.register_forward_pre_hook(lambda _, given: check_ids(tokenizer, given[0].flatten().tolist(), rows))
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+    with third_party(f"lm-eval cannot judge {folder}", CrepeError):
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+        wrapped.loglikelihood = checked(wrapped)
+        return _evaluated(wrapped, manager, specs, limit)
+
+
+def _evaluated(wrapped: Any, manager: Any, specs: list[Any], limit: int | None) -> dict[str, Any]:
+    import httpx
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+    from lm_eval.evaluator import evaluate
+
     try:
         loaded = manager.load([dict(spec) if isinstance(spec, dict) else spec for spec in specs])
         for task in loaded["tasks"].values():

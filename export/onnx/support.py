@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from pathlib import Path
 from typing import Any, Final
 
-from ...errors import ConfigError, MissingExtra, UnsupportedModel
+from ...errors import ConfigError, MissingExtra, NoTokenizer, UnsupportedModel
 from ...model.families import family_of, known
+from ...texts import load_tokenizer
 
 FLAVORS: Final = {"portable": ("fp32", "fp16"), "genai": ("fp32", "int4")}
 # Rotary frequencies of other kinds change with the length of the text, which one traced graph cannot follow.
 ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+# What onnxruntime-genai 0.18 builds right: others it takes for the default without a word, or gets wrong.
+GENAI_ROPE_TYPES: Final = {"llama": ("default", "llama3"), "": ("default", "linear")}
 GENAI_HEAD_MULTIPLE: Final = 16
 _LIBRARIES: Final = {
     "portable": ("onnx", "onnxruntime", "onnxscript"),
@@ -42,16 +47,20 @@ def check_model(config: Any, flavor: str) -> None:
     flavors, lacks = family_of(family).onnx, family_of(family).lacks
     if not flavors:
         raise UnsupportedModel(f"model type '{family}' cannot be exported to ONNX; families that can: {known('onnx')}")
-    for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
-        if kind not in ROPE_TYPES:
-            raise UnsupportedModel(
-                f"rotary embedding '{kind}' of this '{family}' cannot be exported to ONNX; those that can: "
-                f"{', '.join(ROPE_TYPES)}"
-            )
     if flavor not in flavors:
         raise UnsupportedModel(
             f"--onnx-flavor {flavor} cannot export '{family}': {lacks[f'onnx {flavor}']}; use {', '.join(flavors)}"
         )
+    known_types = ROPE_TYPES
+    if flavor == "genai":
+        known_types = GENAI_ROPE_TYPES.get(family, GENAI_ROPE_TYPES[""])
+    for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
+        if kind not in known_types:
+            also = "; use portable" if kind in ROPE_TYPES else ""
+            raise UnsupportedModel(
+                f"--onnx-flavor {flavor} cannot export this '{family}' with its rotary embedding '{kind}'; of these it "
+                f"can: {', '.join(known_types)}{also}"
+            )
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if flavor == "genai" and head_size % GENAI_HEAD_MULTIPLE:
         raise UnsupportedModel(
@@ -62,6 +71,23 @@ def check_model(config: Any, flavor: str) -> None:
         raise UnsupportedModel(
             f"--onnx-flavor genai cannot export this '{family}': with its sliding window of {config.sliding_window} "
             "tokens onnxruntime-genai fails at run time; use portable"
+        )
+
+
+def check_end(folder: Path, config: Any, flavor: str) -> None:
+    """Raise UnsupportedModel where onnxruntime-genai would not know the token, of `folder`, that ends a text."""
+    if flavor != "genai":
+        return
+    stated = getattr(config, "eos_token_id", None)
+    ends = list(stated) if isinstance(stated, list | tuple) else [stated]
+    with contextlib.suppress(NoTokenizer):
+        ends.append(load_tokenizer(folder).eos_token_id)
+    known_ends = [end for end in ends if end is not None]
+    if not known_ends or max(known_ends) >= config.vocab_size:
+        what = f"is {max(known_ends)} and the vocabulary has {config.vocab_size}" if known_ends else "is not known"
+        raise UnsupportedModel(
+            f"--onnx-flavor genai cannot export {folder}: the id of its end-of-text token {what}; say eos_token_id in "
+            "config.json and eos_token in tokenizer_config.json, or use portable"
         )
 
 
