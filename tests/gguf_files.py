@@ -14,11 +14,18 @@ from safetensors.torch import load_file
 from tests.pico import pico_tokenizer
 
 
-def write_gguf(path: Path, model_dir: Path, parts: int = 1, rename: Callable[[str], str | None] = str) -> Path:
+def write_gguf(
+    path: Path,
+    model_dir: Path,
+    parts: int = 1,
+    rename: Callable[[str], str | None] = str,
+    rope: Callable[[gguf.GGUFWriter], None] = lambda _: None,
+) -> Path:
     """A llama GGUF of the pico model: matrices in Q8_0, norms in float32, tokenizer and template inside.
 
     parts: files that it is split into, as gguf's own writer splits; the first one's path is returned. rename: a
     tensor's name to what is written instead, None to leave it out.
+    rope: writes how the rotary embeddings are stretched.
     """
     tensors = load_file(model_dir / "model.safetensors")
     config = json.loads((model_dir / "config.json").read_text())
@@ -34,6 +41,7 @@ def write_gguf(path: Path, model_dir: Path, parts: int = 1, rename: Callable[[st
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
+    rope(writer)
     _write_tokenizer(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}

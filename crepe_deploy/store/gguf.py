@@ -17,6 +17,7 @@ from typing import Any
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, MissingExtra, OutputError, UnsupportedModel
 
 from .files import disk_errors, write_json
+from .gguf_rope import rope_scaling
 from .gguf_split import check_parts, join, parts_of
 from .manifest import sha256_file
 from .stock import CLOSED, third_party
@@ -30,12 +31,16 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class GgufInfo:
-    """What a GGUF file says of itself; `quantisation` counts tensors by storage type."""
+    """What a GGUF file says of itself.
+
+    quantisation: tensors counted by storage type. rope: how it stretches its rotary embeddings (`rope_scaling`).
+    """
 
     name: str
     architecture: str
     licence: str | None
     quantisation: dict[str, int]
+    rope: dict[str, Any]
 
 
 def check_gguf(path: Path) -> GgufInfo:
@@ -51,13 +56,15 @@ def check_gguf(path: Path) -> GgufInfo:
     readers = [_checked_reader(part) for part in parts]
     check_parts(parts, readers)
     with _damage_named(parts[0]):
+        architecture = _text(readers[0], "general.architecture") or "unknown"
         info = GgufInfo(
             name=_text(readers[0], "general.name") or path.stem,
-            architecture=_text(readers[0], "general.architecture") or "unknown",
+            architecture=architecture,
             licence=_text(readers[0], "general.license"),
             quantisation=dict(Counter(tensor.tensor_type.name for reader in readers for tensor in reader.tensors)),
+            rope=rope_scaling(path, architecture, readers),
         )
-        _check_names(path, info.architecture, readers)
+        _check_names(path, architecture, readers)
     return info
 
 
@@ -138,7 +145,7 @@ def convert_gguf(path: Path, out_dir: Path, dtype: str = "bfloat16") -> dict[str
             if len(parts) > 1:
                 whole = partial / "joined.gguf"
                 join(parts, whole)
-            _dequantise(whole, partial, dtype, f"{path} ({info.architecture})")
+            _dequantise(whole, partial, dtype, f"{path} ({info.architecture})", info.rope)
             (partial / "joined.gguf").unlink(missing_ok=True)
             write_json(partial / PROVENANCE, provenance)
             (partial / "README.md").write_text(_card(provenance), encoding="utf-8")
@@ -198,7 +205,7 @@ def _text(reader: Any, key: str) -> str | None:
     return None if field is None else str(field.contents())
 
 
-def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str) -> None:
+def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str, rope: dict[str, Any]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -218,6 +225,8 @@ def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str) -> None:
                 raise CheckpointError(f"{shown} lacks weights that the model needs: {named(loading['missing_keys'])}")
             tokenizer = AutoTokenizer.from_pretrained(**place)
             _forget_quantisation(model)
+            if rope:
+                model.config.rope_parameters = {**model.config.rope_parameters, **rope}
         with third_party(f"transformers cannot save {shown}", UnsupportedModel), disk_errors(out_dir):
             model.save_pretrained(str(out_dir))
             tokenizer.save_pretrained(str(out_dir))

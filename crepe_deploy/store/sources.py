@@ -16,7 +16,7 @@ from .reading import read_front_matter
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_GGUF_CACHE = "gguf-2"  # before 2 a model could be kept whose missing weights were random
+_GGUF_CACHE = "gguf-3"  # before 2 missing weights could be random, before 3 stretched rotary embeddings were lost
 _HUB_FILES = [
     "*.safetensors",
     "*.json",

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from crepe_deploy.errors import CheckpointError
+from crepe_deploy.errors import CheckpointError, UnsupportedModel
 from crepe_deploy.store import sources
-from crepe_deploy.store.checkpoint import CheckpointReader, same_bits
+from crepe_deploy.store.checkpoint import CheckpointReader, read_config, same_bits
 from crepe_deploy.store.gguf import check_gguf, convert_gguf
+from crepe_deploy.store.gguf_rope import llama3_factor
 from crepe_deploy.store.sources import resolve_model
 from tests.gguf_files import write_gguf
 from tests.pico import make_pico_llama
@@ -88,3 +95,61 @@ def test_what_older_versions_kept_is_not_used(pico: Path, tmp_path: Path, monkey
     old = sources.cache_dir() / "gguf" / sources.sha256_file(path)
     old.mkdir(parents=True)
     assert resolve_model(str(path)).folder != old
+
+
+def _freqs(factors: list[float]) -> Callable[[gguf.GGUFWriter], None]:
+    def write(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_freq_base(500000.0)
+        writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
+
+    return write
+
+
+def _stretched(kind: str, factor: float, original: int = 0) -> Callable[[gguf.GGUFWriter], None]:
+    def write(writer: gguf.GGUFWriter) -> None:
+        writer.add_string("llama.rope.scaling.type", kind)
+        writer.add_rope_scaling_factor(factor)
+        if original:
+            writer.add_rope_scaling_orig_ctx_len(original)
+
+    return write
+
+
+def _frequencies(folder: Path) -> torch.Tensor:
+    rotary = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
+    assert isinstance(rotary.inv_freq, torch.Tensor)
+    return rotary.inv_freq
+
+
+def test_stretched_rotary_embeddings_are_converted_too(pico: Path, tmp_path: Path) -> None:
+    half = 8  # the pico model's head size is 16
+    plain = 500000.0 ** (-torch.arange(half) / half)
+    factors = [llama3_factor(2 * math.pi / float(frequency), 8.0) for frequency in plain]
+    assert factors[0] == 1.0 and factors[-1] == 8.0 and any(1.0 < factor < 8.0 for factor in factors)
+    convert_gguf(write_gguf(tmp_path / "llama3.gguf", pico, rope=_freqs(factors)), tmp_path / "llama3")
+    torch.testing.assert_close(_frequencies(tmp_path / "llama3"), plain / torch.tensor(factors))
+
+    base = _frequencies(pico)
+    convert_gguf(write_gguf(tmp_path / "linear.gguf", pico, rope=_stretched("linear", 4.0)), tmp_path / "linear")
+    torch.testing.assert_close(_frequencies(tmp_path / "linear"), base / 4)
+    convert_gguf(write_gguf(tmp_path / "yarn.gguf", pico, rope=_stretched("yarn", 4.0, 64)), tmp_path / "yarn")
+    assert read_config(tmp_path / "yarn")["rope_parameters"] | {"rope_theta": 0} == {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 0,
+    }  # fmt: skip
+    convert_gguf(write_gguf(tmp_path / "ones.gguf", pico, rope=_freqs([1.0] * half)), tmp_path / "ones")
+    torch.testing.assert_close(_frequencies(tmp_path / "ones"), plain)
+
+
+@pytest.mark.parametrize(
+    ("rope", "reason"),
+    [
+        (_freqs([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]), "rope_freqs.weight is not Llama 3.1's"),
+        (_stretched("longrope", 4.0), "rope.scaling.type longrope.*not converted"),
+        (_stretched("yarn", 4.0), "YaRN does not say the context"),
+    ],
+)
+def test_rotary_embeddings_that_cannot_be_converted_are_refused(
+    pico: Path, tmp_path: Path, rope: Callable[[gguf.GGUFWriter], None], reason: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        check_gguf(write_gguf(tmp_path / "x.gguf", pico, rope=rope))
