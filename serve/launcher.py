@@ -48,8 +48,9 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that answers: its address, the name it serves the model under, its process, its log while it runs, the
-    smoke check's result (None where the folder records none), and seconds from its start until it was healthy."""
+    """A server that answers: its address, the name it serves the model under, the process of its keeper, which leads
+    its session, its log while it runs, the smoke check's result (None where the folder records none), and seconds from
+    its start until it was healthy."""
 
     url: str
     model: str

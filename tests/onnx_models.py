@@ -36,6 +36,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 def pruned_model(folder: Path, family: str = "llama", pattern: str = "2:4") -> Path:
     """A random model of this family under `folder`, pruned; the pruned folder."""
-    model = make_pico(folder / "model", CONFIGS[family])
+    return pruned_from(folder, CONFIGS[family], pattern)
+
+
+def pruned_from(folder: Path, config: PretrainedConfig, pattern: str = "2:4") -> Path:
+    """A random model of this configuration under `folder`, pruned; the pruned folder."""
+    model = make_pico(folder / "model", config)
     prune(resolve_model(str(model)), folder / "pruned", prune_config("magnitude", pattern), None)
     return folder / "pruned"

@@ -11,13 +11,21 @@ from crepe_deploy.store.manifest import Manifest
 from .inputs import export_options
 
 
+def default_out(source: str | Path, format: str) -> Path:
+    """SOURCE/../FORMAT; of a snapshot in the hub's cache, where that would pass for a revision, ./NAME-FORMAT."""
+    folder = Path(source).resolve()
+    if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
+        return Path(f"{folder.parent.parent.name.rpartition('--')[2]}-{format}")
+    return folder.parent / format
+
+
 def export(
     source: str | Path, out: str | Path | None = None, *, format: str = "dense", onnx_flavor: str | None = None,
     precision: str | None = None, overwrite: bool = False, progress: Progress | None = None,
 ) -> Manifest:  # fmt: skip
     """Write the pruned checkpoint folder `source` in another format into `out`, and return its manifest.
 
-    out: default SOURCE/../FORMAT; appears whole and verified or not at all. format: "dense", "packed" (docs/format.md),
+    out: default as `default_out`; appears whole and verified or not at all. format: "dense", "packed" (docs/format.md),
     "int8", "onnx", or "deci" for widths per layer. onnx_flavor, precision: of an ONNX graph, "portable" or "genai", and
     "fp32", "fp16" or "int4". progress: told pieces of work done and in all.
     Raises ConfigError, CheckpointError, OutputError, UnsupportedModel, MissingExtra (exit code 2) before writing;
@@ -26,7 +34,7 @@ def export(
     from crepe_deploy.exporting.pipeline import export_checkpoint
 
     require_folder(Path(source))
-    target = Path(out) if out is not None else Path(source).resolve().parent / format
+    target = Path(out) if out is not None else default_out(source, format)
     options = export_options(onnx_flavor, precision)
     return export_checkpoint(
         Path(source), target, format, overwrite=overwrite, step=progress or silent, options=options

@@ -19,7 +19,12 @@ Examples:
 
 @click.command("export", epilog=EXAMPLES)
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: SOURCE/../FORMAT.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Default: SOURCE/../FORMAT.",
+)
 @format_option("One of:")
 @onnx_options
 @overwrite_option
@@ -27,10 +32,10 @@ Examples:
 def export_command(source: Path, out: Path | None, format: str, as_json: bool, **options: Any) -> None:
     """Export the pruned checkpoint SOURCE into another format."""
     prepare_libraries()
-    from crepe_deploy.api.export import export
+    from crepe_deploy.api.export import default_out, export
     from crepe_deploy.progress import progress
 
-    target = out if out is not None else source.resolve().parent / format
+    target = out if out is not None else default_out(source, format)
     with progress(f"exporting as {format}") as step:
         manifest = export(source, target, format=format, progress=step, **options)
     summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}

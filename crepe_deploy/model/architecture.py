@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from crepe_deploy.errors import CheckpointError, UnsupportedModel
-from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.checkpoint import CheckpointReader, TensorInfo
 from crepe_deploy.store.stock import CLOSED, blamed, config_of, configured, model_content, third_party
 
 TABLE_BYTES: Final = 1 << 30  # of buffers, which are computed and in no file: positions, causal masks
@@ -90,7 +90,7 @@ def whole_model(folder: Path, **options: Any) -> Any:
     _check_counts(folder, config)
     asked = sum(parameter.numel() for parameter in outline(folder, config, len(reader.tensors)).parameters())
     quantised = getattr(config, "quantization_config", None)
-    stored = next((info for info in reader if info.dtype.is_floating_point and info.dtype.itemsize == 1), None)
+    stored = next((info for info in reader if _unlike_weights(info)), None)
     if stored is not None and not quantised:
         kind = str(stored.dtype).removeprefix("torch.")
         raise UnsupportedModel(f"{stored.file}: tensor '{stored.name}' holds {kind} and config.json does not say how")
@@ -104,6 +104,12 @@ def whole_model(folder: Path, **options: Any) -> Any:
     if info["missing_keys"]:
         raise CheckpointError(f"{folder} lacks weights that the model needs: {', '.join(sorted(info['missing_keys']))}")
     return model.eval()
+
+
+def _unlike_weights(info: TensorInfo) -> bool:
+    """Whether a tensor is of a dtype that transformers would make numbers of in silence: float8, whole, complex."""
+    plain = info.dtype.is_floating_point and info.dtype.itemsize > 1
+    return not plain and (info.dtype.is_floating_point or (info.name.endswith(".weight") and len(info.shape) > 1))
 
 
 def build_meta(config: Any, dtype: torch.dtype) -> Any:

@@ -37,7 +37,8 @@ class Ties:
 
 def ties_of(model: Any, reader: CheckpointReader, find: Find) -> Ties:
     """Compare what config.json ties with what the files hold; find: a parameter's name in them, or None."""
-    own, instead = [], {}
+    own: list[str] = []
+    instead: dict[str, str] = {}
     for name, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
         stored, other = find(name), find(source)
         if stored is not None and other is not None and stored != other and not same_stored(reader, stored, other):

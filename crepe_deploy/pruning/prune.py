@@ -31,7 +31,7 @@ from crepe_deploy.store.audit import check_pattern
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.companions import copy_companions
 from crepe_deploy.store.folders import atomic_folder
-from crepe_deploy.store.manifest import Manifest, TensorRecord, hash_folder, save_manifest, versions
+from crepe_deploy.store.manifest import Manifest, TensorRecord, hash_folder, inherit, save_manifest, versions
 from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.store.writing import CheckpointWriter, Planned
 from crepe_deploy.texts import CalibrationSet
@@ -83,7 +83,9 @@ def prune(
         with phases("verify"):
             zeros, parity = _prove(folder, plan, pruned)
         with phases("hash"):
-            source, files = describe_source(model), hash_folder(folder)
+            source = describe_source(model)
+            parent = inherit(model.folder, folder, source.files)
+            files = hash_folder(folder)
         tensors = _records(plan, pruned.layers, zeros)
         manifest = Manifest(
             stage="prune",
@@ -96,6 +98,7 @@ def prune(
             dense_tensors=sorted(set(plan.decoder.reader.tensors) - set(tensors)),
             metrics=_metrics(plan, tensors, pruned.rescaled, phases.seconds, parity),
             files=files,
+            parent=parent,
         )
         save_manifest(folder, manifest)
     return manifest

@@ -12,6 +12,7 @@ from torch import Tensor
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
+from crepe_deploy.store.companions import companions_of
 from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.sources import Model
@@ -51,6 +52,7 @@ def plan_run(
 ) -> RunPlan:
     """Check everything that can be refused. Raises InputError, DiskFullError."""
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
+    companions_of(model.folder)
     decoder = Decoder(model.folder, config.dtype)
     targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
     said = limits(decoder, targets, config)

@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
-from crepe_deploy.errors import CalibrationError, ConfigError, MissingExtra
-from crepe_deploy.store.stock import check_ids
+from crepe_deploy.errors import CalibrationError, ConfigError, CrepeError, MissingExtra
+from crepe_deploy.store.stock import check_ids, third_party
 from crepe_deploy.texts import load_tokenizer
 
 from .perplexity import load_model, resolve_device
+from .requests import check_tokenizer, checked
 from .scoring import Estimate, estimate, mean
 
 FIRST_EXTRA_DOC_ID = 1_000_000
@@ -112,6 +113,8 @@ def zero_shot(
         raise ConfigError("no task is named")
     specs = [task if task_dir is None else _local_task(task_dir, task) for task in tasks]
     manager = _task_manager(specs)
+    for folder in filter(None, (model_dir, against)):
+        check_tokenizer(folder, load_tokenizer(folder))
     place = resolve_device(device)
     model = load_model(model_dir, dtype, place)
     used_dtype = str(model.dtype).removeprefix("torch.")
@@ -248,17 +251,24 @@ def _run(
     model: Any, folder: Path, manager: Any, specs: list[Any], limit: int | None, batch_size: int
 ) -> dict[str, Any]:
     """lm-eval's results over one model, with every document's figures."""
-    import httpx
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = load_tokenizer(folder)
     embedding = model.get_input_embeddings()
     rows = len(embedding.weight)
     embedding.register_forward_pre_hook(lambda _, given: check_ids(tokenizer, given[0].flatten().tolist(), rows))
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+    with third_party(f"lm-eval cannot judge {folder}", CrepeError):
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+        wrapped.loglikelihood = checked(wrapped)
+        return _evaluated(wrapped, manager, specs, limit)
+
+
+def _evaluated(wrapped: Any, manager: Any, specs: list[Any], limit: int | None) -> dict[str, Any]:
+    import httpx
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+    from lm_eval.evaluator import evaluate
+
     try:
         loaded = manager.load([dict(spec) if isinstance(spec, dict) else spec for spec in specs])
         for task in loaded["tasks"].values():

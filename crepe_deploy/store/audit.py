@@ -36,6 +36,10 @@ class TensorAudit:
 
 def count_zeros(tensor: Tensor) -> int:
     """Entries equal to zero, negative zero included."""
+    if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        tensor = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
+    elif tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
     return tensor.numel() - int(torch.count_nonzero(tensor))
 
 
@@ -98,4 +102,5 @@ def _counted_pattern(tensor: Tensor, record: TensorRecord | None) -> str | None:
     weight = tensor.T.contiguous() if record is not None and record.transposed else tensor
     if record is not None and holds(weight, parse_record(record.pattern)):
         return record.pattern
-    return held_pattern(weight) if weight.is_floating_point() else None
+    counted = weight.is_floating_point() and weight.dtype.itemsize > 1
+    return held_pattern(weight) if counted else None

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from crepe_deploy.errors import CheckpointError
+from crepe_deploy.errors import CheckpointError, UnsupportedModel
 
 from .reading import open_file, parse_json, read_object
 
@@ -39,7 +39,15 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
+UNREAD = ("F4", "F6_E2M3", "F6_E3M2")  # of safetensors, several values in a byte
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -82,6 +90,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if isinstance(entry, dict) and entry.get("dtype") in UNREAD:
+        raise UnsupportedModel(f"{path}: tensor '{name}' is {entry['dtype']}, a dtype that is not read")
     try:
         dtype = DTYPES[entry["dtype"]]
         shape = tuple(int(size) for size in entry["shape"])
@@ -122,11 +132,12 @@ def read_config(root: Path) -> dict[str, Any]:
 def shard_paths(root: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder, in order. Raises CheckpointError.
 
-    Names in an index must be plain file names of regular files inside the folder. A link is followed only
-    where it stays inside the folder or is the whole-snapshot layout of the Hugging Face cache (../../blobs/).
+    The single file goes before an index, as in transformers. Names in an index must be plain file names of regular
+    files inside the folder. A link is followed only where it stays inside the folder or is the whole-snapshot layout of
+    the Hugging Face cache (../../blobs/).
     """
     index = root / INDEX_NAME
-    if not index.exists():
+    if (root / SINGLE_NAME).exists() or not index.exists():
         if not (root / SINGLE_NAME).exists():
             raise CheckpointError(
                 f"{root}: neither {SINGLE_NAME} nor {INDEX_NAME} is there; crepe-deploy reads safetensors only "
@@ -138,6 +149,8 @@ def shard_paths(root: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{index}: 'weight_map' is missing or not a table of file names")
         names = sorted(set(weight_map.values()))
+        if not names:
+            raise CheckpointError(f"{index}: its 'weight_map' names no file")
     return [_safe_shard(root, name) for name in names]
 
 
@@ -145,14 +158,18 @@ def _safe_shard(root: Path, name: str) -> Path:
     path = root / name
     if Path(name).name != name or name in {"", ".", ".."}:
         raise CheckpointError(f"{root / INDEX_NAME}: file name '{name}' points outside the folder; refused")
-    if path.is_symlink():
-        target = path.resolve()
-        blobs = root.resolve().parent.parent / "blobs"
-        if target.parent not in {root.resolve(), blobs}:
-            raise CheckpointError(f"{path} is a link to {target}, outside the model folder; refused")
+    require_inside(root, path)
     if not path.is_file():
         raise CheckpointError(f"{path}: this shard is missing; download the model again")
     return path
+
+
+def require_inside(root: Path, path: Path) -> None:
+    """Raise CheckpointError where `path`, below `root`, is a link that leads out of it, but for the hub's cache."""
+    if path.is_symlink():
+        target, home = path.resolve(), root.resolve()
+        if not target.is_relative_to(home) and target.parent != home.parent.parent / "blobs":
+            raise CheckpointError(f"{path} is a link to {target}, outside the model folder; refused")
 
 
 class CheckpointReader:
@@ -171,11 +188,12 @@ class CheckpointReader:
                 if name in self.tensors:
                     raise CheckpointError(f"{path}: tensor '{name}' is also in {self.tensors[name].file.name}")
                 self.tensors[name] = info
-        self._check_index()
+        if not self.tensors:
+            raise CheckpointError(f"{root}: its weight files hold no tensors")
+        if self.files != [root / SINGLE_NAME]:
+            self._check_index()
 
     def _check_index(self) -> None:
-        if not (self.root / INDEX_NAME).exists():
-            return
         for name, file in read_object(self.root / INDEX_NAME)["weight_map"].items():
             if name not in self.tensors or self.tensors[name].file.name != file:
                 raise CheckpointError(f"{self.root / INDEX_NAME}: tensor '{name}' is not in {file}")

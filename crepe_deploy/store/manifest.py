@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crepe_deploy.errors import CheckpointError, VerifyError
 
+from .checkpoint import require_inside
 from .files import disk_errors, write_json
 from .reading import open_file, read_object
 
@@ -135,16 +136,39 @@ def verify(root: Path) -> Manifest:
     Raises VerifyError naming the first file that differs, or the ancestor that is not there.
     """
     manifest = load_manifest(root)
-    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - {MANIFEST_NAME}
+    present, wrong = _present(root)
     for name in sorted(manifest.files.keys() - present):
-        raise VerifyError(f"{root / name} is in the manifest and missing on disk")
+        raise VerifyError(wrong.get(name, f"{root / name} is in the manifest and missing on disk"))
     for name in sorted(present - manifest.files.keys()):
         raise VerifyError(f"{root / name} is on disk and not in the manifest")
+    if wrong:
+        raise VerifyError(next(iter(wrong.values())))
     for name, expected in manifest.files.items():
         if sha256_file(root / name) != expected:
             raise VerifyError(f"{root / name} differs from its sha256 in the manifest")
     ancestors(root, manifest)
     return manifest
+
+
+def _present(root: Path) -> tuple[set[str], dict[str, str]]:
+    """The names of all files below `root`, and by name what is wrong with the rest; the hub's own are left out."""
+    names, wrong = set(), {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if name in (".gitattributes", ".cache") or f"{name}/".startswith(".cache/huggingface/"):
+            continue
+        try:
+            require_inside(root, path)
+        except CheckpointError as error:
+            wrong[name] = str(error)
+            continue
+        if path.is_file():
+            names.add(name)
+        elif not path.is_dir() or path.is_symlink():
+            wrong[name] = f"{path} is neither a file nor a folder"
+        elif not any(path.iterdir()):
+            wrong[name] = f"{path} is an empty folder, which no manifest names"
+    return names - {MANIFEST_NAME}, wrong
 
 
 def ancestors(root: Path, manifest: Manifest) -> list[Manifest]:
@@ -178,8 +202,13 @@ def inherit(source: Path, folder: Path, files: Mapping[str, str] | None = None) 
     """
     if not (source / MANIFEST_NAME).is_file():
         return None
-    if files is not None and not files.items() <= load_manifest(source).files.items():
-        return None
+    if files is not None:
+        try:
+            recorded = load_manifest(source).files
+        except (CheckpointError, VerifyError):
+            return None  # another tool's file of that name
+        if not files.items() <= recorded.items():
+            return None
     digest = sha256_file(source / MANIFEST_NAME)
     with disk_errors(folder):
         (folder / LINEAGE).mkdir(exist_ok=True)

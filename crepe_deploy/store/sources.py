@@ -24,6 +24,8 @@ _HUB_FILES = [
     "*.model",
     "*.jinja",
     "LICENSE*",
+    "LICENCE*",
+    "COPYING*",
     "NOTICE*",
     "USE_POLICY*",
     "README.md",

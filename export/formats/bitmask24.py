@@ -78,7 +78,7 @@ def import_bitmask24(source: Path, folder: Path) -> Manifest:
         for name in plan:
             module = name.removesuffix(".weight")
             packed = module in shapes
-            writer.write(name, _decoded(reader, module, shapes[module]) if packed else reader.load(name))
+            writer.write(name, _decoded(reader, module, shapes[module]) if packed else reader.load_finite(name))
     copy_companions(source, folder)
     config = {key: value for key, value in read_config(folder).items() if key not in _CONFIGS}
     write_json(folder / "config.json", config)

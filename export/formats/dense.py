@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...errors import VerifyError
+from ...model.decoder import Decoder
 from ...pattern import parse_record
 from ...store.audit import check_pattern
 from ...store.checkpoint import CheckpointReader, TensorInfo
@@ -79,6 +80,8 @@ class Dense(Exporter[DensePlan]):
 
     def compare(self, plan: DensePlan, written: Written, folder: Path, tick: Tick) -> Written:
         parent, files = plan.source.manifest, ReadBack(folder)
+        if plan.unpacking is not None:
+            Decoder(folder)  # which names what the architecture needs and the packed folder did not hold
         for name in parent.tensors:
             files.reader.info(name)
         for info, stored in files:

@@ -35,6 +35,7 @@ from ...store.manifest import Manifest, TensorRecord
 from ...store.readback import prove_written
 from ...store.writing import CheckpointWriter, Planned
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
+from ..frame.foreign import counted
 from ..frame.greedy import GREEDY_TOKENS, greedy_of
 
 GUARD_SHAPE = (0,)
@@ -64,6 +65,12 @@ class Packed(Exporter[PackedPlan]):
         "without crepe-deploy refuse it. `crepe-deploy export --format dense` gives the "
         "plain folder back, bit by bit."
     )
+
+    needs_manifest: ClassVar[bool] = False
+
+    def foreign(self, folder: Path) -> Manifest:
+        """Of a folder pruned elsewhere, the patterns that its layers hold."""
+        return counted(folder)
 
     def check_pruning(self, model: Path, pattern: Pattern) -> None:
         packed_config(pattern)
@@ -248,7 +255,7 @@ class Unpacking:
             if name in self.packed:
                 yield name, unpack(*load_packed(self.reader, name, self.config))
             else:
-                yield name, self.reader.load(name)
+                yield name, self.reader.load_finite(name)
 
 
 def plan_unpacking(source: Path, records: Mapping[str, TensorRecord]) -> Unpacking:
@@ -260,6 +267,10 @@ def plan_unpacking(source: Path, records: Mapping[str, TensorRecord]) -> Unpacki
     config = PackedConfig.from_dict(content.pop("quantization_config", None) or {})
     reader = CheckpointReader(source)
     packed = packed_names(reader)
+    for name in sorted(packed & {f"{module}.weight" for module in config.ignore}):
+        raise CheckpointError(
+            f"{source}: '{name}' is stored packed and quantization_config says in 'ignore' that it is not"
+        )
     plan: dict[str, Planned] = {}
     for info in reader:
         base = info.name.removesuffix(VALUES_SUFFIX).removesuffix(MASK_SUFFIX)

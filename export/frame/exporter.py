@@ -13,6 +13,7 @@ from ...errors import ConfigError
 from ...pattern import Pattern
 from ...store.companions import copy_companions
 from ...store.manifest import Manifest, TensorRecord
+from .foreign import plain
 
 Tick = Callable[[], None]
 Plan = TypeVar("Plan")
@@ -91,6 +92,10 @@ class Exporter(ABC, Generic[Plan]):
                 f"{source.folder} is {_article(source.manifest.format)} checkpoint; --format {self.name} reads "
                 f"{' or '.join(self.reads)}: export the one that it came from"
             )
+
+    def foreign(self, folder: Path) -> Manifest:
+        """What stands for the manifest of a folder that has none, where `needs_manifest` is false."""
+        return plain(folder)
 
     def weights(self, source: Source, folder: Path) -> contextlib.AbstractContextManager[Path]:
         """The folder whose weights are read: the source's, or a copy beside `folder` that is removed after."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from ...errors import VerifyError
 from ...progress import Progress, silent, ticker
 from ...store.files import require_disk
 from ...store.manifest import (
@@ -17,12 +18,15 @@ from ...store.manifest import (
     save_manifest,
     sha256_file,
     verify,
-    versions,
 )
-from ...store.sources import Model, describe_source
 from ...store.stock import check_tokenizer
 from .card import write_card
 from .exporter import Exporter, Source, Words
+
+_CHANGED: Final = (
+    "; where the weights were changed on purpose, as by fine-tuning, take manifest.json away: "
+    "the folder is then exported as one that was made elsewhere"
+)
 
 
 def run(
@@ -62,8 +66,13 @@ def run(
 def read_source(exporter: Exporter[Any], folder: Path, *, fresh: bool) -> Source:
     """The source, every file compared with its manifest. Raises VerifyError, CheckpointError, ConfigError."""
     if not exporter.needs_manifest and not (folder / MANIFEST_NAME).exists():
-        return Source(folder, _plain(folder), None, fresh)
-    manifest = load_manifest(folder) if fresh else verify(folder)
+        return Source(folder, exporter.foreign(folder), None, fresh)
+    try:
+        manifest = load_manifest(folder) if fresh else verify(folder)
+    except VerifyError as error:
+        if exporter.needs_manifest:
+            raise
+        raise VerifyError(f"{error}{_CHANGED}") from error
     source = Source(folder, manifest, sha256_file(folder / MANIFEST_NAME), fresh)
     exporter.check_source(source)
     return source
@@ -75,14 +84,3 @@ def finish(folder: Path, manifest: Manifest, words: Words, hashes: Mapping[str, 
     manifest = manifest.model_copy(update={"files": hash_folder(folder, hashes)})
     save_manifest(folder, manifest)
     return manifest
-
-
-def _plain(folder: Path) -> Manifest:
-    """What is known of a model folder that nothing was done to."""
-    return Manifest(
-        stage="source",
-        format="dense",
-        versions=versions(),
-        source=describe_source(Model(folder, "folder", str(folder), None, {})),
-        config={"method": None, "resolved_method": {}, "pattern": None},
-    )

@@ -14,9 +14,12 @@ from torch import Tensor
 from ...errors import CheckpointError, MissingExtra
 from ...serve.ort import GRAPH_NAME, is_onnx
 from ...store.audit import TensorAudit, count_zeros, held_pattern
+from ...store.checkpoint import require_inside
+from ...store.reading import read_bytes
 
 __all__ = ["GRAPH_NAME", "inspect_onnx", "is_onnx", "load_graph", "matrices"]
 
+GRAPH_BYTES: Final = 1 << 31  # more than protobuf holds
 INT4_ZERO: Final = 8  # the code of zero in a symmetric MatMulNBits weight
 _MATRIX_OPS: Final = ("MatMul", "Gemm", "MatMulNBits")
 _DTYPES: Final = {"FLOAT": "float32", "FLOAT16": "float16", "UINT8": "uint8"}
@@ -28,7 +31,10 @@ def inspect_onnx(folder: Path) -> list[dict[str, Any]]:
     axis: of the stored initialiser that the product reduces, along which a pattern must hold; None where none does.
     Raises CheckpointError, MissingExtra.
     """
-    return [{**vars(audit), "axis": axis} for audit, axis, _ in matrices(folder)]
+    try:
+        return [{**vars(audit), "axis": axis} for audit, axis, _ in matrices(folder)]
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / GRAPH_NAME} is damaged, or no graph of a model: {error}") from error
 
 
 def matrices(folder: Path) -> Iterator[tuple[TensorAudit, int | None, Tensor]]:
@@ -48,7 +54,7 @@ def matrices(folder: Path) -> Iterator[tuple[TensorAudit, int | None, Tensor]]:
             kind = "int4"
         else:
             weight = torch.from_numpy(stored.T if axis == 0 else stored).contiguous()
-            kind = _DTYPES[_element(tensor)]
+            kind = _DTYPES.get(_element(tensor), _element(tensor).lower())
         zeros = count_zeros(weight)
         pattern = held_pattern(weight) if axis is not None else None
         shape = tuple(int(extent) for extent in tensor.dims)
@@ -64,11 +70,27 @@ def load_graph(folder: Path) -> Any:
         raise MissingExtra("onnx", "onnx", "reading an ONNX folder") from error
     path = folder / GRAPH_NAME
     try:
-        return onnx.load(path, load_external_data=False)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
+        model = onnx.load_model_from_string(read_bytes(path, limit=GRAPH_BYTES))
     except DecodeError as error:
         raise CheckpointError(f"{path} is no ONNX graph: {error}") from error
+    if not model.graph.node:
+        raise CheckpointError(f"{path} is no ONNX graph: it has no operators")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _external(folder, tensor)
+    return model
+
+
+def _external(folder: Path, tensor: Any) -> tuple[Path, dict[str, str]]:
+    """The file beside the graph that holds an initialiser, and what the graph says of its place. CheckpointError."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    location = place.get("location", "")
+    if location in ("", ".", "..") or Path(location).name != location:  # nothing outside the folder is read
+        raise CheckpointError(f"{folder / GRAPH_NAME}: '{tensor.name}' lies in another folder: {location}")
+    require_inside(folder, folder / location)
+    if not (folder / location).is_file():
+        raise CheckpointError(f"{folder / location} is missing: it holds '{tensor.name}'")
+    return folder / location, place
 
 
 def _matrix_users(graph: Any) -> dict[str, tuple[Any, int | None]]:
@@ -105,10 +127,7 @@ def _read(folder: Path, tensor: Any) -> npt.NDArray[Any]:
 
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return np.array(onnx.numpy_helper.to_array(tensor))
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    path = folder / place.get("location", "")
-    if Path(place.get("location", "..")).name != place.get("location"):  # nothing outside the folder is read
-        raise CheckpointError(f"{folder / GRAPH_NAME}: '{tensor.name}' lies in another folder: {place.get('location')}")
+    path, place = _external(folder, tensor)
     kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
     shape = tuple(int(extent) for extent in tensor.dims)
     try:

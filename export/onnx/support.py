@@ -11,6 +11,8 @@ from ...model.families import family_of, known
 FLAVORS: Final = {"portable": ("fp32", "fp16"), "genai": ("fp32", "int4")}
 # Rotary frequencies of other kinds change with the length of the text, which one traced graph cannot follow.
 ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+# What onnxruntime-genai 0.18 builds right: others it takes for the default without a word, or gets wrong.
+GENAI_ROPE_TYPES: Final = {"llama": ("default", "llama3"), "": ("default", "linear")}
 GENAI_HEAD_MULTIPLE: Final = 16
 _LIBRARIES: Final = {
     "portable": ("onnx", "onnxruntime", "onnxscript"),
@@ -42,16 +44,20 @@ def check_model(config: Any, flavor: str) -> None:
     flavors, lacks = family_of(family).onnx, family_of(family).lacks
     if not flavors:
         raise UnsupportedModel(f"model type '{family}' cannot be exported to ONNX; families that can: {known('onnx')}")
-    for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
-        if kind not in ROPE_TYPES:
-            raise UnsupportedModel(
-                f"rotary embedding '{kind}' of this '{family}' cannot be exported to ONNX; those that can: "
-                f"{', '.join(ROPE_TYPES)}"
-            )
     if flavor not in flavors:
         raise UnsupportedModel(
             f"--onnx-flavor {flavor} cannot export '{family}': {lacks[f'onnx {flavor}']}; use {', '.join(flavors)}"
         )
+    known_types = ROPE_TYPES
+    if flavor == "genai":
+        known_types = GENAI_ROPE_TYPES.get(family, GENAI_ROPE_TYPES[""])
+    for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
+        if kind not in known_types:
+            also = "; use portable" if kind in ROPE_TYPES else ""
+            raise UnsupportedModel(
+                f"--onnx-flavor {flavor} cannot export this '{family}' with its rotary embedding '{kind}'; of these it "
+                f"can: {', '.join(known_types)}{also}"
+            )
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if flavor == "genai" and head_size % GENAI_HEAD_MULTIPLE:
         raise UnsupportedModel(

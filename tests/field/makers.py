@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.field import heads
 from tests.field.library import case
 from tests.gguf_files import write_gguf
 from tests.pico import make_pico_llama
 
 PLAIN = {
-    "verify": "manifest.json", "export_dense": "manifest.json", "export_packed": "manifest.json",
+    "verify": "manifest.json", "export_dense": "manifest.json", "export_packed": "none of its tensors is pruned",
     "export_onnx": "manifest.json", "export_deci": "manifest.json",
 }  # fmt: skip
 NO_FOLDER = dict.fromkeys(("inspect", "verify", "export"), "is not a model folder")
@@ -42,3 +48,96 @@ def gguf_without_a_tensor(root: Path) -> Path:
     """A whole GGUF that lacks one matrix."""
     pico = make_pico_llama(root / "pico")
     return write_gguf(root / "m.gguf", pico, rename=lambda name: None if name == "blk.0.ffn_up.weight" else name)
+
+
+def _changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    """A folder whose weights went through `change`."""
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@case(**PLAIN)
+def own_head(root: Path) -> Path:
+    """config.json ties an output layer that is stored and differs."""
+    return heads.own_head(root)
+
+
+@case(**PLAIN)
+def head_alone(root: Path) -> Path:
+    """The output layer is stored and the embedding that it is tied to is not."""
+    return heads.head_alone(root)
+
+
+@case(**{name: word for name, word in PLAIN.items() if name != "export_packed"})
+def sparse_elsewhere(root: Path) -> Path:
+    """2:4 by another tool."""
+
+    def halved(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name, weight in weights.items():
+            if name.endswith("proj.weight"):
+                weight.view(weight.shape[0], -1, 4)[..., 1:3] = 0
+        return weights
+
+    return _changed(make_pico_llama(root / "m"), halved)
+
+
+@case(**PLAIN)
+def stale_index(root: Path) -> Path:
+    """Saved twice: an index of shards that are gone lies beside the single file."""
+    folder = make_pico_llama(root / "m")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')
+    return folder
+
+
+@case(**PLAIN)
+def hub_snapshot(root: Path) -> Path:
+    """As the hub's cache lays it out, with what its download adds."""
+    snapshot, blobs = root / "models--a--b" / "snapshots" / "abc", root / "models--a--b" / "blobs"
+    make_pico_llama(snapshot)
+    (snapshot / ".gitattributes").write_text("")
+    blobs.mkdir()
+    for path in sorted(snapshot.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(os.path.relpath(blobs / path.name, path.parent))
+    return snapshot
+
+
+@case(
+    **{
+        **dict.fromkeys(("plan", "eval", "prune", "export_int8", "export_packed"), "is missing"),
+        **{name: word for name, word in PLAIN.items() if name != "export_packed"},
+        "eval": "lacks weights",
+    }
+)
+def without_a_norm(root: Path) -> Path:
+    """A tensor is not there."""
+    folder = make_pico_llama(root / "m")
+    return _changed(folder, lambda weights: {name: weights[name] for name in weights if name != "model.norm.weight"})
+
+
+@case(
+    **{
+        **dict.fromkeys(("plan", "prune", "export_int8", "export_packed"), "holds uint32"),
+        **{name: word for name, word in PLAIN.items() if name != "export_packed"},
+        "eval": "holds uint32",
+    }
+)
+def whole_numbers(root: Path) -> Path:
+    """A matrix of uint32, as packed quantisations have, and nothing that says so."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    return _changed(
+        make_pico_llama(root / "m"), lambda weights: {**weights, name: (weights[name] * 100).to(torch.uint32)}
+    )
+
+
+@case(
+    every="hold no tensors",
+    verify="manifest.json",
+    export_dense="manifest.json",
+    export_onnx="manifest.json",
+    export_deci="manifest.json",
+)
+def no_tensors(root: Path) -> Path:
+    """A weight file that holds nothing."""
+    return _changed(make_pico_llama(root / "m"), lambda _: {})

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, MissingExtra
+from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, CrepeError, MissingExtra
 from crepe_deploy.quality.zeroshot import Document, find_task_file, read_task_file, zero_shot
 from tests.pico import make_pico_llama, pico_tokenizer
 
@@ -211,3 +211,53 @@ def test_a_choice_without_an_index_is_named(write: Callable[[list[dict[str, Any]
     lines = [{**row, "label": ["x"]} for row in rows([("c", ["x", "y"], 0)])]
     with pytest.raises(CalibrationError, match="label None names none of its 2 choices"):
         read_task_file(write(lines))
+
+
+def _tokenizer_without(model: Path, *names: str) -> None:
+    """Drop special tokens from what the folder says of its tokenizer."""
+    file = model / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in content.items() if name not in names}))
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "message"),
+    [
+        ("  ", " they know", "its prompt '  ' is blank"),
+        ("one of", " of" * 600, r"a choice of \d+ tokens is longer than the model's context of 64"),
+    ],
+)
+def test_what_lm_eval_would_assert_is_said_with_the_document(
+    tmp_path: Path, write: Callable[[list[dict[str, Any]]], Path], context: str, continuation: str, message: str
+) -> None:
+    model = make_pico_llama(tmp_path / "m", max_position_embeddings=64)
+    lines = rows(QUESTIONS[:2])
+    lines += [{"doc_id": 7, "label": 0, "request": {"context": context, "continuation": continuation}}]
+    lines += [{"doc_id": 7, "label": 0, "request": {"context": context, "continuation": " out"}}]
+    with pytest.raises(CalibrationError, match=f"task tiny, document 2: {message}"):
+        zero_shot(model, ["tiny"], task_dir=write(lines).parent, device="cpu")
+
+
+def test_a_tokenizer_without_bos_and_eos_is_refused_before_the_model_is_read(
+    tmp_path: Path, write: Callable[[list[dict[str, Any]]], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_pico_llama(tmp_path / "m")
+    task_dir = write(rows(QUESTIONS)).parent
+    _tokenizer_without(model, "bos_token", "pad_token")
+    assert zero_shot(model, ["tiny"], task_dir=task_dir, device="cpu").tasks["tiny"].documents == 5
+    _tokenizer_without(model, "eos_token")
+    monkeypatch.setattr("crepe_deploy.quality.zeroshot.load_model", None)
+    with pytest.raises(CheckpointError, match=r"m: its tokenizer has neither BOS nor EOS.*tokenizer_config\.json"):
+        zero_shot(model, ["tiny"], task_dir=task_dir, device="cpu")
+
+
+def test_what_else_lm_eval_raises_is_one_line(
+    tmp_path: Path, write: Callable[[list[dict[str, Any]]], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("raw")
+
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", fail)
+    model = make_pico_llama(tmp_path / "m")
+    with pytest.raises(CrepeError, match=r"lm-eval cannot judge .*AssertionError: raw"):
+        zero_shot(model, ["tiny"], task_dir=write(rows(QUESTIONS)).parent, device="cpu")

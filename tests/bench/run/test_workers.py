@@ -25,6 +25,7 @@ from crepe_deploy.bench.run.summary import failures
 
 from crepe_deploy.errors import ConfigError, CrepeError
 from tests.bench.scenes import NAMES, scenario_of
+from tests.serve.processes import below
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,8 @@ def test_a_served_candidate_has_a_server_of_its_own_threads(pair: tuple[Path, Pa
         return [sys.executable, str(server), str(port), "good"]
 
     def visit(running: Any, folder: Path, point: Point, *, seed: int, round: int) -> Visit:
-        environ = Path(f"/proc/{running.pid}/environ").read_bytes().split(b"\0")
+        (own,) = below(running.pid)  # its keeper's
+        environ = Path(f"/proc/{own}/environ").read_bytes().split(b"\0")
         assert b"OMP_NUM_THREADS=1" in environ and b"VLLM_CPU_OMP_THREADS_BIND=nobind" in environ
         seen.append((running.pid, point, seed, round))
         return Visit(round=round, duration_s=1.0, requests=[Request(prompt_tokens=8, output_tokens=0, error="none")])
