@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from crepe_deploy.machine import cache_dir
 
 from .checkpoint import shard_paths
 from .manifest import Source, sha256_file
+from .reading import is_folder
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _GGUF_CACHE = "gguf-2"  # before 2 a model could be kept whose missing weights were random
@@ -46,11 +48,11 @@ class Model:
 def resolve_model(model: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Model:
     """Find MODEL on this disk, downloading or converting it where needed. Raises CheckpointError, ConfigError."""
     path = Path(model).expanduser()
-    if path.is_dir():
+    if is_folder(path):
         return Model(path, "folder", str(path), None, {})
     if path.suffix == ".gguf":
         return _from_gguf(path, say)
-    if path.exists():
+    if os.path.lexists(path):
         raise CheckpointError(f"{path} is neither a model folder nor a .gguf file")
     if not _HUB_ID.match(model):
         raise CheckpointError(f"model '{model}' is no folder on this disk and no hub id of the form owner/name")

@@ -12,7 +12,6 @@ from typing import Any
 
 from . import cases, faults, run, server
 from .corpus import CALIBRATION, Corpus
-from .options import COMMANDS
 
 
 def _prepared(options: argparse.Namespace) -> tuple[Corpus, Path]:
@@ -22,7 +21,6 @@ def _prepared(options: argparse.Namespace) -> tuple[Corpus, Path]:
             del cases.KINDS[name]
     if options.quick:
         cases.WRITTEN[:] = [name for name in cases.WRITTEN if name not in ("onnx", "genai")]
-        del COMMANDS["doctor"]
     memory = Path("/dev/shm")
     place = Path(tempfile.mkdtemp(prefix="crepe-deploy-faults-", dir=memory if memory.is_dir() else None))
     place.chmod(0o755)
@@ -39,9 +37,8 @@ def _prepared(options: argparse.Namespace) -> tuple[Corpus, Path]:
         ["gate", str(corpus.path("run.json")), str(corpus.path("run.json")), "--max-slowdown", "1"],
         ["eval", f"{out}-packed", "--text", text, "--window", "16"],
         ["prune", str(corpus.path("model.gguf")), "--out", f"{out}-gguf", "--method", "magnitude"], ["plan", out + "x"],
+        ["doctor"],
     ]  # fmt: skip
-    if not options.quick:
-        commands.append(["doctor"])
     server.warm(commands, place / "warm")
     return corpus, place
 
