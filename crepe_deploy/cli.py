@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -25,7 +26,7 @@ from .commands.prune_and_export import prune_and_export_command
 from .commands.search import search_command
 from .commands.tyr import tyr_command
 from .commands.verify import verify_command
-from .errors import EXIT_INTERRUPTED, CrepeError
+from .errors import EXIT_INTERRUPTED, CrepeError, InputError
 
 EXAMPLES = """\b
 Examples:
@@ -111,6 +112,9 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what reads our output has left: nobody to tell
         return CrepeError.exit_code
     except Exception as error:  # noqa: BLE001 - the one place where anything may arrive
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            say(f"error: {error.filename!s:.80}... is too long for the name of a file: give a shorter one")
+            return InputError.exit_code
         report_unexpected(error, typed, debug="--debug" in arguments[:1])
         return CrepeError.exit_code
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import tempfile
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 
 
 def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/crepe-deploy`, else `~/.cache/crepe-deploy`; not created. All of it can be deleted."""
+    """`$XDG_CACHE_HOME/crepe-deploy`, else `~/.cache/crepe-deploy`; not created. All of it can be deleted.
+
+    For a user without a home it is a folder of theirs among the temporary files.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "crepe-deploy"
+    if base:
+        return Path(base) / "crepe-deploy"
+    try:
+        return Path.home() / ".cache" / "crepe-deploy"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"crepe-deploy-{os.getuid()}"
 
 
 def peak_rss_bytes() -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from ..model.architecture import load_config
+from ..model.architecture import content_with_sizes, load_config
 from ..store.checkpoint import read_config
 from ..store.files import write_json
 from ..store.folders import atomic_folder
@@ -30,9 +30,9 @@ class FolderWriter:
 
     def check(self, model: Model) -> None:
         """Refuse what no widths could make fit. Raises ConfigError, UnsupportedModel."""
-        content = read_config(model.folder)
-        check_family(content)
-        geometry = Geometry.from_config(load_config(model.folder))
+        check_family(read_config(model.folder))
+        config = load_config(model.folder)
+        content, geometry = content_with_sizes(model.folder, config), Geometry.from_config(config)
         dense = [Widths(geometry.heads, geometry.kv_heads, geometry.intermediate)] * geometry.layers
         choose_layout(content, geometry, dense, self.widths, self.layout, self.remote_code)
 

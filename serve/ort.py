@@ -178,9 +178,12 @@ class Generator:
         if self.batch > 1:
             self.graph = self.graph or Graph(self.folder, self.threads)
             return self.graph.start(prompts)
-        params = og.GeneratorParams(self.model)
-        params.set_search_options(max_length=self.max_tokens, batch_size=1, do_sample=False)
-        self.generator = og.Generator(self.model, params)
+        try:
+            params = og.GeneratorParams(self.model)
+            params.set_search_options(max_length=self.max_tokens, batch_size=1, do_sample=False)
+            self.generator = og.Generator(self.model, params)
+        except RuntimeError as error:
+            raise CheckpointError(f"onnxruntime-genai cannot run {self.folder}: {error}") from error
         return self._append(prompts[0])
 
     def step(self, tokens: Sequence[int]) -> Logits:

@@ -67,7 +67,7 @@ def windows_of(model: Model, calib: Calibration, field: str, samples: int, lengt
     if isinstance(calib, Tensor):
         return _varied(_as_given(calib, rows, seed))
     source = calib if isinstance(calib, str | Path) else _several(calib)
-    context = int(getattr(config, "max_position_embeddings", length))
+    context = int(getattr(config, "max_position_embeddings", None) or length)
     tokenizer = load_tokenizer(model.folder)
     windows = calibration_windows(source, tokenizer, samples, min(length, context), seed=seed, field=field)
     check_ids(tokenizer, windows.tokens.flatten().tolist(), rows)

@@ -17,12 +17,15 @@ import torch
 from torch import nn
 
 from crepe_deploy.errors import CheckpointError, UnsupportedModel
-from crepe_deploy.store.checkpoint import CheckpointReader, TensorInfo
+from crepe_deploy.store.checkpoint import CheckpointReader, TensorInfo, read_config
 from crepe_deploy.store.stock import CLOSED, blamed, config_of, configured, model_content, third_party
 
 TABLE_BYTES: Final = 1 << 30  # of buffers, which are computed and in no file: positions, causal masks
 SPARE_PARAMETERS: Final = 1000
 PACKED_IN_BYTE: Final = 16  # weights, more than any quantisation packs
+_SIZES: Final = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
 _COUNTS: Final = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
@@ -38,6 +41,11 @@ def load_config(root: Path) -> Any:
         raise UnsupportedModel(f"model type '{name}' is not a text-only decoder")
     _check_counts(root, config)
     return config
+
+
+def content_with_sizes(root: Path, config: Any) -> dict[str, Any]:
+    """`config.json`, and the sizes that it leaves to its family's defaults; config: what `load_config` made of it."""
+    return {**{name: size for name, size in config.to_dict().items() if name in _SIZES}, **read_config(root)}
 
 
 def _check_counts(root: Path, config: Any) -> None:

@@ -102,7 +102,7 @@ class Decoder:
     @property
     def context_length(self) -> int:
         """The longest window the model accepts, in tokens."""
-        return int(getattr(self.config, "max_position_embeddings", 2048))
+        return int(getattr(self.config, "max_position_embeddings", None) or 2048)
 
     @property
     def vocab_size(self) -> int:
@@ -110,15 +110,15 @@ class Decoder:
 
     def key(self, name: str) -> str:
         """The checkpoint's name for a parameter of the module tree. Raises CheckpointError, UnsupportedModel."""
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.conversion_mapping import get_model_conversion_mapping
 
         found = self._find(self.ties.instead.get(name, name))
         if found is not None:
             return found
-        if get_checkpoint_conversion_mapping(self.config.model_type):
+        if get_model_conversion_mapping(self.model, add_legacy=False):
             raise UnsupportedModel(
-                f"{self.reader.root}: tensor '{name}' is missing; transformers renames tensors of model type "
-                f"'{self.config.model_type}' as it loads them, which is not handled"
+                f"{self.reader.root}: transformers renames tensors of model type '{self.config.model_type}' as it "
+                f"loads them, which is not handled ('{name}' is missing)"
             )
         raise CheckpointError(f"{self.reader.root}: tensor '{name}' is missing")
 
@@ -200,10 +200,10 @@ class Decoder:
             def embed(tokens: Tensor) -> list[BlockSlot]:
                 try:
                     base(input_ids=tokens, use_cache=False)
-                except IndexError as error:
+                except (IndexError, RuntimeError) as error:
                     raise CalibrationError(
                         f"model type '{self.config.model_type}' cannot embed {tokens.shape[1]} tokens with ids up to "
-                        f"{int(tokens.max())}: give shorter windows, or the tokenizer that belongs to the model"
+                        f"{int(tokens.max())} ({error}): give shorter windows, or the model's own tokenizer"
                     ) from error
                 return self.slots
 

@@ -14,7 +14,7 @@ import contextlib
 import gzip
 import importlib.metadata
 import importlib.util
-import json
+import io
 import sys
 import time
 import zlib
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from crepe_deploy.errors import CalibrationError, ConfigError, CrepeError, MissingExtra
+from crepe_deploy.store.reading import DOCUMENT_BYTES, decode, parse_json, read_bytes
 from crepe_deploy.store.stock import check_ids, third_party
 from crepe_deploy.texts import load_tokenizer
 
@@ -171,19 +172,18 @@ def find_task_file(task_dir: Path, task: str) -> Path:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error) as error:
-        raise CalibrationError(f"cannot read {path}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 at offset {error.start}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
+    data = read_bytes(path, CalibrationError)
+    if path.suffix == ".gz":
+        try:
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+                data = file.read(DOCUMENT_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise CalibrationError(f"cannot read {path}: {error}") from error
+        if len(data) > DOCUMENT_BYTES:
+            raise CalibrationError(f"{path} unpacks to more than {DOCUMENT_BYTES} bytes")
+    for number, line in enumerate(decode(data, path, CalibrationError).split("\n"), start=1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CalibrationError(f"{path} line {number} is not JSON: {error}") from error
+            yield number, parse_json(line, f"{path} line {number}", CalibrationError, lenient=True)
 
 
 def _document(path: Path, identity: Any, rows: list[tuple[str, str, int | None]]) -> Document:

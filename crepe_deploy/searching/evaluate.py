@@ -5,22 +5,25 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Show
-from crepe_deploy.store.journal import Journal
+from crepe_deploy.store.journal import Journal, numbers
 from crepe_deploy.texts import CalibrationSet
 
 from .losses import Losses, MaskedModel
-from .proxies import proxy_errors, proxy_values
+from .proxies import PROXIES, proxy_errors, proxy_values
 from .sample import LayerSample
 from .space import Setting
 from .statistics import SampleRule, collect
 
+MOST_NATS = 700  # of a window, whose perplexity is still a number
 BATCH = 8  # settings in one walk over the model: hidden states of each are held
 
 
@@ -58,11 +61,12 @@ class Evaluator:
 
     def proxies(self, settings: list[Setting]) -> list[dict[str, float]]:
         """Every proxy of every setting."""
-        missing = {setting.key: setting for setting in settings if self.journal.get("proxies", setting.key) is None}
+        known = partial(self.journal.get, "proxies", valid=_are_proxies)
+        missing = {setting.key: setting for setting in settings if known(setting.key) is None}
         if missing:
             for key, values in zip(missing, self._in_threads(list(missing.values())), strict=True):
                 self.journal.add("proxies", key, values)
-        records = [self.journal.get("proxies", setting.key) for setting in settings]
+        records = [known(setting.key) for setting in settings]
         return [dict(values) for values in records if values is not None]
 
     def _in_threads(self, settings: list[Setting]) -> list[dict[str, float]]:
@@ -82,14 +86,23 @@ class Evaluator:
 
     def losses(self, settings: list[Setting], label: str = "judging on the search text") -> list[Losses]:
         """The losses of every setting."""
-        missing = {setting.key: setting for setting in settings if self.journal.get("losses", setting.key) is None}
+        known = partial(self.journal.get, "losses", valid=self._are_losses)
+        missing = {setting.key: setting for setting in settings if known(setting.key) is None}
         names = list(missing)
         for start in range(0, len(names), BATCH):
             batch = [missing[name] for name in names[start : start + BATCH]]
             for setting, losses in zip(batch, self._measure(batch, label), strict=True):
                 self.journal.add("losses", setting.key, losses.record())
-        records = [self.journal.get("losses", setting.key) for setting in settings]
+        records = [known(setting.key) for setting in settings]
         return [Losses(**record) for record in records if record is not None]
+
+    def _are_losses(self, value: Any) -> bool:
+        windows = len(self.text.tokens)
+        return (
+            isinstance(value, dict)
+            and sorted(value) == ["kl", "nll"]
+            and all(numbers(own, windows) and max(map(abs, own)) <= MOST_NATS for own in value.values())
+        )
 
     def _measure(self, settings: list[Setting], label: str) -> list[Losses]:
         norms = {layer.key: layer.col_norm for layer in self.layers}
@@ -105,3 +118,7 @@ class Evaluator:
     def seconds_a_setting(self) -> float:
         """Mean seconds that judging one setting took in this process; 0 before the first."""
         return self.judged_s / self.judged if self.judged else 0.0
+
+
+def _are_proxies(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == PROXIES.keys() and numbers(list(value.values()))

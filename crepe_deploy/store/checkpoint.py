@@ -20,11 +20,12 @@ from torch import Tensor
 
 from crepe_deploy.errors import CheckpointError, UnsupportedModel
 
-from .reading import is_folder, open_file, parse_json, read_object
+from .reading import is_folder, open_file, parse_json, read_bytes, read_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 16 << 20
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -126,7 +127,11 @@ def require_folder(root: Path) -> None:
 
 def read_config(root: Path) -> dict[str, Any]:
     """`config.json` of a model folder. Raises CheckpointError."""
-    return read_object(root / "config.json", lenient=True)
+    path = root / "config.json"
+    content = parse_json(read_bytes(path, limit=MAX_CONFIG_BYTES), path, lenient=True)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return content
 
 
 def shard_paths(root: Path) -> list[Path]:

@@ -105,8 +105,13 @@ def require_disk(path: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < size_bytes + DISK_MARGIN_BYTES:
         raise DiskFullError(
-            f"{path} needs {size_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: free some room"
+            f"{path} needs {_size(size_bytes)} and {_size(DISK_MARGIN_BYTES)} to spare, and its disk has {_size(free)} "
+            "free: free some room"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def check_output_file(path: Path, *, overwrite: bool) -> Path:

@@ -8,27 +8,41 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from crepe_deploy.errors import ConfigError, OutputError
 
 from .files import disk_errors
+from .reading import parse_json, read_bytes
 
 VERSION = 1
+LARGEST = 1e30
 
 
 class Journal:
-    """Results by (kind, key), appended to a file as they come. Not for several processes at once."""
+    """Results by (kind, key), appended to a file as they come. Not for several processes at once.
 
-    def __init__(self, path: Path, entries: dict[tuple[str, str], Any]) -> None:
+    lines: where in the file each of `entries` was read.
+    """
+
+    def __init__(
+        self, path: Path, entries: dict[tuple[str, str], Any], lines: Mapping[tuple[str, str], int] | None = None
+    ) -> None:
         self.path = path
         self._entries = entries
+        self._lines = lines or {}
 
-    def get(self, kind: str, key: str) -> Any | None:
-        """What was recorded, or None."""
-        return self._entries.get((kind, key))
+    def get(self, kind: str, key: str, valid: Callable[[Any], bool] = lambda _: True) -> Any | None:
+        """What was recorded, or None. Raises ConfigError naming the line of what was read and is not `valid`."""
+        value = self._entries.get((kind, key))
+        if (line := self._lines.get((kind, key))) is not None and not valid(value):
+            raise ConfigError(
+                f"journal {self.path} is damaged: line {line} is no result of {kind} that this search could have; "
+                "start anew with --overwrite"
+            )
+        return value
 
     def add(self, kind: str, key: str, value: Any) -> None:
         """Record a result and hand it to the system at once. Raises DiskFullError."""
@@ -40,6 +54,15 @@ class Journal:
         return len(self._entries)
 
 
+def numbers(value: Any, count: int | None = None) -> bool:
+    """Whether a value read from a journal is a list of `count` numbers, none of them beyond measure; None: of any."""
+    return (
+        isinstance(value, list)
+        and (count is None or len(value) == count)
+        and all(type(one) in (int, float) and abs(one) <= LARGEST for one in value)
+    )
+
+
 def open_journal(path: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool = False) -> Journal:
     """Start a journal, or with `resume` go on with the one at `path`, which must be of the same search.
 
@@ -48,7 +71,7 @@ def open_journal(path: Path, identity: Mapping[str, Any], *, resume: bool, overw
     """
     header = {"version": VERSION, **identity}
     if resume:
-        return Journal(path, _read(path, header))
+        return Journal(path, *_read(path, header))
     if path.exists() and not overwrite:
         raise OutputError(f"{path} holds an unfinished search: go on with --resume, or start anew with --overwrite")
     with disk_errors(path):
@@ -56,44 +79,49 @@ def open_journal(path: Path, identity: Mapping[str, Any], *, resume: bool, overw
     return Journal(path, {})
 
 
-def _read(path: Path, header: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
-    if not path.is_file():
+def _read(path: Path, header: Mapping[str, Any]) -> tuple[dict[tuple[str, str], Any], dict[tuple[str, str], int]]:
+    if not path.exists():
         raise ConfigError(f"nothing to resume: there is no journal {path}")
-    data = path.read_bytes()
+    data = read_bytes(path, ConfigError)
     whole = data[: data.rfind(b"\n") + 1]
     lines = whole.split(b"\n")[:-1]
     if not lines:
         raise ConfigError(f"journal {path} is damaged: it has no complete line; start anew with --overwrite")
     _check_header(path, _parse(path, 1, lines[0]), header)
     entries: dict[tuple[str, str], Any] = {}
+    places: dict[tuple[str, str], int] = {}
     for number, line in enumerate(lines[1:], start=2):
         document = _parse(path, number, line)
-        if sorted(document) != ["key", "kind", "value"]:
+        kind, key = document.get("kind"), document.get("key")
+        if sorted(document) != ["key", "kind", "value"] or not isinstance(kind, str) or not isinstance(key, str):
             raise ConfigError(f"journal {path} is damaged: line {number} is no result; start anew with --overwrite")
-        entries[document["kind"], document["key"]] = document["value"]
+        entries[kind, key], places[kind, key] = document["value"], number
     if len(whole) < len(data):
         with disk_errors(path):
             os.truncate(path, len(whole))
-    return entries
+    return entries, places
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"journal {path} is damaged: line {number} is not JSON; start anew with --overwrite"
-        ) from error
+        document = parse_json(line, f"line {number}", ConfigError, lenient=True)
+    except ConfigError as error:
+        raise ConfigError(f"journal {path} is damaged: {error}; start anew with --overwrite") from error
     if not isinstance(document, dict):
         raise ConfigError(f"journal {path} is damaged: line {number} is no object; start anew with --overwrite")
     return document
 
 
 def _check_header(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    expected = json.loads(json.dumps(wanted))
+    expected = parse_json(json.dumps(wanted), path, ConfigError, lenient=True)
     for name in sorted(set(found) | set(expected)):
         if found.get(name) != expected.get(name):
             raise ConfigError(
-                f"journal {path} is of another search: its {name} is {found.get(name)!r}, this one's "
-                f"{expected.get(name)!r}; use the same options, or --overwrite"
+                f"journal {path} is of another search: its {name} is {_short(found.get(name))}, this one's "
+                f"{_short(expected.get(name))}; use the same options, or --overwrite"
             )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:297]}..."

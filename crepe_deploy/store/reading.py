@@ -152,6 +152,20 @@ def parse_yaml(text: str, place: object, error: Error = CheckpointError) -> Any:
     return content
 
 
+def read_front_matter(path: Path, error: Error = CheckpointError) -> dict[str, Any]:
+    """What stands between the two lines `---` at the top of a model card, every value as text; {} where nothing does.
+
+    Cards are written by many tools, so a front matter that is no YAML counts as none. Raises `error`.
+    """
+    text = read_bytes(path, error)[:YAML_BYTES].decode("utf-8", errors="replace")
+    front = re.match(r"^---\n(.*?)\n---", text, re.DOTALL)
+    try:  # this loader knows neither merges nor types, so that nothing in it grows
+        content = yaml.load(front.group(1), Loader=yaml.BaseLoader) if front else None  # noqa: S506
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML's safe types less those that JSON has not, names unique."""
 

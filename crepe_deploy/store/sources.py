@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
 
 from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.machine import cache_dir
 
 from .checkpoint import shard_paths
 from .manifest import Source, sha256_file
-from .reading import is_folder
+from .reading import read_front_matter
 
+_NO_NAME = ("", "null", "Null", "NULL", "~")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _GGUF_CACHE = "gguf-2"  # before 2 a model could be kept whose missing weights were random
 _HUB_FILES = [
@@ -47,12 +45,16 @@ class Model:
 
 def resolve_model(model: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Model:
     """Find MODEL on this disk, downloading or converting it where needed. Raises CheckpointError, ConfigError."""
-    path = Path(model).expanduser()
-    if is_folder(path):
+    try:
+        path = Path(model).expanduser()
+        folder, there = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that nobody has
+        raise CheckpointError(f"model '{model:.80}' cannot be looked for: {error}") from error
+    if folder:
         return Model(path, "folder", str(path), None, {})
     if path.suffix == ".gguf":
         return _from_gguf(path, say)
-    if os.path.lexists(path):
+    if there:
         raise CheckpointError(f"{path} is neither a model folder nor a .gguf file")
     if not _HUB_ID.match(model):
         raise CheckpointError(f"model '{model}' is no folder on this disk and no hub id of the form owner/name")
@@ -105,15 +107,12 @@ def describe_source(model: Model) -> Source:
 def read_license(folder: Path) -> str | None:
     """The licence that the front matter of a model card names, several joined by ", "; None where it names none."""
     card = folder / "README.md"
-    if not card.is_file():
-        return None
-    front = re.match(r"^---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    try:
-        content = yaml.safe_load(front.group(1)) if front else None
-    except yaml.YAMLError:
-        return None  # a card that no reader understands names nothing
-    stated = content.get("license") if isinstance(content, dict) else None
-    names = [name for name in (stated if isinstance(stated, list) else [stated]) if isinstance(name, str) and name]
+    stated = read_front_matter(card).get("license") if card.is_file() else None
+    names = [
+        name
+        for name in (stated if isinstance(stated, list) else [stated])
+        if isinstance(name, str) and name not in _NO_NAME
+    ]
     return ", ".join(names) or None
 
 

@@ -11,9 +11,10 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
-from crepe_deploy.store.journal import Journal
+from crepe_deploy.store.journal import Journal, numbers
 
 from .units import Allocation, Units, levels
 
@@ -151,27 +152,63 @@ def evolve(
     fitness: float | None = None
     for generation in range(rules.generations + 1):
         key = f"{iteration}.{generation}"
-        entry = journal.get("generation", key)
+        entry = journal.get("generation", key, partial(_is_entry, parent=parent, rungs=rungs))
         if entry is None:
-            started = time.monotonic()
+            started, counted = time.monotonic(), _Counted(score)
             draw = random.Random(f"{rules.seed}.{key}")
             if fitness is None:
-                fitness = score([parent], range(rules.pool))[0]
+                fitness = counted([parent], range(rules.pool))[0]
                 judged = 1
             else:
                 children = brood(parent, rungs, rules.offspring, draw)
                 judged = len(children)
                 if children:
-                    best, value = staged(children, rules.stages(), score, rules.pool, draw)
+                    best, value = staged(children, rules.stages(), counted, rules.pool, draw)
                     parent, fitness = (best, value) if value < fitness else (parent, fitness)
             pace = 60 * judged / max(time.monotonic() - started, 1e-9)
             say(
                 f"iteration {iteration + 1}, generation {generation}/{rules.generations}: best fitness so far "
                 f"{fitness:.5g}, {judged} candidates, {pace:.0f} a minute"
             )
-            entry = {"attention": list(parent.attention), "neurons": list(parent.neurons), "fitness": fitness}
+            entry = {
+                "attention": list(parent.attention), "neurons": list(parent.neurons), "fitness": fitness,
+                "evaluations": counted.candidates,
+            }  # fmt: skip
             journal.add("generation", key, entry)
         parent = Allocation(tuple(entry["attention"]), tuple(entry["neurons"]))
         fitness = float(entry["fitness"])
     assert fitness is not None
     return parent, fitness
+
+
+def evaluations(journal: Journal, iteration: int, generations: int) -> int:
+    """How many candidates an iteration has judged in all, before a stop and after; older journals count none."""
+    entries = (journal.get("generation", f"{iteration}.{number}") for number in range(generations + 1))
+    return sum(entry.get("evaluations", 0) for entry in entries if entry is not None)
+
+
+@dataclass
+class _Counted:
+    """A score that counts the candidates it is asked for."""
+
+    score: Score
+    candidates: int = 0
+
+    def __call__(self, allocations: Sequence[Allocation], windows: Sequence[int]) -> list[float]:
+        self.candidates += len(allocations)
+        return self.score(allocations, windows)
+
+
+def _is_entry(value: Any, parent: Allocation, rungs: Ladders) -> bool:
+    """Whether a generation could have ended there: the parent's budgets, levels of the ladders, a fitness."""
+    if not isinstance(value, dict) or value.keys() - {"evaluations"} != {"attention", "neurons", "fitness"}:
+        return False
+    kinds: tuple[Kind, ...] = ("attention", "neurons")
+    for kind, budget in zip(kinds, (parent.attention, parent.neurons), strict=True):
+        kept, levels_of = value[kind], rungs.of(kind)
+        if not numbers(kept, len(levels_of)) or sum(kept) != sum(budget):
+            return False
+        if not all(type(one) is int and one in known for one, known in zip(kept, levels_of, strict=True)):
+            return False
+    count = value.get("evaluations", 0)
+    return numbers([value["fitness"]]) and type(count) is int and 0 <= count < 1 << 31

@@ -10,15 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from crepe_deploy.errors import ConfigError
+from crepe_deploy.model.architecture import content_with_sizes
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.phases import Phases
 from crepe_deploy.progress import Say, Show
-from crepe_deploy.store.checkpoint import read_config
 from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.journal import Journal, open_journal
 from crepe_deploy.store.sources import Model, describe_source
-from crepe_deploy.store.stock import check_tokenizer
+from crepe_deploy.store.stock import check_tokenizer, config_of
 from crepe_deploy.texts import CalibrationSet
 
 from .config import TyrConfig
@@ -130,7 +130,7 @@ def config_units(config: TyrConfig, geometry: Geometry) -> Units:
 
 def _shared_widths(folder: Path, geometry: Geometry, config: TyrConfig) -> list[Width]:
     """The splits that a plain configuration can hold. Raises ConfigError where there is none."""
-    content, refused = read_config(folder), ""
+    content, refused = content_with_sizes(folder, config_of(folder)), ""
     held: list[Width] = []
     for width in splits(geometry, config.multiple, config.sparsity):
         sizes = Widths(width.groups * width.queries, width.groups, width.neurons)

@@ -6,14 +6,16 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, cast
 
 from crepe_deploy.progress import ticker
+from crepe_deploy.store.journal import numbers
 
 from .allocate import flap_allocation, flap_scores
 from .build import Builder
 from .config import METHODS
-from .evolve import Rules, Stage, evolve, ladders, selection, staged
+from .evolve import Rules, Stage, evaluations, evolve, ladders, selection, staged
 from .fitness import FitnessJudge, Reference
 from .prepare import Run, even_splits, split_levels
 from .stored import StoredPlans
@@ -103,7 +105,7 @@ def _search(run: Run, budget: Budget) -> tuple[Widths, dict[str, Any]]:
     config, units = run.config, run.units
     allocation, history = even(units, budget), []
     reference: Reference | None = None
-    candidates, seconds = 0, 0.0
+    candidates, judged, seconds = 0, 0, 0.0  # in all; here and now
     for iteration in range(config.iterations):
         store = run.store(f"iteration-{iteration}")
         rules = Rules(config.generations, config.offspring, len(run.search_tokens), config.seed)
@@ -122,13 +124,14 @@ def _search(run: Run, budget: Budget) -> tuple[Widths, dict[str, Any]]:
                 allocation, rungs, rules, iteration, _scorer(judge, units), run.journal, run.say
             )  # fmt: skip
         seconds += time.monotonic() - begun
-        candidates += sum(judge.evaluated.values()) if judge is not None else 0
+        judged += sum(judge.evaluated.values()) if judge is not None else 0
+        candidates += evaluations(run.journal, iteration, config.generations)
         history.append({"fitness": fitness, **asdict(allocation)})
     facts = {
         "search": {
             "iterations": history,
             "candidate_evaluations": candidates,
-            "evaluations_a_minute": round(60 * candidates / seconds, 1) if seconds and candidates else None,
+            "evaluations_a_minute": round(60 * judged / seconds, 1) if seconds and judged else None,
         }
     }
     return units.widths(allocation), facts
@@ -178,7 +181,8 @@ def _judge_splits(run: Run, centre: Widths, stages: Sequence[Stage], name: str, 
     of the candidates. keep: the levels are needed afterwards.
     """
     candidates = even_splits(run.units, run.shared, run.budgets)
-    entry, store = run.journal.get("split", "best"), run.store(name)
+    entry = run.journal.get("split", "best", partial(_is_split, count=len(candidates)))
+    store = run.store(name)
     if entry is None or keep:
         _build(run, split_levels(candidates, centre), store, f"supernet of {len(candidates)} splits")
     if entry is None:
@@ -200,3 +204,19 @@ def _judge_splits(run: Run, centre: Widths, stages: Sequence[Stage], name: str, 
     if not keep:
         store.remove()
     return cast(dict[str, Any], entry)
+
+
+def _is_split(value: Any, count: int) -> bool:
+    """Whether an entry names the best of `count` splits and how each one fits."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"best", "judged"}
+        and type(value["best"]) is int
+        and 0 <= value["best"] < count
+        and isinstance(value["judged"], list)
+        and len(value["judged"]) == count
+        and all(
+            isinstance(fit, dict) and fit.keys() == {"fitness", "windows"} and numbers([*fit.values()])
+            for fit in value["judged"]
+        )
+    )

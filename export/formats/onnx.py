@@ -22,7 +22,7 @@ from ..onnx.inspect import GRAPH_NAME
 from ..onnx.parity import own_greedy, prove
 from ..onnx.portable import DATA_NAME, build_portable
 from ..onnx.recount import recount
-from ..onnx.support import check_model, check_options
+from ..onnx.support import check_end, check_model, check_options
 from .packed import plan_unpacking, write_unpacked
 
 DTYPES: Final = {"fp32": "float32", "fp16": "float16", "int4": "int4"}
@@ -77,7 +77,9 @@ class Onnx(Exporter[OnnxPlan]):
             yield copy
 
     def plan(self, source: Source, weights: Path) -> OnnxPlan:
-        check_model(load_config(weights), self.flavor)
+        config = load_config(weights)
+        check_model(config, self.flavor)
+        check_end(weights, config, self.flavor)
         return OnnxPlan(source, weights)
 
     def room(self, plan: OnnxPlan) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from pathlib import Path
 from typing import Any, Final
 
-from ...errors import ConfigError, MissingExtra, UnsupportedModel
+from ...errors import ConfigError, MissingExtra, NoTokenizer, UnsupportedModel
 from ...model.families import family_of, known
+from ...texts import load_tokenizer
 
 FLAVORS: Final = {"portable": ("fp32", "fp16"), "genai": ("fp32", "int4")}
 # Rotary frequencies of other kinds change with the length of the text, which one traced graph cannot follow.
@@ -68,6 +71,23 @@ def check_model(config: Any, flavor: str) -> None:
         raise UnsupportedModel(
             f"--onnx-flavor genai cannot export this '{family}': with its sliding window of {config.sliding_window} "
             "tokens onnxruntime-genai fails at run time; use portable"
+        )
+
+
+def check_end(folder: Path, config: Any, flavor: str) -> None:
+    """Raise UnsupportedModel where onnxruntime-genai would not know the token, of `folder`, that ends a text."""
+    if flavor != "genai":
+        return
+    stated = getattr(config, "eos_token_id", None)
+    ends = list(stated) if isinstance(stated, list | tuple) else [stated]
+    with contextlib.suppress(NoTokenizer):
+        ends.append(load_tokenizer(folder).eos_token_id)
+    known_ends = [end for end in ends if end is not None]
+    if not known_ends or max(known_ends) >= config.vocab_size:
+        what = f"is {max(known_ends)} and the vocabulary has {config.vocab_size}" if known_ends else "is not known"
+        raise UnsupportedModel(
+            f"--onnx-flavor genai cannot export {folder}: the id of its end-of-text token {what}; say eos_token_id in "
+            "config.json and eos_token in tokenizer_config.json, or use portable"
         )
 
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...model.architecture import content_with_sizes
 from ...model.calibrate import embed
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import check_parity
 from ...progress import Progress, silent, ticker
-from ...store.checkpoint import CheckpointReader, read_config
+from ...store.checkpoint import CheckpointReader
 from ...store.companions import copy_companions
 from ...store.files import require_disk, write_json
 from ...store.folders import atomic_folder, check_output
@@ -129,7 +130,7 @@ def assemble(
     """
     check_output(out, overwrite=overwrite, inputs=(source.folder,))
     decoder = Decoder(source.folder, PROOF_DTYPE)
-    content = read_config(source.folder)
+    content = content_with_sizes(source.folder, decoder.config)
     layouts.check_family(content)
     geometry = Geometry.from_config(decoder.config)
     kept = _checked(plans, geometry)

@@ -35,3 +35,10 @@ def test_the_context_bounds_the_continuation(tmp_path: Path) -> None:
     greedy = record_greedy(tmp_path, count=Decoder(tmp_path).context_length)
     assert len(greedy["prompt_token_ids"]) + len(greedy["token_ids"]) == 32
     assert len(greedy["margins"]) == len(greedy["token_ids"])
+
+
+def test_a_context_that_the_prompt_does_not_fit_gets_a_shorter_one(tmp_path: Path) -> None:
+    make_pico_llama(tmp_path, max_position_embeddings=4)
+    greedy = record_greedy(tmp_path)
+    assert greedy["prompt"] is None
+    assert (greedy["prompt_token_ids"], len(greedy["token_ids"])) == ([2, 3, 4], 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from crepe_deploy.exporting.formats import onnx as onnx_export
-from crepe_deploy.exporting.onnx.support import GENAI_ROPE_TYPES, ROPE_TYPES, check_model
+from crepe_deploy.exporting.onnx.support import GENAI_ROPE_TYPES, ROPE_TYPES, check_end, check_model
 from crepe_deploy.exporting.pipeline import export_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -92,3 +92,17 @@ def test_a_context_shorter_than_the_prompts_of_the_proof(context: int, flavor: s
     source = pruned_from(tmp_path, config)
     manifest = export_checkpoint(source, tmp_path / "onnx", "onnx", options={"flavor": flavor, "precision": "fp32"})
     assert manifest.metrics["onnx"]["parity"]["greedy_tokens"] >= context // 2
+
+
+@pytest.mark.parametrize("end", [None, 320, [1, 400]], ids=str)
+def test_genai_needs_an_end_of_text_that_the_vocabulary_holds(end: Any, tmp_path: Path) -> None:
+    source = pruned_from(tmp_path, config_of("qwen3", "default"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    config = config_of("qwen3", "default")
+    config.eos_token_id = end
+    check_end(source, config, "portable")
+    with pytest.raises(UnsupportedModel, match=r"genai cannot export .*end-of-text token is (not known|320|400)"):
+        check_end(source, config, "genai")
+    config.eos_token_id = [1, 7]
+    check_end(source, config, "genai")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
 import torch
+import transformers
 from crepe_deploy.exporting.pipeline import export_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -43,6 +46,11 @@ def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
     return model(input_ids=tokens, use_cache=False).logits.float()
 
 
+def load(folder: Path, _work: Path) -> None:
+    """Before any work: the architecture is taken or refused."""
+    Decoder(folder)
+
+
 def walk(folder: Path, _work: Path) -> None:
     """Block by block, the logits are transformers'."""
     walked = walk_logits(Decoder(folder), TOKENS)
@@ -67,7 +75,7 @@ def statistics(folder: Path, _work: Path) -> None:
             for group in pair.groups(block, index, specs, [spec for spec in specs if spec.path not in weighted]):
                 paired = pair.stats(block, block, index, group).hessian
                 for spec in group:
-                    for gram in (collector.stats(spec.path, len(TOKENS)).hessian, paired):
+                    for gram in (collector.stats(spec, len(TOKENS)).hessian, paired):
                         assert gram is not None
                         _same(gram * len(TOKENS) / 2, seen[paths[spec.key]], spec.key)
             pair.advance(block, block, index)
@@ -111,11 +119,12 @@ def pruned(method: str, **config: Any) -> Callable[[Path, Path], None]:
 def packed(_folder: Path, work: Path) -> None:
     """Packed, the pruned model computes in transformers what it computes dense."""
     export_checkpoint(work / "magnitude", work / "packed", "packed")
+    inspect(work / "packed")
     verify(work / "packed")
     _same(logits(stock(work / "packed")), logits(stock(work / "magnitude")))
 
 
-def int8(folder: Path, work: Path) -> None:
+def int8(_folder: Path, work: Path) -> None:
     export_checkpoint(work / "magnitude", work / "int8", "int8")
     verify(work / "int8")
 
@@ -126,12 +135,12 @@ def measured(folder: Path, work: Path) -> None:
     evaluate(folder, text, window=16, max_tokens=64)
 
 
-def inspected(folder: Path, work: Path) -> None:
+def inspected(_folder: Path, work: Path) -> None:
     inspect(work / "magnitude")
-    inspect(work / "packed")
 
 
 STEPS: Final[dict[str, Callable[[Path, Path], None]]] = {
+    "load": load,
     "walk": walk,
     "statistics": statistics,
     "magnitude": pruned("magnitude"),
@@ -147,12 +156,16 @@ STEPS: Final[dict[str, Callable[[Path, Path], None]]] = {
 }
 
 
+ANSWERS: Final = ("load", "fold", "packed", "int8")  # what may be refused: all of it, or a step by itself
+
+
 def outcome(step: str, folder: Path, work: Path) -> str:
     """Nothing, or why not: "refused: ..." by name, or "FAILS: ..."."""
     try:
-        STEPS[step](folder, work)
+        with mock.patch.object(calibrate, "BATCH_TOKENS", TOKENS.shape[1]):  # several micro-batches
+            STEPS[step](folder, work)
     except CrepeError as error:
-        return f"refused: {type(error).__name__}: {error}"
+        return f"refused: {error}".replace(f"{folder}/", "").replace(f"{folder}", "the folder").replace(f"{work}/", "")
     except Exception as error:  # noqa: BLE001 - any other is what the sweep looks for
         return f"FAILS: {type(error).__name__}: {error}"
     return ""
@@ -160,16 +173,84 @@ def outcome(step: str, folder: Path, work: Path) -> str:
 
 def sweep(model_type: str, work: Path, steps: tuple[str, ...] = tuple(STEPS)) -> dict[str, str]:
     """Every step's outcome; after a refused first step no other is tried."""
-    folder = work / "model"
+    folder = zoo.make(work / "model", model_type)
     outcomes: dict[str, str] = {}
-    try:
-        zoo.make(folder, model_type)
-    except Exception as error:  # noqa: BLE001 - transformers' own
-        return {"made": f"{type(error).__name__}: {error}"}
     for step in steps:
-        with mock.patch.object(calibrate, "BATCH_TOKENS", TOKENS.shape[1]):  # several micro-batches
-            outcomes[step] = outcome(step, folder, work)
-        if step == steps[0] and outcomes[step].startswith("refused"):
+        outcomes[step] = outcome(step, folder, work)
+        if step == steps[0] and outcomes[step]:
             break
     shutil.rmtree(work)
     return outcomes
+
+
+def check(outcomes: dict[str, str]) -> None:
+    """Raise AssertionError unless all works, or is refused where that is an answer."""
+    for step, said in outcomes.items():
+        assert not said or (said.startswith("refused: ") and step in ANSWERS), (step, said)
+
+
+def row(model_type: str, outcomes: dict[str, str]) -> str:
+    """One line of the docs: what works, or why nothing does."""
+    check(outcomes)
+    first = next(iter(outcomes.values()))
+    if first:
+        reason = " ".join(first.removeprefix("refused: ").split()).partition("; ")[0].partition(" (experts")[0]
+        return f"| `{model_type}` | {reason.replace('|', '/')} |"
+    cells = ("yes" if not outcomes[step] else "-" for step in ("fold", "packed", "int8"))
+    return f"| `{model_type}` | yes | {' | '.join(cells)} |"
+
+
+def page(swept: dict[str, dict[str, str]]) -> str:
+    """The docs' page of all outcomes."""
+    rows = {name: row(name, outcomes) for name, outcomes in swept.items()}
+    walked = [line for name, line in rows.items() if not swept[name]["load"]]
+    refused = [line for name, line in rows.items() if swept[name]["load"]]
+    return HEAD.format(
+        version=transformers.__version__, all=len(rows), works=len(walked), refused=len(refused),
+        walked="\n".join(walked), refusals="\n".join(refused),
+    )  # fmt: skip
+
+
+HEAD: Final = """# Every causal class of transformers, tried
+
+Each of the {all} model types of transformers {version} that have a causal language model, made tiny (2 layers, or as
+many as show every kind of layer, hidden size 64, random weights, float32), goes through every step. {works} work and
+{refused} are refused by name, before anything is computed or written. Nothing is said of quality: the models know
+nothing. For the eleven families whose steps are known by name see [methods.md](methods.md).
+
+The page is written by `python -m tests.model.sweep docs/architectures.md` (three minutes), and the tests compare every
+row with what happens: a share on each run, all steps with `pytest -m faults tests/model/test_architectures.py`.
+
+How a block is called and what it returns is learnt from the model's own forward pass, run once over two tokens with
+stand-ins for all weights. Refused is what walking block by block would get wrong: blocks that are not called once each
+in their order, that read more of one another than hidden states, that share parameters, that hold experts,
+convolutions or layers which text alone does not reach (cross-attention), modules that the model replaces while it runs.
+A configuration decides, not a type: Gemma 4 that shares keys and values between layers is refused, one that does not
+works; BigBird works with `"attention_type": "original_full"`.
+
+## What works
+
+prune: the logits of the walk are transformers'; what `--feed dense` and `both` collect is what hooks on the whole model
+see, in several batches; magnitude, Wanda with each feed and SparseGPT prune, and transformers reads what they wrote.
+fold: `--permute fold`. packed: `--format packed` computes in transformers what its source does. int8: `--format int8`
+passes its own proof. `-`: refused by name.
+
+| model type | prune | fold | packed | int8 |
+|---|---|---|---|---|
+{walked}
+
+## What is refused
+
+| model type | why |
+|---|---|
+{refusals}
+"""
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    found = {}
+    for each in zoo.TYPES:
+        with tempfile.TemporaryDirectory() as place:
+            found[each] = sweep(each, Path(place) / "work")
+        print(each, {step: said for step, said in found[each].items() if said}, flush=True)
+    Path(sys.argv[1]).write_text(page(found), encoding="utf-8")

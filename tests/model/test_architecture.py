@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from crepe_deploy.cli import run
 from crepe_deploy.errors import CheckpointError, UnsupportedModel
-from crepe_deploy.model.architecture import load_config, outline, whole_model
+from crepe_deploy.model.architecture import content_with_sizes, load_config, outline, whole_model
 from crepe_deploy.model.decoder import Decoder
 from tests.mutations import mutations
 from tests.pico import VOCAB, make_pico, make_pico_llama, pico_llama_config, sample_text
@@ -90,6 +90,24 @@ def test_a_configuration_that_the_files_do_not_bear_out_is_refused(
     change(model, **entries)
     with pytest.raises((UnsupportedModel, CheckpointError), match=message):
         Decoder(model)
+
+
+def test_sizes_that_a_configuration_leaves_out_are_its_familys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_pico_llama(tmp_path / "m", num_attention_heads=32, num_key_value_heads=32)
+    path = model / "config.json"
+    content = json.loads(path.read_text())
+    del content["num_attention_heads"]
+    path.write_text(json.dumps(content))
+    assert content_with_sizes(model, load_config(model)) == {**content, "num_attention_heads": 32}
+    del content["intermediate_size"]
+    path.write_text(json.dumps(content))
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(2000))
+    calibration = ["--calib", str(text), "--calib-samples", "2", "--calib-length", "32"]
+    assert run(["tyr", str(model), "--out", str(tmp_path / "out"), *calibration]) == 2
+    assert "config.json asks for" in capsys.readouterr().err
 
 
 def test_tables_that_no_file_bears_out_are_bounded(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_bad_json_bad_bytes_and_a_truncated_archive(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="line 1 is not JSON"):
         read_task_file(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(CalibrationError, match="not UTF-8 at offset 0"):
+    with pytest.raises(CalibrationError, match="not UTF-8: byte 0xff at offset 0"):
         read_task_file(path)
     packed = tmp_path / "bad.jsonl.gz"
     for content in (gzip.compress(b"x" * 1000)[:-12], b"plain"):

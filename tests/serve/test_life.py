@@ -23,10 +23,10 @@ FAKE = Path(__file__).with_name("fake_server.py")
 RUN_FAKE = """
 import json, sys
 from pathlib import Path
-from crepe_deploy.cli import interrupt_on_sigterm
+from crepe_deploy.cli import interrupt_on_signals
 from crepe_deploy.serve.command import say
 from crepe_deploy.serve.launcher import ServeOptions, run
-interrupt_on_sigterm()
+interrupt_on_signals()
 command, port = sys.argv[1:-1], int(sys.argv[-1])
 run(command, ServeOptions(Path(".")), port, None, say, lambda found: print(json.dumps(found), flush=True))
 """

@@ -43,7 +43,7 @@ def server(folder: Path) -> Iterator[dict[str, Any]]:
     try:
         yield json.loads(process.stdout.readline())
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(3600) == 0
     finally:
         process.kill()
         process.wait()

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from crepe_deploy.errors import ConfigError, OutputError
+from crepe_deploy.errors import ConfigError, CrepeError, OutputError
+from crepe_deploy.searching.evaluate import Evaluator
+from crepe_deploy.searching.losses import Losses
+from crepe_deploy.searching.proxies import PROXIES
 from crepe_deploy.store.journal import open_journal
+from crepe_deploy.structural.evolve import Ladders, Rules, evaluations, evolve
+from crepe_deploy.structural.stages import _is_split
+from crepe_deploy.structural.units import Allocation
+from tests.mutations import mutations
 
 
 def journal(path: Path, **more: object) -> Path:
@@ -63,3 +75,91 @@ def test_a_journal_is_not_taken_for_granted(tmp_path: Path) -> None:
         open_journal(path, {"seed": 0}, resume=False)
     assert len(open_journal(path, {"seed": 0}, resume=False, overwrite=True)) == 0
     assert json.loads(path.read_text()) == {"version": 1, "seed": 0}
+
+
+def search_entries() -> list[dict[str, Any]]:
+    return [
+        {"kind": "proxies", "key": "a", "value": dict.fromkeys(PROXIES, 0.5)},
+        {"kind": "losses", "key": "a", "value": {"kl": [0.5, 0.25], "nll": [3.0, 2.5]}},
+    ]
+
+
+PARENT = Allocation((2, 2), (4, 4))
+RUNGS = Ladders(((1, 2, 3), (1, 2, 3)), ((3, 4, 5), (3, 4, 5)))
+
+
+def tyr_entries() -> list[dict[str, Any]]:
+    ended = {"attention": [1, 3], "neurons": [4, 4], "fitness": 0.5, "evaluations": 3}
+    return [
+        {"kind": "generation", "key": "0.0", "value": {**ended, "attention": [2, 2]}},
+        {"kind": "generation", "key": "0.1", "value": ended},
+        {"kind": "split", "best": "best", "value": {"best": 0, "judged": [{"fitness": 0.5, "windows": 2}]}},
+    ]
+
+
+def resume_search(path: Path) -> None:
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator.journal = open_journal(path, {}, resume=True)
+    evaluator.text = SimpleNamespace(tokens=[0, 1])  # type: ignore[assignment]
+    setting = SimpleNamespace(key="a")
+    evaluator._in_threads = lambda settings: [{} for _ in settings]  # type: ignore[method-assign]
+    evaluator._measure = lambda settings, label: [Losses([0.1], [0.1]) for _ in settings]  # type: ignore[method-assign]
+    for row in evaluator.proxies([setting]):  # type: ignore[list-item]
+        sum(row.values())
+    for losses in evaluator.losses([setting]):  # type: ignore[list-item]
+        math.exp(losses.mean_nll)
+
+
+def resume_tyr(path: Path) -> None:
+    journal = open_journal(path, {}, resume=True)
+    rules = Rules(generations=2, offspring=3, pool=2, seed=0)
+    evolve(PARENT, RUNGS, rules, 0, lambda ones, _: [1.0] * len(ones), journal, lambda _: None)
+    assert evaluations(journal, 0, 2) >= 0
+    entry = journal.get("split", "best", partial(_is_split, count=1))
+    if entry is not None:
+        assert entry["judged"][entry["best"]]["fitness"] < 1e31
+
+
+@pytest.mark.parametrize(("entries", "resume"), [(search_entries, resume_search), (tyr_entries, resume_tyr)])
+def test_a_journal_spoilt_anywhere_is_refused_or_read(
+    tmp_path: Path, entries: Callable[[], list[dict[str, Any]]], resume: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "j"
+    for change, lines in mutations([{"version": 1}, *entries()]):
+        lines = lines if isinstance(lines, list) else [lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        try:
+            resume(path)
+        except CrepeError as error:
+            assert "overwrite" in str(error) and len(str(error)) < 1000
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the fault looked for
+            pytest.fail(f"{change}: {type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("line", ["[" * 3000, "9" * 5000, '{"kind": "\\ud800", "key": "a", "value": 1}', "\x00"])
+def test_a_line_that_no_reader_should_take_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "j").write_text(f'{{"version": 1}}\n{line}\n')
+    with pytest.raises(ConfigError, match="line 2"):
+        open_journal(tmp_path / "j", {}, resume=True)
+
+
+def test_counts_survive_a_stop(tmp_path: Path) -> None:
+    def counted(stop_after: int | None, path: Path) -> int:
+        asked = 0
+
+        def score(ones: Any, _: Any) -> list[float]:
+            nonlocal asked
+            asked += 1
+            if asked == stop_after:
+                raise KeyboardInterrupt
+            return [1.0 + sum(one.attention[:1]) for one in ones]
+
+        journal = open_journal(path, {}, resume=path.exists())
+        evolve(PARENT, RUNGS, Rules(3, 3, 2, 0), 0, score, journal, lambda _: None)
+        return evaluations(journal, 0, 3)
+
+    whole = counted(None, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        counted(3, tmp_path / "stopped")
+    assert counted(None, tmp_path / "stopped") == whole > 1
+    assert (tmp_path / "stopped").read_bytes() == (tmp_path / "whole").read_bytes()

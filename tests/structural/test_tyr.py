@@ -302,7 +302,7 @@ def test_a_disk_that_is_too_small_is_refused_before_it_starts(
     usage = shutil.disk_usage(tmp_path)._replace(free=files.DISK_MARGIN_BYTES + 1_000_000)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
     code, _, err = command(capsys, pico, text, tmp_path / "out")
-    assert code == 1 and "GB free" in err and "out.work" in err
+    assert code == 1 and "free: free some room" in err and "out.work" in err
     assert list(tmp_path.iterdir()) == []
 
 

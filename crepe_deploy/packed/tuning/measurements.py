@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from crepe_deploy.errors import CheckpointError
 from crepe_deploy.machine import cache_dir
+from crepe_deploy.store.reading import read_json
 
 VERSION: Final = 1
 _LOG: Final = logging.getLogger("crepe_deploy")
@@ -32,7 +34,7 @@ def read(path: Path, machine: Machine, known: Callable[[str], bool]) -> dict[str
     An entry counts only when `known` accepts the name of each of its choices and one of them is not `dense`.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         if content["version"] != VERSION or content["machine"] != machine:
             return {}
         return {
@@ -40,7 +42,7 @@ def read(path: Path, machine: Machine, known: Callable[[str], bool]) -> dict[str
             for name, times in content["times_ms"].items()
             if all(map(known, times)) and set(times) - {"dense"} and all(ms > 0 for ms in times.values())
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (CheckpointError, TypeError, KeyError, AttributeError):
         return {}
 
 
