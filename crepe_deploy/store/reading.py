@@ -44,6 +44,14 @@ def open_file(path: Path, error: Error = CheckpointError) -> BufferedReader:
     return os.fdopen(handle, "rb")
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder at a path; at a name that the system does not take there is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(path: Path, error: Error = CheckpointError, limit: int = DOCUMENT_BYTES) -> bytes:
     """A whole file of at most `limit` bytes. Raises `error`."""
     with open_file(path, error) as file:
