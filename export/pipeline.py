@@ -12,7 +12,7 @@ from ..errors import ParityError
 from ..progress import Progress, silent
 from ..pruning.config import PruneConfig
 from ..pruning.prune import prune
-from ..store.files import write_json
+from ..store.files import disk_errors, write_json
 from ..store.folders import atomic_folder, check_output, free_name
 from ..store.manifest import Manifest, save_manifest
 from ..store.sources import Model
@@ -87,7 +87,8 @@ def prune_and_export(
             with kept_if_wrong(target, out):
                 written = run(exporter, pruned, target, fresh=True)
             exports[exporter.name] = _summary(exporter, written, out / exporter.name, target)
-        shutil.rmtree(pruned)
+        with disk_errors(pruned):
+            shutil.rmtree(pruned)
         report = _report(manifest, exports)
         write_json(folder / "report.json", report)
     return report

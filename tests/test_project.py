@@ -229,3 +229,34 @@ def test_every_error_has_a_documented_exit_code() -> None:
     assert {error.exit_code for error in tree} == {1, 2, 3, 4}
     for error in tree:
         assert error.__name__ in (errors.__doc__ or "")
+
+
+# Who reads without `store.reading`: what we wrote ourselves a moment ago, what the system or the package holds.
+READERS = {
+    r"json\.loads?\(": {
+        "store.reading", "store.folders",  # the boundary; a claim, of which anything unreadable means nothing
+        "bench.run.child", "bench.run.processes", "bench.run.worker", "bench.demo", "bench.studies.packed_parity",
+        "bench.gpu.command", "bench.studies.ci_gate",  # our own workers' pipes and results
+        "serve.smoke", "serve.load", "serve.onnx_server",  # bodies of HTTP, bounded there
+    },
+    r"yaml\.(?!safe_dump)\w+\(": {"store.reading"},
+    r"AutoTokenizer\.": {"store.stock", "store.gguf"},
+    r"AutoConfig\.": set(),
+    r"\.read_(?:text|bytes)\(": {
+        "machine", "packed.dispatch", "packed.cuda.dispatch", "packed.native",  # /proc; our own sources
+        "store.folders", "bench.assets", "bench.commands.init_ci", "bench.gpu.command", "bench.gpu.table",
+        "bench.report.page", "bench.run.child", "bench.run.environment", "bench.run.served_worker", "bench.run.worker",
+        "bench.studies.ci_gate", "serve.keeper", "serve.launcher", "serve.load",  # /proc, our templates and logs
+    },
+    r"parquet\.": {"documents"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", READERS)
+def test_files_that_others_wrote_come_in_through_one_boundary(pattern: str) -> None:
+    found = {
+        module.removeprefix("crepe_deploy.")
+        for module, path in MODULES.items()
+        if any(re.search(pattern, line.partition("#")[0]) for line in path.read_text(encoding="utf-8").splitlines())
+    }
+    assert found <= READERS[pattern]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from crepe_deploy.errors import CheckpointError, UnsupportedModel
 
-from .reading import open_file, parse_json, read_bytes, read_object
+from .reading import is_folder, open_file, parse_json, read_bytes, read_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -120,7 +120,7 @@ def _check_layout(path: Path, infos: list[TensorInfo], data_start: int, file_byt
 
 def require_folder(root: Path) -> None:
     """Raise CheckpointError unless there is such a folder."""
-    if not root.is_dir():
+    if not is_folder(root):
         what = "there is no such folder" if not root.exists() else "it is a file"
         raise CheckpointError(f"{root} is not a model folder: {what}")
 

@@ -48,6 +48,8 @@ def write_text(path: Path, text: str) -> None:
 
     Hidden files of processes that were killed in this go. Raises DiskFullError, OutputError.
     """
+    if not path.name:
+        raise OutputError(f"{path} is a folder: give the name of a file")
     partial = path.with_name(f".{path.name}.crepe-deploy-{os.getpid()}")
     try:
         with disk_errors(path):

@@ -12,8 +12,9 @@ import os
 import re
 import stat
 from collections.abc import Hashable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import yaml
 
@@ -29,7 +30,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 Error = type[CrepeError]
 
 
-def open_file(path: Path, error: Error = CheckpointError) -> BinaryIO:
+def open_file(path: Path, error: Error = CheckpointError) -> BufferedReader:
     """Open a regular file, links followed, for reading; never waits, as opening a FIFO would. Raises `error`."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -41,6 +42,14 @@ def open_file(path: Path, error: Error = CheckpointError) -> BinaryIO:
         os.close(handle)
         raise error(f"{path} is not a regular file")
     return os.fdopen(handle, "rb")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder at a path; at a name that the system does not take there is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def read_bytes(path: Path, error: Error = CheckpointError, limit: int = DOCUMENT_BYTES) -> bytes:

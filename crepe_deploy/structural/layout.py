@@ -143,6 +143,9 @@ def per_layer_content(
     kv_heads: of the source. remote_code: name the modelling files that lie beside the weights.
     """
     name = PREFIX + check_family(content)
+    for wanted in ("num_attention_heads", "intermediate_size"):
+        if wanted not in content:
+            raise CheckpointError(f"config.json does not say {wanted}, which per-layer widths differ from")
     whole = Widths(content["num_attention_heads"], kv_heads, content["intermediate_size"])
     digits = len(str(len(widths) - 1))
     differing = {

@@ -38,7 +38,7 @@ _MODEL_USES = ("plan", "plan", "plan", "inspect", "prune", "calibrated", "eval",
 _FOLDER_USES = ("inspect", "verify", "verify", "dense", "packed", "int8", "deci", "eval", "prune", "against", "rows")
 _CONFIGS = ("config.json", "config.json", "config.json", "generation_config.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json")
-_WRITTEN = ("pruned", "packed", "int8", "onnx", "genai", "per-layer", "deci", "formats/packed", "formats/dense")
+WRITTEN: Final = ["pruned", "packed", "int8", "onnx", "genai", "per-layer", "deci", "formats/packed", "formats/dense"]
 
 
 @dataclass
@@ -82,7 +82,7 @@ def _tokenizer(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]
 
 
 def _weights(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
-    place = corpus.copy(rng.choice(("model", "tied", "sharded", "sharded", *_WRITTEN)), root)
+    place = corpus.copy(rng.choice(("model", "tied", "sharded", "sharded", *WRITTEN)), root)
     files = sorted([*place.glob("*.safetensors"), *place.glob("*.index.json")]) or [place / "config.json"]
     path = rng.choice(files)
     what = f"{path.name} {spoil_file(path, rng)}"
@@ -93,7 +93,7 @@ def _weights(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
 
 def _written(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
     """Any file of a folder that the product wrote, mostly signed anew."""
-    place = corpus.copy(rng.choice(_WRITTEN), root)
+    place = corpus.copy(rng.choice(WRITTEN), root)
     files = [path for path in sorted(place.rglob("*")) if path.is_file() and path.stat().st_size < 4 << 20]
     path = rng.choice([*files, place / "manifest.json", place / "config.json"])
     what = f"{path.name} {spoil_file(path, rng)}"
@@ -103,7 +103,7 @@ def _written(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
 
 
 def _folder(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
-    place = corpus.copy(rng.choice(("model", "sharded", "formats", *_WRITTEN)), root)
+    place = corpus.copy(rng.choice(("model", "sharded", "formats", *WRITTEN)), root)
     what = " and ".join(spoil_folder(place, rng) for _ in range(rng.choice((1, 1, 2))))
     return use(rng.choice((*_FOLDER_USES, *_MODEL_USES)), place, corpus), what
 

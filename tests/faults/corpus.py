@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,7 @@ class Corpus:
 
     def _stop(self, name: str, place: Path) -> None:
         """A folder with what a run left that was stopped when its journal had something to say."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
         for event in (*range(40, 100, 4), *range(100, 2000, 20)):
             place.mkdir()
             os.chdir(place)

@@ -64,7 +64,8 @@ def judge_leftovers(outcome: Outcome, place: Path, before: set[str]) -> None:
     if outcome.code in (1, 2, 130, EXIT_RESUMABLE):
         left += [name for name in made if not KEPT.fullmatch(name)]
     else:
-        left += [name for name in made if re.search(r"\.(partial|old|work|unpacked|crepe-deploy)(/|$)", name)]
+        working = [name for name in made if re.search(r"\.(partial|old|work|unpacked|crepe-deploy)(/|$)", name)]
+        left += [name for name in working if name.split("/")[0] not in outcome.argv]
     if left and not outcome.hung:
         outcome.defects.append(f"left {left[0]}" if len(left) == 1 else f"left {left[0]} and {len(left) - 1} more")
 

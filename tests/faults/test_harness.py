@@ -86,7 +86,7 @@ def run_share(tmp_path: Path, *arguments: Any) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     logs = "".join(path.read_text() for path in tmp_path.glob("*/*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs[-3000:]
-    figures: dict[str, Any] = json.loads((tmp_path / "seed-0-jobs-1" / "figures.json").read_text())
+    figures: dict[str, Any] = json.loads(next(tmp_path.glob("*/figures.json")).read_text())
     return figures
 
 
@@ -103,3 +103,19 @@ def test_one_seed_spoils_one_way(seed: int) -> None:
     ):
         assert repr(spoil(good, Random(seed))) == repr(spoil(good, Random(seed)))
     assert document == {"a": [1, 2.5, "x"], "b": {"c": None, "d": True}}
+
+
+@pytest.mark.faults
+def test_a_share_of_the_inputs(tmp_path: Path) -> None:
+    assert run_share(tmp_path, "--quick", "--inputs", 160)["inputs"]["number"] == 160
+
+
+def test_a_share_of_the_faults(tmp_path: Path) -> None:
+    figures = run_share(tmp_path, "--quick", "--faults", 30)
+    assert figures["faults"]["number"] == 30 and len(figures["faults"]["kinds"]) >= 6
+
+
+@pytest.mark.faults
+def test_many_inputs_and_faults(tmp_path: Path) -> None:
+    figures = run_share(tmp_path, "--seed", 1, "--inputs", 5000, "--faults", 500)
+    assert figures["inputs"]["number"] == 5000 and figures["faults"]["number"] == 500
