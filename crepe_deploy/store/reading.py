@@ -57,7 +57,7 @@ def read_bytes(path: Path, error: Error = CheckpointError, limit: int = DOCUMENT
     with open_file(path, error) as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            data = file.read(limit + 1)
+            data = file.read(min(size, limit) + 1)  # which allocates as much at once
         except OSError as cause:
             raise error(f"{path} cannot be read: {cause.strerror or cause}") from cause
     if len(data) > limit:

@@ -51,9 +51,8 @@ def check_model(config: Any, flavor: str) -> None:
         raise UnsupportedModel(
             f"--onnx-flavor {flavor} cannot export '{family}': {lacks[f'onnx {flavor}']}; use {', '.join(flavors)}"
         )
-    known_types = ROPE_TYPES
-    if flavor == "genai":
-        known_types = GENAI_ROPE_TYPES.get(family, GENAI_ROPE_TYPES[""])
+    genai_types = GENAI_ROPE_TYPES.get(family, GENAI_ROPE_TYPES[""])
+    known_types: tuple[str, ...] = genai_types if flavor == "genai" else ROPE_TYPES
     for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if kind not in known_types:
             also = "; use portable" if kind in ROPE_TYPES else ""
