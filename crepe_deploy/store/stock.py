@@ -138,8 +138,11 @@ def tokenizer_of(folder: Path) -> Any:
         raise NoTokenizer(f"{folder} has no tokenizer")
     named = folder / "tokenizer_config.json"
     settings = read_object(named, lenient=True) if named.exists() else {}
-    _check_vocabulary(folder / "tokenizer.json")
     place = f"{folder} has no tokenizer that transformers can load"
+    try:
+        _check_vocabulary(folder / "tokenizer.json")
+    except CheckpointError as error:
+        raise CheckpointError(f"{place}: {error}") from error
     with third_party(place, NoTokenizer if "auto_map" in settings else CheckpointError):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), config=_tokenizer_config(folder), **CLOSED)
     with third_party(place, CheckpointError):
