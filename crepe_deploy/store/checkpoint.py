@@ -172,7 +172,10 @@ def _safe_shard(root: Path, name: str) -> Path:
 def require_inside(root: Path, path: Path) -> None:
     """Raise CheckpointError where `path`, below `root`, is a link that leads out of it, but for the hub's cache."""
     if path.is_symlink():
-        target, home = path.resolve(), root.resolve()
+        try:
+            target, home = path.resolve(), root.resolve()
+        except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+            raise CheckpointError(f"{path} is a link that leads nowhere; refused") from error
         if not target.is_relative_to(home) and target.parent != home.parent.parent / "blobs":
             raise CheckpointError(f"{path} is a link to {target}, outside the model folder; refused")
 

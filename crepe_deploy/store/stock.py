@@ -25,6 +25,7 @@ DTYPES: Final = ("float64", "float32", "float16", "bfloat16")
 # How a machine computes is not the model's business, and may fetch kernels; code from a checkpoint is never run.
 _NOT_THE_MODEL: Final = re.compile(r"auto_map|_?(attn|experts)_implementation(_internal|_autoset)?")
 _LAYERS, _LABELS = 10_000, 100_000  # more of them than any model has; their configurations fill lists with them
+_IDS: Final = 1 << 24  # above the ids of any tokenizer
 _VOCABULARY: Final = re.compile(r"tokenizer\.|vocab|merges|spiece|sentencepiece|tekken|.*\.(model|spm|tiktoken|bpe)$")
 _SMALL_FILES: Final = (".json", ".txt", ".model", ".jinja")
 
@@ -138,6 +139,10 @@ def tokenizer_of(folder: Path) -> Any:
     named = folder / "tokenizer_config.json"
     settings = read_object(named, lenient=True) if named.exists() else {}
     place = f"{folder} has no tokenizer that transformers can load"
+    try:
+        _check_vocabulary(folder / "tokenizer.json")
+    except CheckpointError as error:
+        raise CheckpointError(f"{place}: {error}") from error
     with third_party(place, NoTokenizer if "auto_map" in settings else CheckpointError):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), config=_tokenizer_config(folder), **CLOSED)
     with third_party(place, CheckpointError):
@@ -145,6 +150,16 @@ def tokenizer_of(folder: Path) -> Any:
         if not ids or not isinstance(tokenizer.decode(ids), str):
             raise CheckpointError(f"{place}: it makes no tokens of '{PROBE}'")
     return tokenizer
+
+
+def _check_vocabulary(path: Path) -> None:
+    """Raise CheckpointError where an id is beyond any vocabulary: tokenizers makes room for all below it, or aborts."""
+    model = read_object(path, lenient=True).get("model") if path.exists() else None
+    words = model.get("vocab") if isinstance(model, dict) else None
+    ids = words.values() if isinstance(words, dict) else ()
+    worst = max((number for number in ids if isinstance(number, int)), default=0)
+    if worst >= _IDS:
+        raise CheckpointError(f"{path}: a token has the id {worst}; ids below {_IDS} are read")
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -19,7 +19,7 @@ OWN: Final = (JOURNAL, "iteration-*", "split", "shared", "final")  # the names t
 
 def work_folder(out: Path) -> Path:
     """Where a run for `out` keeps its journal and its supernet until it is done."""
-    return out.with_name(out.name + ".work")
+    return out.parent / f"{out.name}.work"
 
 
 def make_work_folder(work: Path, *, overwrite: bool) -> None:

@@ -81,7 +81,7 @@ def _direct(options: argparse.Namespace) -> int:
                 place.write_text(json.dumps(summary, indent=1) + "\n")
     if options.table:
         write_table(options.table, summary)
-    print("\n".join(figures.lines(summary)))
+    print("\n".join(figures.lines(summary)).encode(errors="backslashreplace").decode())
     if any(codes):
         print(f"a part ended with an error, see {options.out}/*.log")
     return int(any(codes) or bool(summary["defects"]))

@@ -34,7 +34,22 @@ USES: Final[dict[str, tuple[str, ...]]] = {
     "tyr": ("tyr", "IN", "--out", OUT, "--calib", "TEXT", *CALIBRATION, "--generations", "1", "--offspring", "2",
             "--iterations", "1", "--ffn-multiple", "8", "--search-samples", "1"),
 }  # fmt: skip
-_MODEL_USES = ("plan", "plan", "plan", "inspect", "prune", "calibrated", "eval", "best", "tyr", "formats", "solved")
+_MODEL_USES = (
+    "plan",
+    "plan",
+    "plan",
+    "plan",
+    "inspect",
+    "inspect",
+    "prune",
+    "prune",
+    "calibrated",
+    "eval",
+    "best",
+    "tyr",
+    "formats",
+    "solved",
+)
 _FOLDER_USES = ("inspect", "verify", "verify", "dense", "packed", "int8", "deci", "eval", "prune", "against", "rows")
 _CONFIGS = ("config.json", "config.json", "config.json", "generation_config.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json")
@@ -76,9 +91,9 @@ def _config(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
 def _tokenizer(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
     place = corpus.copy(rng.choice(("model", "pruned", *FAMILIES)), root)
     path = place / rng.choice(_TOKENIZERS)
-    return use(rng.choice(("calibrated", "eval", "packed", "tyr", "plan")), place, corpus), (
-        f"{path.name} {spoil_file(path, rng)}"
-    )
+    return use(
+        rng.choice(("calibrated", "calibrated", "eval", "packed", "packed", "tyr", "plan", "plan")), place, corpus
+    ), (f"{path.name} {spoil_file(path, rng)}")
 
 
 def _weights(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
@@ -148,7 +163,8 @@ def _runs(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
         ["report", str(place), "--out", OUT],
         ["report", *map(str, pair), "--out", OUT, "--json"],
     )
-    return rng.choice(gates[: 3 if name == "benchmark.json" else 5]), what
+    pages = 0 if name == "benchmark.json" or rng.random() < 0.8 else 2  # a page of a report takes a second
+    return rng.choice(gates[: 3 + pages]), what
 
 
 def _suite(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
@@ -175,7 +191,7 @@ def _options(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
 
 Builder = Callable[[Random, Corpus, Path], tuple[list[str], str]]
 KINDS: Final[dict[str, tuple[int, Builder]]] = {
-    "config": (22, _config), "tokenizer": (12, _tokenizer), "weights": (16, _weights), "written": (14, _written),
-    "folder": (6, _folder), "gguf": (4, _gguf), "text": (6, _text), "recipe": (6, _recipe), "runs": (12, _runs),
-    "suite": (3, _suite), "journal": (3, _journal), "options": (12, _options),
+    "config": (17, _config), "tokenizer": (8, _tokenizer), "weights": (20, _weights), "written": (16, _written),
+    "folder": (8, _folder), "gguf": (5, _gguf), "text": (4, _text), "recipe": (4, _recipe), "runs": (18, _runs),
+    "suite": (2, _suite), "journal": (2, _journal), "options": (9, _options),
 }  # fmt: skip

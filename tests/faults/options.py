@@ -69,7 +69,7 @@ def odd_arguments(name: str, rng: Random, corpus: Corpus, root: Path) -> list[st
         argv.append(flag)
         if not option.is_flag:
             argv.append(_odd_value(option.type, rng, corpus, root))
-    return [part.replace("\x00", "\\0") if rng.random() < 0.9 else part for part in argv]
+    return [part.replace("\x00", "\\0").replace("\ud800", "?") for part in argv]  # as a shell can give it
 
 
 def _leaf(name: str) -> click.Command:

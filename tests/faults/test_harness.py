@@ -105,14 +105,9 @@ def test_one_seed_spoils_one_way(seed: int) -> None:
     assert document == {"a": [1, 2.5, "x"], "b": {"c": None, "d": True}}
 
 
-@pytest.mark.faults
-def test_a_share_of_the_inputs(tmp_path: Path) -> None:
-    assert run_share(tmp_path, "--quick", "--inputs", 160)["inputs"]["number"] == 160
-
-
-def test_a_share_of_the_faults(tmp_path: Path) -> None:
-    figures = run_share(tmp_path, "--quick", "--faults", 30)
-    assert figures["faults"]["number"] == 30 and len(figures["faults"]["kinds"]) >= 6
+def test_a_share_of_the_inputs_and_faults(tmp_path: Path) -> None:
+    figures = run_share(tmp_path, "--quick", "--inputs", 160, "--faults", 30)
+    assert figures["inputs"]["number"] == 160 and figures["faults"]["number"] == 30
 
 
 @pytest.mark.faults

@@ -119,3 +119,12 @@ def test_a_tokenizer_that_is_valid_json_and_wrong_works_or_is_refused(pico: Path
             continue
         except BaseException as error:
             raise AssertionError(what) from error
+
+
+def test_an_id_beyond_any_vocabulary_is_refused_before_room_is_made_for_it(pico: Path) -> None:
+    path = pico / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["vocab"]["the"] = 2**32 - 1
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="the id 4294967295"):
+        tokenizer_of(pico)

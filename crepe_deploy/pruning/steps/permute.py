@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from crepe_deploy.errors import NumericalError
 from crepe_deploy.model.stats import Need
 
 from ..methods.base import check_range
@@ -102,4 +103,8 @@ def _assign(gain: Tensor) -> Tensor:
     """For each row of `gain` (k, k) the column it gets, so that the sum is largest."""
     from scipy.optimize import linear_sum_assignment
 
+    if not torch.isfinite(gain).all():
+        raise NumericalError(
+            "the scores are too large to compare what columns add: smaller hyperparameters, or --dtype float32"
+        )
     return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
