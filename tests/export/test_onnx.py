@@ -223,7 +223,7 @@ def test_damaged_folders_are_named(tmp_path: Path, portable: tuple[Path, Path]) 
     with pytest.raises(CheckpointError, match="no ONNX graph"):
         inspect_onnx(tmp_path)
     (tmp_path / "model.onnx").write_bytes((portable[1] / "model.onnx").read_bytes())
-    with pytest.raises(CheckpointError, match=r"model\.onnx\.data does not hold"):
+    with pytest.raises(CheckpointError, match=r"model\.onnx\.data is missing: it holds 'model"):
         inspect_onnx(tmp_path)
 
 
