@@ -164,7 +164,8 @@ def temporary_folder(purpose: str) -> Iterator[Path]:
     with disk_errors(Path(tempfile.gettempdir())):
         made = tempfile.TemporaryDirectory(prefix=prefix, suffix=f"-{os.getpid()}", ignore_cleanup_errors=True)
     with made as name:
-        handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
+        with disk_errors(Path(name)):
+            handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield Path(name)
@@ -270,7 +271,8 @@ class Claim:
                 shutil.rmtree(folder, ignore_errors=True)
             if not self._is_ours(folder):
                 del self._folders[name]
-        self._write()
+        if self._folders:  # else the record goes: what is done must not fail for want of room to say so
+            self._write()
 
     def _is_ours(self, folder: Path) -> bool:
         """Whether the folder at this name is the very one that was recorded."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from crepe_deploy.errors import ConfigError, OutputError
 
-from .files import disk_errors
+from .files import disk_errors, write_text
 from .reading import parse_json, read_bytes
 
 VERSION = 1
@@ -74,8 +74,7 @@ def open_journal(path: Path, identity: Mapping[str, Any], *, resume: bool, overw
         return Journal(path, *_read(path, header))
     if path.exists() and not overwrite:
         raise OutputError(f"{path} holds an unfinished search: go on with --resume, or start anew with --overwrite")
-    with disk_errors(path):
-        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(header) + "\n")  # whole or not at all: a stop would go on from it
     return Journal(path, {})
 
 

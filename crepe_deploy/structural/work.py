@@ -47,14 +47,14 @@ def remove_work_folder(work: Path) -> None:
 
 @contextlib.contextmanager
 def removed_once_written(work: Path, out: Path) -> Iterator[None]:
-    """Inside, `out` is written; then the work folder goes, also where a stop comes in between.
+    """Inside, `out` is written; then the work folder goes, also where a stop or an error comes in between.
 
     Nothing is left to resume by then. Raises OutputError.
     """
     before = _identity(out)
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException:
         if _identity(out) in (None, before):
             raise
         _remove(work)
