@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,34 @@ def sparse_elsewhere(root: Path) -> Path:
         return weights
 
     return _changed(make_pico_llama(root / "m"), halved)
+
+
+def _configured(folder: Path, **entries: object) -> Path:
+    """A folder with these entries in its config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    return folder
+
+
+@case(**PLAIN)
+def quantization_of_null(root: Path) -> Path:
+    """`"quantization_config": null`, as some trainers write it."""
+    return _configured(make_pico_llama(root / "m"), quantization_config=None)
+
+
+@case(**PLAIN)
+def flash_attention(root: Path) -> Path:
+    """A configuration that names attention kernels of the machine it was written on."""
+    return _configured(make_pico_llama(root / "m"), _attn_implementation="flash_attention_2")
+
+
+@case(**{**PLAIN, **dict.fromkeys(("eval", "tyr", "search"), "has no tokenizer")})
+def without_a_tokenizer(root: Path) -> Path:
+    """Weights and a configuration alone."""
+    folder = make_pico_llama(root / "m")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    return folder
 
 
 @case(**PLAIN)
