@@ -115,7 +115,13 @@ def save_manifest(root: Path, manifest: Manifest) -> None:
 
 def load_manifest(root: Path) -> Manifest:
     """Read and check `root/manifest.json`. Raises CheckpointError (missing, no JSON) or VerifyError (wrong content)."""
-    return read_manifest(root / MANIFEST_NAME)
+    path = root / MANIFEST_NAME
+    if root.is_dir() and not path.exists():
+        raise CheckpointError(
+            f"{path} is missing: crepe-deploy did not write this folder; `crepe-deploy prune` makes one of it, and "
+            f"`export --format packed` and int8 take it as it is"
+        )
+    return read_manifest(path)
 
 
 def read_manifest(path: Path) -> Manifest:
