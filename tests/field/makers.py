@@ -16,9 +16,9 @@ from tests.gguf_files import write_gguf
 from tests.pico import make_pico_llama
 
 PLAIN = {
-    "verify": "did not write this folder", "export_dense": "did not write this folder", "export_packed": "none of its tensors is pruned",
-    "export_onnx": "did not write this folder", "export_deci": "did not write this folder",
-}  # fmt: skip
+    **dict.fromkeys(("verify", "export_dense", "export_onnx", "export_deci"), "did not write this folder"),
+    "export_packed": "none of its tensors is pruned",
+}
 NO_FOLDER = dict.fromkeys(("inspect", "verify", "export"), "is not a model folder")
 
 
