@@ -83,7 +83,8 @@ def prune_and_export(
         exports = {}
         for exporter in exporters:
             target = folder / exporter.name
-            target.mkdir()
+            with disk_errors(target):
+                target.mkdir()
             with kept_if_wrong(target, out):
                 written = run(exporter, pruned, target, fresh=True)
             exports[exporter.name] = _summary(exporter, written, out / exporter.name, target)
