@@ -70,7 +70,7 @@ WORKERS ?= 2
 test: $(VENV)/.dev assets browser
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-# Malformed inputs, failing disks, kills and servers under load (docs/reliability.md): two hours, goes on where it stopped.
+# Malformed inputs, failing disks, kills and servers under load (docs/reliability.md): hours; goes on where it stopped.
 SEED   ?= 0
 INPUTS ?= 100000
 FAULTS ?= 3000

@@ -7,8 +7,12 @@ its stead. Deterministic, so that a failure names its document.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import pytest
+
+from crepe_deploy.errors import CrepeError
 
 Place = tuple[str | int, ...]
 
@@ -47,3 +51,14 @@ def mutations(document: Any, spoilt: tuple[Any, ...] = SPOILT) -> Iterator[tuple
                 parent[path[-1]] = copy.deepcopy(value)
             where = ".".join(map(str, path))
             yield f"{where}: {'missing' if value is MISSING else repr(value)[:40]}", changed
+
+
+def refusal(change: str, read: Callable[[], object]) -> str:
+    """What `read` refused a document with, "" where it took it; any other exception fails the test, naming `change`."""
+    try:
+        read()
+    except CrepeError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the fault looked for
+        pytest.fail(f"{change}: {type(error).__name__}: {error}")
+    return ""

@@ -18,6 +18,8 @@ WORDS = re.findall(
     "one their its new after but who not they have two her she or been other when there all during into school time "
     "may years more most only over city some world would where later up such used many can state about national known",
 )
+# The shortest structural search that a pico model can be given.
+QUICK_TYR = ["--sparsity", "0.25", "--generations", "1", "--offspring", "2", "--iterations", "1", "--ffn-multiple", "8"]
 
 
 def sample_text(n_words: int, seed: int = 0) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from crepe_deploy.cli import run
-from tests.pico import make_pico_llama, sample_text
+from tests.pico import QUICK_TYR, make_pico_llama, sample_text
 
 KINDS = (
     "plain", "pruned", "dense", "packed", "packed rows", "packed mixed", "int8", "uniform", "per-layer", "deci",
@@ -41,21 +41,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make("export", root / "rows", "--format", "packed", "--out", root / "packed-rows")
     mixed = ["--sparsity", "4:8", "--allocate", "owl", *calibration]
     make("prune-and-export", plain, "--out", root / "mixed", "--format", "packed", *mixed)
-    search = [
-        "--sparsity",
-        "0.25",
-        "--generations",
-        "1",
-        "--offspring",
-        "2",
-        "--iterations",
-        "1",
-        "--ffn-multiple",
-        "8",
-    ]
     for widths in ("uniform", "per-layer"):
         windows = ["--search-samples", "2"] if widths == "per-layer" else ["--search-samples", "1"]
-        make("tyr", plain, "--out", root / widths, "--widths", widths, *search, *calibration, *windows)
+        make("tyr", plain, "--out", root / widths, "--widths", widths, *QUICK_TYR, *calibration, *windows)
     make("export", root / "per-layer" / "dense", "--format", "deci", "--out", root / "deci")
     (root / "empty").mkdir()
     return {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.pico import sample_text
+from tests.pico import QUICK_TYR, sample_text
 
 Make = Callable[[Path], Path]
 Command = Callable[[Path, Path], list[str]]
@@ -59,19 +59,8 @@ def _calibration(work: Path) -> list[str]:
 
 
 def _tyr(model: Path, work: Path) -> list[str]:
-    few = [
-        "--generations",
-        "1",
-        "--offspring",
-        "2",
-        "--iterations",
-        "1",
-        "--search-samples",
-        "1",
-        "--ffn-multiple",
-        "8",
-    ]
-    return ["tyr", str(model), *_calibration(work), "--sparsity", "0.25", *few, "--out", str(work / "out")]
+    few = [*QUICK_TYR, "--search-samples", "1"]
+    return ["tyr", str(model), *_calibration(work), *few, "--out", str(work / "out")]
 
 
 def _search(model: Path, work: Path) -> list[str]:

@@ -158,10 +158,11 @@ def test_too_small_a_disk_is_refused_beforehand(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys
+import signal, sys
 from pathlib import Path
 from crepe_deploy.store.folders import atomic_folder
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process inherits as ignored
 with atomic_folder(Path(sys.argv[1]) / "out", overwrite=True) as folder:
     (folder / "weights").write_text("new")
     (folder / "manifest.json").write_text('{"versions": {"crepe-deploy": "1"}, "files": {"weights": "hash"}}')
