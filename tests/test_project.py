@@ -237,6 +237,7 @@ READERS = {
         "store.reading", "store.folders",  # the boundary; a claim, of which anything unreadable means nothing
         "bench.run.child", "bench.run.processes", "bench.run.worker", "bench.demo", "bench.studies.packed_parity",
         "bench.gpu.command", "bench.studies.ci_gate",  # our own workers' pipes and results
+        "project",  # what pip recorded
         "serve.smoke", "serve.load", "serve.onnx_server",  # bodies of HTTP, bounded there
     },
     r"yaml\.(?!safe_dump)\w+\(": {"store.reading"},
