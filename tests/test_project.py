@@ -244,6 +244,7 @@ READERS = {
     r"AutoTokenizer\.": {"store.stock", "store.gguf"},
     r"AutoConfig\.": set(),
     r"\.read_(?:text|bytes)\(": {
+        "project",  # what pip recorded
         "machine", "packed.dispatch", "packed.cuda.dispatch", "packed.native",  # /proc; our own sources
         "store.folders", "bench.assets", "bench.commands.init_ci", "bench.gpu.command", "bench.gpu.table",
         "bench.report.page", "bench.run.child", "bench.run.environment", "bench.run.served_worker", "bench.run.worker",
