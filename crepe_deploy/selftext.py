@@ -70,15 +70,15 @@ def own_text(
 
 
 def sampling_bytes(config: Any, weights: int, itemsize: int, samples: int, length: int) -> int:
-    """Memory that writing takes at most: `weights`, keys and values of a batch, probabilities; of a transformers config.
+    """Memory that writing takes at most: `weights`, keys and values of a batch, probabilities.
 
-    itemsize: bytes of a number of the model's dtype.
+    config: transformers'. itemsize: bytes of a number of the model's dtype.
     """
     text, rows = config.get_text_config(), min(samples, BATCH)
-    heads = getattr(text, "num_key_value_heads", None)
-    size = getattr(text, "head_dim", None)
-    known = isinstance(heads, int) and isinstance(size, int)
-    width = int(heads * size if known else text.hidden_size)  # what is not known is at most the whole width
+    heads, size = getattr(text, "num_key_value_heads", None), getattr(text, "head_dim", None)
+    width = int(text.hidden_size)  # what is not known is at most the whole
+    if isinstance(heads, int) and isinstance(size, int):
+        width = heads * size
     cached = 2 * int(text.num_hidden_layers) * width * itemsize * (length + 1)
     return weights + rows * (cached + int(text.vocab_size) * (itemsize + 3 * 8))
 
