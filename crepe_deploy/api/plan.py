@@ -9,6 +9,7 @@ from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern, Unstructured
 from crepe_deploy.progress import Say
+from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
 from .inputs import Granularity, find_model, pattern_of
@@ -38,6 +39,7 @@ class Plan(TypedDict):
     packed_checkpoint_bytes: int
     pruned_tensors_packed_over_dense: float
     peak_memory_estimate_bytes: int
+    calib_self_memory_estimate_bytes: int
     disk_needed_bytes: int
     targets: dict[str, str]
     advice: str
@@ -73,6 +75,9 @@ def plan(
         "packed_checkpoint_bytes": total - dense + packed + kept,
         "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
         "peak_memory_estimate_bytes": peak_memory(decoder, calib_samples * min(calib_length, decoder.context_length)),
+        "calib_self_memory_estimate_bytes": sampling_bytes(
+            decoder.config, total, decoder.dtype.itemsize, calib_samples, min(calib_length, decoder.context_length)
+        ),
         "disk_needed_bytes": 2 * total,
         "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
         "advice": ADVICE,

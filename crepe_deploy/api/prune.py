@@ -35,8 +35,9 @@ def prune(
     preset, params: its hyperparameters, by name or file and one by one. recipe: method and steps, a name or YAML file;
     arguments go before it. feed: whose output calibrates the next block, "auto", "dense", "pruned" or "both".
     allocate, permute, reprune, reconstruct, rescale: steps as "NAME" or "NAME:PARAMETER=VALUE,..." (docs/methods.md).
-    calib: a file or `datasets` name, a `Mixture` of them, a list of documents, or token ids, an integer tensor
-    (samples, length). calib_samples, calib_length: windows drawn, and tokens in each, clipped to the model's context.
+    calib: a file or `datasets` name, "self" for text that the model writes itself, a `Mixture` of them, a list of
+    documents, or token ids, an integer tensor (samples, length). calib_samples, calib_length: windows drawn, and
+    tokens in each, clipped to the model's context.
     include, exclude: regular expressions searched in tensor names. dtype: to compute in, "auto" is the checkpoint's.
     progress: told pieces of work done and in all. say: told what is fetched or converted.
     Raises ConfigError, PatternError, CheckpointError, UnsupportedModel, CalibrationError, OutputError, MissingExtra
@@ -49,7 +50,7 @@ def prune(
         exclude=exclude, dtype=dtype,
     )  # fmt: skip
     source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed)
+    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say)
     return prune_checkpoint(source, Path(out), config, windows, overwrite=overwrite, step=progress or silent)
 
 
@@ -80,7 +81,7 @@ def prune_and_export(
         exclude=exclude, dtype=dtype,
     )  # fmt: skip
     source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed)
+    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say)
     return run(
         source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
         options=export_options(onnx_flavor, precision),
@@ -88,10 +89,11 @@ def prune_and_export(
 
 
 def _calibration(
-    config: PruneConfig, model: Model, calib: Calibration | None, field: str, samples: int, length: int, seed: int
-) -> CalibrationSet | None:
+    config: PruneConfig, model: Model, calib: Calibration | None, field: str, samples: int, length: int, seed: int,
+    say: Say | None,
+) -> CalibrationSet | None:  # fmt: skip
     if not config.needs_text:
         return None
     if calib is None:
-        raise ConfigError("this method needs calibration text: give --calib FILE_OR_DATASET")
-    return windows_of(model, calib, field, samples, length, seed)
+        raise ConfigError("this method needs calibration text: give --calib FILE_OR_DATASET, or --calib self")
+    return windows_of(model, calib, field, samples, length, seed, say)

@@ -48,7 +48,7 @@ def tyr(
     )  # fmt: skip
     config.check()
     source = find_model(model, revision, say)
-    text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed)
+    text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed, say)
     return prune_structurally(
         source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
         write=FolderWriter(widths, layout, remote_code),

@@ -87,7 +87,8 @@ def calibration_options(*, samples: int, length: int, required: bool = False) ->
     """The calibration text and how much of it is read; samples, length: the defaults."""
     return options(
         click.option("--calib", multiple=True, required=required, metavar="FILE_OR_DATASET",
-                     help="Calibration text: .txt, .jsonl, .parquet or a datasets name. Several give equal shares."),
+                     help="Calibration text: .txt, .jsonl, .parquet, a datasets name, or self: the model writes it. "
+                          "Several give equal shares."),
         click.option("--calib-field", default="text", show_default=True,
                      help="Field of .jsonl, .parquet or dataset rows."),
         click.option("--calib-samples", type=Count(1), default=samples, show_default=True),

@@ -41,6 +41,7 @@ def lines(result: Plan) -> list[str]:
         "packed checkpoint": result["packed_checkpoint_bytes"],
         "disk needed while pruning": result["disk_needed_bytes"],
         "peak memory above the libraries, at most about": result["peak_memory_estimate_bytes"],
+        "while the model writes text of its own (--calib self)": result["calib_self_memory_estimate_bytes"],
     }
     text = [f"{result['model']} to {result['pattern']}: {result['prunable_tensors']} tensors"]
     text += [f"  {label}: {size / 1e6:,.0f} MB" for label, size in megabytes.items()]
