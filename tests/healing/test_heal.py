@@ -273,7 +273,8 @@ def test_two_processes_heal_together(room: Path, tmp_path: Path, heal: Heal) -> 
 
 def test_the_command_says_what_it_did(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["heal", str(room / "nm"), "--dense", str(room / "dense"), "--text", str(room / "text.txt"), "--steps",
-                 "6", "--learning-rate", "0.001", "--batch-tokens", "64", "--window", "32", "--out", str(tmp_path / "out")]  # fmt: skip
+                 "6", "--learning-rate", "0.001", "--batch-tokens", "64",
+                 "--window", "32", "--out", str(tmp_path / "out")]  # fmt: skip
     assert run(arguments) == 0
     shown = capsys.readouterr()
     assert "every zero held" in shown.out and "held-out KL to the dense model" in shown.out
