@@ -100,7 +100,7 @@ def tyr_command(out: Path, calib: tuple[str, ...], as_json: bool, **options: Any
     from crepe_deploy.api.inputs import Mixture
     from crepe_deploy.api.tyr import tyr
     from crepe_deploy.progress import progress
-    from crepe_deploy.structural.work import JOURNAL, work_folder
+    from crepe_deploy.store.work import JOURNAL, work_folder
 
     with resumable(work_folder(out) / JOURNAL):
         report = tyr(out=out, calib=Mixture(calib), show=progress, say=say, **options)

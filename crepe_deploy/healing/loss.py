@@ -18,7 +18,7 @@ def divergence(dense: Tensor, logits: Tensor, top_k: int | None = None) -> Tenso
     in `logits` alone; the gradient is computed with the value, in the dtype of `logits`, a few rows at a time, so that
     no fp32 copy of either is ever whole.
     """
-    rows: Tensor = _Divergence.apply(dense, logits, top_k)
+    rows: Tensor = _Divergence.apply(dense, logits, top_k)  # type: ignore[no-untyped-call]
     return rows
 
 

@@ -24,7 +24,7 @@ class HeldZeros:
         self._hooks = [register_optimizer_step_post_hook(lambda *_: self.apply())]
         for name, parameter in parameters.items():
             if parameter.requires_grad and not isinstance(parameter, DTensor):  # a DTensor's gradient passes no hook
-                self._hooks.append(parameter.register_hook(_masked(self.masks[name])))
+                self._hooks.append(parameter.register_hook(_masked(self.masks[name])))  # type: ignore[no-untyped-call]
 
     def apply(self) -> None:
         """Put the zeros back where they were."""
