@@ -47,8 +47,8 @@ class Repaired:
 class BlockRepair:
     """steps: of one micro-batch each. rate: Adam's, falling to 0. windows: held out, at most a quarter."""
 
-    steps: int = 48
-    rate: float = 1e-4
+    steps: int = 32
+    rate: float = 1e-3
     windows: int = 8
 
     def __post_init__(self) -> None:
