@@ -32,13 +32,17 @@ class Trained:
         return [*self.norms.values(), *self.kept.values()]
 
 
-def choose(decoder: Decoder, manifest: Manifest, train: tuple[str, ...]) -> Trained:
-    """What of the model in a folder is trained. Raises UnsupportedModel where that is nothing."""
+def choose(decoder: Decoder, manifest: Manifest | None, train: tuple[str, ...]) -> Trained:
+    """What of the model in a folder is trained; of one without a manifest, as if all were pruned.
+
+    Raises UnsupportedModel where that is nothing.
+    """
+    pruned = manifest.tensors if manifest is not None else {}
     kept = {
         f"{decoder.blocks_path}.{index}.{spec.path}.weight": spec.key
         for index, specs in enumerate(decoder.linears)
         for spec in specs
-        if spec.key in manifest.tensors or not manifest.tensors
+        if spec.key in pruned or not pruned
     }
     norms = {
         f"{path}.{name}": decoder.key(f"{path}.{name}")
