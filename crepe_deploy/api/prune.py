@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
+from .heal import healing_of
 from .inputs import Calibration, Granularity, export_options, find_model, pattern_of, windows_of
 
 
@@ -62,12 +64,14 @@ def prune_and_export(
     reprune: str | None = None, reconstruct: str | None = None, rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
     seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
-    revision: str | None = None, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
+    heal: float | None = None, revision: str | None = None, overwrite: bool = False, progress: Progress | None = None,
+    say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune `model` and write OUT/FORMAT/ for each format; returns the report that is OUT/report.json.
 
     format: one or more of "dense", "packed", "int8" and "onnx", a list or comma-separated. onnx_flavor, precision: as
-    in `export`; the rest, and what is raised, as in `prune`. The report names the source, what was resolved (method,
+    in `export`. heal: minutes for which the pruned model is trained on the calibration text before it is exported, as
+    by `heal`. The rest, and what is raised, as in `prune`. The report names the source, what was resolved (method,
     parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on disk), `seconds` by
     phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
     """
@@ -85,6 +89,7 @@ def prune_and_export(
     return run(
         source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
         options=export_options(onnx_flavor, precision),
+        healing=healing_of(source, heal, calib, calib_field, seed, lambda _: nullcontext(progress or silent), say),
     )  # fmt: skip
 
 

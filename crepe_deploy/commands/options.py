@@ -108,6 +108,21 @@ sparsity_options = options(
 )  # fmt: skip
 
 
+heal_option = click.option(
+    "--heal", type=Number(0, min_open=True), default=None, metavar="MINUTES",
+    help="Train what was pruned on the calibration text for so long, zeros held, as the command heal does.",
+)  # fmt: skip
+
+
+def healed_line(healed: Mapping[str, Any]) -> str:
+    """What healing did, from the manifest's entry."""
+    kl = healed["held_out_kl"]
+    return (
+        f"held-out KL to the dense model {kl['before']:.4f} -> {kl['after']:.4f} after {healed['steps']} steps, "
+        f"{healed['tokens']:,} tokens, {healed['seconds']:.0f} s"
+    )
+
+
 class _FormatOption(click.Option):
     """`--format`, whose help names the formats as the registry has them when it is asked for."""
 
