@@ -24,7 +24,8 @@ def prune(
     model: str | Path, out: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
     method: str | None = None, preset: str | Path | None = None, params: Mapping[str, Any] | None = None,
     recipe: str | Path | None = None, feed: str | None = None, allocate: str | None = None, permute: str | None = None,
-    reprune: str | None = None, reconstruct: str | None = None, rescale: str | None = None,
+    reprune: str | None = None, reconstruct: str | None = None, repair: str | None = None,
+    rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
     seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
     revision: str | None = None, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
@@ -36,7 +37,8 @@ def prune(
     or over the `granularity` "matrix". method: "crepe" (default), "ria", "wanda", "sparsegpt" or "magnitude".
     preset, params: its hyperparameters, by name or file and one by one. recipe: method and steps, a name or YAML file;
     arguments go before it. feed: whose output calibrates the next block, "auto", "dense", "pruned" or "both".
-    allocate, permute, reprune, reconstruct, rescale: steps as "NAME" or "NAME:PARAMETER=VALUE,..." (docs/methods.md).
+    allocate, permute, reprune, reconstruct, repair, rescale: steps, "NAME" or "NAME:PARAMETER=VALUE,..."
+    (docs/methods.md).
     calib: a file or `datasets` name, "self" for text that the model writes itself, a `Mixture` of them, a list of
     documents, or token ids, an integer tensor (samples, length). calib_samples, calib_length: windows drawn, and
     tokens in each, clipped to the model's context.
@@ -48,8 +50,8 @@ def prune(
     """
     config = prune_config(
         method, pattern_of(sparsity, granularity), preset=preset, params=params, recipe=recipe, feed=feed,
-        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, rescale=rescale, include=include,
-        exclude=exclude, dtype=dtype,
+        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
+        include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
     source = find_model(model, revision, say)
     windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say)
@@ -61,7 +63,8 @@ def prune_and_export(
     precision: str | None = None, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
     method: str | None = None, preset: str | Path | None = None, params: Mapping[str, Any] | None = None,
     recipe: str | Path | None = None, feed: str | None = None, allocate: str | None = None, permute: str | None = None,
-    reprune: str | None = None, reconstruct: str | None = None, rescale: str | None = None,
+    reprune: str | None = None, reconstruct: str | None = None, repair: str | None = None,
+    rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
     seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
     heal: float | None = None, revision: str | None = None, overwrite: bool = False, progress: Progress | None = None,
@@ -81,8 +84,8 @@ def prune_and_export(
     formats = check_formats([name.strip() for name in format.split(",")] if isinstance(format, str) else list(format))
     config = prune_config(
         method, pattern_of(sparsity, granularity), preset=preset, params=params, recipe=recipe, feed=feed,
-        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, rescale=rescale, include=include,
-        exclude=exclude, dtype=dtype,
+        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
+        include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
     source = find_model(model, revision, say)
     windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say)

@@ -165,6 +165,8 @@ prune_options = options(
     click.option("--reprune", default=None, metavar="STEP", help="dsnot, dsnot-ria or swaps, inside rows and groups."),
     click.option("--reconstruct", default=None, metavar="STEP",
                  help="exact, obs or admm: fit kept weights to the output. STEP is NAME[:PARAMETER=VALUE,...]."),
+    click.option("--repair", default=None, metavar="STEP",
+                 help="block: tune the kept weights of each block to the dense model's output behind it."),
     click.option("--rescale", default=None, metavar="STEP",
                  help="logits: fit their scale to the dense model on held-out calibration windows."),
     calibration_options(samples=128, length=2048),
