@@ -9,7 +9,7 @@ SPEC   := pyproject.toml constraints.txt Makefile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test faults audit lint gate bench report assets browser clean
+.PHONY: setup demo test faults audit lint gate bench report docs docs-serve assets browser clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.base
@@ -48,6 +48,17 @@ $(VENV)/.dev: $(VENV)/.vllm
 	@echo "setup, tests: development tools (a minute)"
 	@$(PIP) -e '.[gguf,heal,eval,bench,onnx,dev]'
 	@touch $@
+
+# The docs site in out/site, readable from the disk; a broken link or anchor fails the build.
+$(VENV)/.docs: $(VENV)/.base
+	@$(PIP) -e '.[gguf,docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "docs: out/site/index.html"
+
+docs-serve: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --strict
 
 assets: $(VENV)/.base
 	@$(BIN)/python -m crepe_deploy.bench.assets
