@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from .options import format_option, onnx_options, prepare_libraries, print_result, prune_options, say, values
+from .options import (
+    format_option,
+    onnx_options,
+    prepare_libraries,
+    print_result,
+    prune_options,
+    quantise_option,
+    say,
+    values,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -21,6 +30,7 @@ Examples:
 @prune_options
 @format_option("One or more, with commas between them, of:")
 @onnx_options
+@quantise_option
 def prune_and_export_command(as_json: bool, **options: Any) -> None:
     """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
     prepare_libraries()
