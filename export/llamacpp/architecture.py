@@ -85,11 +85,10 @@ def architecture_of(folder: Path) -> Architecture:
         )
     _check(config)
     content = content_with_sizes(folder, config)
-    heads = config.num_attention_heads
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    widths: list[Any] = [heads, config.num_key_value_heads or heads, config.intermediate_size]
-    if is_per_layer(content):
-        widths = [list(column) for column in zip(*layer_widths(content), strict=True)]
+    layers = layer_widths(content)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // layers[0].heads)
+    widths: Any = zip(*layers, strict=True) if is_per_layer(content) else layers[0]
+    heads, kv_heads, neurons = (list(width) if isinstance(width, tuple) else width for width in widths)
     rope, extra = _rope(config, kind, head_dim)
     context, limits = _context(config)
     sizes: dict[str, Field] = {
@@ -97,9 +96,9 @@ def architecture_of(folder: Path) -> Architecture:
         "context_length": context,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": widths[2],
-        "attention.head_count": widths[0],
-        "attention.head_count_kv": widths[1],
+        "feed_forward_length": neurons,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import UnsupportedModel
+from ...store.gguf import named
 from ...store.stock import tokenizer_of
 
 Fields = dict[str, Any]
@@ -35,6 +36,8 @@ SPLITTERS: Final = {
     (_CASED % (f"{_ENGLISH}?", f"{_ENGLISH}?", "{1,3}"), "bytes"): {False: "gpt-4o"},
     (_CASED % ("", "", ""), "bytes"): {True: "tekken"},
 }
+# Those whose letters llama.cpp tells upper from lower case in ASCII alone.
+CASED: Final = ("gpt-4o", "tekken")
 
 
 def vocabulary_of(folder: Path, rows: int) -> tuple[Fields, tuple[str, ...]]:
@@ -52,23 +55,24 @@ def vocabulary_of(folder: Path, rows: int) -> tuple[Fields, tuple[str, ...]]:
         raise _refused(folder, f"a {model['type']} model" if model["type"] != "BPE" else "BPE with dropout or prefixes")
     if model.get("end_of_word_suffix"):
         raise _refused(folder, "BPE with an end of words")
-    tokens, types = _tokens(folder, spec, rows)
-    limits: tuple[str, ...] = ()
+    tokens, types, limits = _tokens(folder, spec, rows)
     if model.get("byte_fallback"):
         fields = _sentencepiece(folder, spec, tokens, types)
     else:
         fields = _byte_level(folder, spec)
-        limits = _normaliser(folder, spec)
+        limits += _normaliser(folder, spec)
+        if fields["tokenizer.ggml.pre"] in CASED:
+            limits += ("llama.cpp splits words with letters beyond ASCII otherwise than the model's tokenizer",)
     fields |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-    return {**fields, **_special(folder, tokenizer), **_template(tokenizer)}, limits
+    return {**fields, **_special(folder, tokenizer, rows), **_template(tokenizer)}, limits
 
 
 def _refused(folder: Path, what: str) -> UnsupportedModel:
     return UnsupportedModel(f"{folder}: its tokenizer has {what}, which llama.cpp cannot be given")
 
 
-def _tokens(folder: Path, spec: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """A text and a type for every row of the embedding."""
+def _tokens(folder: Path, spec: Mapping[str, Any], rows: int) -> tuple[list[str], list[int], tuple[str, ...]]:
+    """A text and a type for every row of the embedding, and what is left out for want of one."""
     texts = {number: text for text, number in spec["model"]["vocab"].items()}
     types = dict.fromkeys(texts, NORMAL)
     for added in spec["added_tokens"]:
@@ -76,15 +80,12 @@ def _tokens(folder: Path, spec: Mapping[str, Any], rows: int) -> tuple[list[str]
             raise _refused(folder, f"a token '{added['content']}' that takes the blanks or words around it")
         texts[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    if max(texts) >= rows:
-        raise UnsupportedModel(
-            f"{folder}: its tokenizer has id {max(texts)} ('{texts[max(texts)]}') and the model's embedding {rows} "
-            "rows; llama.cpp wants one for each"
-        )
+    beyond = [text for number, text in sorted(texts.items()) if number >= rows]
+    left = (f"tokens without a row in the embedding are left out: {named(beyond)}",) if beyond else ()
     listed = [texts.get(number, f"[PAD{number}]") for number in range(rows)]
     if len(set(listed)) < rows or "" in listed:
         raise _refused(folder, "two tokens of one text, or one of none")
-    return listed, [types.get(number, UNUSED) for number in range(rows)]
+    return listed, [types.get(number, UNUSED) for number in range(rows)], left
 
 
 def _byte_level(folder: Path, spec: Mapping[str, Any]) -> Fields:
@@ -176,7 +177,7 @@ def _prefix(spec: Mapping[str, Any]) -> bool | None:
     return False if idle and parts == [replace] else None
 
 
-def _special(folder: Path, tokenizer: Any) -> Fields:
+def _special(folder: Path, tokenizer: Any, rows: int) -> Fields:
     """The ids of special tokens, and which are put around a text."""
     with_them, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -186,8 +187,9 @@ def _special(folder: Path, tokenizer: Any) -> Fields:
     else:
         raise _refused(folder, f"special tokens around a text ({with_them}) that are neither BOS nor EOS")
     ids = {"bos": first, "eos": last, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
+    held = {name: number for name, number in ids.items() if number is not None and number < rows}
     return {
-        **{f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items() if number is not None},
+        **{f"tokenizer.ggml.{name}_token_id": number for name, number in held.items()},
         "tokenizer.ggml.add_bos_token": bos,
         "tokenizer.ggml.add_eos_token": eos,
     }
