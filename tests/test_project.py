@@ -237,12 +237,14 @@ READERS = {
         "store.reading", "store.folders",  # the boundary; a claim, of which anything unreadable means nothing
         "bench.run.child", "bench.run.processes", "bench.run.worker", "bench.demo", "bench.studies.packed_parity",
         "bench.gpu.command", "bench.studies.ci_gate",  # our own workers' pipes and results
+        "project",  # what pip recorded
         "serve.smoke", "serve.load", "serve.onnx_server",  # bodies of HTTP, bounded there
     },
     r"yaml\.(?!safe_dump)\w+\(": {"store.reading"},
     r"AutoTokenizer\.": {"store.stock", "store.gguf"},
     r"AutoConfig\.": set(),
     r"\.read_(?:text|bytes)\(": {
+        "project",  # what pip recorded
         "machine", "packed.dispatch", "packed.cuda.dispatch", "packed.native",  # /proc; our own sources
         "store.folders", "bench.assets", "bench.commands.init_ci", "bench.gpu.command", "bench.gpu.table",
         "bench.report.page", "bench.run.child", "bench.run.environment", "bench.run.served_worker", "bench.run.worker",

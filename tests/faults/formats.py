@@ -207,8 +207,8 @@ def spoil_onnx(data: bytes, rng: Random) -> tuple[bytes, str]:
 
 def spoil_folder(root: Path, rng: Random) -> str:
     """A file dropped, emptied, made a folder, a link, a FIFO or a device; a stranger's file added."""
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    path = rng.choice(files)
+    files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    path = rng.choice(files)  # never what a first spoiling made a link: it may lead to a file of this machine
     what = rng.randrange(12)
     if what in (0, 1, 2, 3, 4, 5, 6):
         path.unlink()
@@ -230,7 +230,8 @@ def spoil_folder(root: Path, rng: Random) -> str:
         path.chmod(0)
     elif what == 8:
         other = path.with_name(rng.choice(("x" * 255, "a\nb", "model.safetensors", "x.py", "pytorch_model.bin")))
-        other.write_bytes(path.read_bytes())
+        if other in files or not os.path.lexists(other):
+            other.write_bytes(path.read_bytes())
     elif what == 9:
         with path.open("ab") as file:
             file.truncate(rng.choice((path.stat().st_size // 2, path.stat().st_size + 1, 300 << 20)))
