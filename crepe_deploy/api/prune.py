@@ -73,10 +73,10 @@ def prune_and_export(
     """Prune `model` and write OUT/FORMAT/ for each format; returns the report that is OUT/report.json.
 
     format: one or more of "dense", "packed", "int8", "onnx" and "gguf", a list or comma-separated. onnx_flavor,
-    precision, quantise: as in `export`. heal: minutes for which the pruned model is trained on the calibration text before it is exported, as
-    by `heal`. The rest, and what is raised, as in `prune`. The report names the source, what was resolved (method,
-    parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on disk), `seconds` by
-    phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
+    precision, quantise: as in `export`. heal: minutes for which the pruned model is trained on the calibration text
+    before it is exported, as by `heal`. The rest, and what is raised, as in `prune`. The report names the source, what
+    was resolved (method, parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on
+    disk), `seconds` by phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
     """
     from crepe_deploy.exporting.pipeline import prune_and_export as run
     from crepe_deploy.exporting.registry import check_formats

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from ...errors import UnsupportedModel
 from ...store.gguf import named
+from ...store.reading import parse_json
 from ...store.stock import tokenizer_of
 
 Fields = dict[str, Any]
@@ -49,7 +50,7 @@ def vocabulary_of(folder: Path, rows: int) -> tuple[Fields, tuple[str, ...]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModel(f"{folder}: its tokenizer ({type(tokenizer).__name__}) is none of the fast ones")
-    spec = json.loads(backend.to_str())
+    spec: Any = parse_json(backend.to_str().encode(), f"{folder}: its tokenizer")
     model = spec["model"]
     if model["type"] != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix"):
         raise _refused(folder, f"a {model['type']} model" if model["type"] != "BPE" else "BPE with dropout or prefixes")
