@@ -46,7 +46,7 @@ $(VENV)/.vllm: $(VENV)/.base
 
 $(VENV)/.dev: $(VENV)/.vllm
 	@echo "setup, tests: development tools (a minute)"
-	@$(PIP) -e '.[gguf,eval,bench,onnx,dev]'
+	@$(PIP) -e '.[gguf,heal,eval,bench,onnx,dev]'
 	@touch $@
 
 assets: $(VENV)/.base

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .api.doctor import doctor
     from .api.evaluate import Evaluation, evaluate
     from .api.export import export
+    from .api.heal import heal
     from .api.inputs import Mixture
     from .api.inspect import Inspection, inspect
     from .api.plan import Plan, plan
@@ -36,6 +37,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "export",
+    "heal",
     "inspect",
     "plan",
     "prune",
@@ -55,6 +57,7 @@ _MODULES = {
     "doctor": "api.doctor",
     "evaluate": "api.evaluate",
     "export": "api.export",
+    "heal": "api.heal",
     "inspect": "api.inspect",
     "plan": "api.plan",
     "prune": "api.prune",

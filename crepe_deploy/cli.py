@@ -18,6 +18,7 @@ from . import __version__
 from .commands.doctor import doctor_command
 from .commands.evaluate import eval_command
 from .commands.export import export_command
+from .commands.heal import heal_command
 from .commands.inspect import inspect_command
 from .commands.options import say
 from .commands.plan import plan_command
@@ -51,6 +52,7 @@ for command in (
     prune_and_export_command,
     prune_command,
     tyr_command,
+    heal_command,
     export_command,
     eval_command,
     plan_command,

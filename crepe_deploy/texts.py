@@ -15,6 +15,8 @@ from .documents import Text, load_text
 from .errors import CalibrationError, CheckpointError, ConfigError
 from .limits import MOST, check_seed
 from .model.families import family_of
+from .progress import Say, unsaid
+from .selftext import SELF, own_text
 from .store.checkpoint import read_config
 from .store.stock import tokenizer_of
 
@@ -94,13 +96,15 @@ def calibration_windows(
     length: int = 2048,
     seed: int = 0,
     field: str = "text",
+    say: Say = unsaid,
 ) -> CalibrationSet:
     """Draw `samples` windows of `length` tokens from a source, at random without overlap, by a generator of its own.
 
     Documents are joined by blank lines and tokenised without special tokens, though each window starts with BOS where
     the family needs it. A text far longer than wanted is first cut to CHARS_PER_TOKEN characters a token, or MIN_CHARS.
     Of several sources each gives as many windows as the others (the first ones one more where that does not come out
-    even), in one random order.
+    even), in one random order. The source "self" is the model beside the tokenizer, which writes them (`own_text`,
+    which is told `say`).
     Raises CalibrationError saying how many tokens are missing, ConfigError, and as `load_text` does.
     """
     check_seed(seed)
@@ -109,17 +113,17 @@ def calibration_windows(
             f"{samples} calibration samples of {length} tokens: it must be 1 of 2, and {MOST} tokens at most"
         )
     if isinstance(source, (str, Path, Text)):
-        return _windows(source, tokenizer, samples, length, seed, field)
+        return _windows(source, tokenizer, samples, length, seed, field, say)
     names = [str(one) for one in source]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"calibration sources must be given, and each once: {', '.join(names) or 'none is'}")
     if len(names) == 1:
-        return _windows(names[0], tokenizer, samples, length, seed, field)
+        return _windows(names[0], tokenizer, samples, length, seed, field, say)
     if samples < len(names):
         raise ConfigError(f"{samples} calibration samples cannot come from {len(names)} sources: raise the samples")
     share, more = divmod(samples, len(names))
     return _mixed([
-        _windows(name, tokenizer, share + (index < more), length, seed, field) for index, name in enumerate(names)
+        _windows(name, tokenizer, share + (index < more), length, seed, field, say) for index, name in enumerate(names)
     ])  # fmt: skip
 
 
@@ -128,21 +132,26 @@ def _mixed(sets: list[CalibrationSet]) -> CalibrationSet:
         sum(len(part.tokens) for part in sets), generator=torch.Generator().manual_seed(sets[0].seed)
     )
     kept = ("source", "sha256", "samples", "text_tokens")
+    rules = dict.fromkeys(part.rule for part in sets)
     return replace(
         sets[0],
         tokens=torch.cat([part.tokens for part in sets])[order],
         source=" + ".join(part.source for part in sets),
         sha256=hashlib.sha256("".join(part.sha256 for part in sets).encode()).hexdigest(),
         text_tokens=sum(part.text_tokens for part in sets),
-        rule=f"equal shares in random order; each: {sets[0].rule}",
+        rule=f"equal shares in random order; each: {'; or: '.join(rules)}",
         parts=tuple({name: part.record()[name] for name in kept} for part in sets),
     )
 
 
 def _windows(
-    source: str | Path | Text, tokenizer: Any, samples: int, length: int, seed: int, field: str
+    source: str | Path | Text, tokenizer: Any, samples: int, length: int, seed: int, field: str, say: Say
 ) -> CalibrationSet:
     bos = wants_bos_each_window(tokenizer)
+    if source == SELF:
+        own = own_text(Path(tokenizer.name_or_path), tokenizer, samples, length, seed, bos=bos, say=say)
+        said = "window" if bos else "none"
+        return CalibrationSet(own.tokens, SELF, own.sha256, "", seed, own.tokens.numel(), own.rule, said)
     body = length - 1 if bos else length
     ids, text, rule = _enough_tokens(tokenizer, source, samples * body, field)
     windows = draw_windows(ids, samples, body, seed)

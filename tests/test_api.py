@@ -22,7 +22,19 @@ from crepe_deploy.texts import CalibrationSet
 from tests.pico import make_pico_llama, sample_text
 
 ROOT = Path(__file__).resolve().parent.parent
-FUNCTIONS = ("doctor", "evaluate", "export", "inspect", "plan", "prune", "prune_and_export", "search", "tyr", "verify")
+FUNCTIONS = (
+    "doctor",
+    "evaluate",
+    "export",
+    "heal",
+    "inspect",
+    "plan",
+    "prune",
+    "prune_and_export",
+    "search",
+    "tyr",
+    "verify",
+)
 
 
 @pytest.fixture

@@ -26,9 +26,9 @@ from ...exporting.tyr import FolderWriter
 from ...progress import progress
 from ...quality.perplexity import evaluate
 from ...store.sources import resolve_model
+from ...store.work import JOURNAL, work_folder
 from ...structural.config import TyrConfig
 from ...structural.tyr import tyr
-from ...structural.work import JOURNAL, work_folder
 from ...texts import CalibrationSet, calibration_windows, load_tokenizer
 from ..assets import ensure_assets
 from ..run.environment import load_average, record_environment

@@ -47,18 +47,20 @@ def pattern_of(sparsity: Pattern | str | float, granularity: Granularity = "row"
     return parse_pattern(str(sparsity), granularity)
 
 
-def export_options(onnx_flavor: str | None, precision: str | None) -> dict[str, str]:
+def export_options(onnx_flavor: str | None, precision: str | None, quantise: str | None = None) -> dict[str, str]:
     """What was given of the options of export formats, by the names that the formats have for them."""
-    options = {"flavor": onnx_flavor, "precision": precision}
+    options = {"flavor": onnx_flavor, "precision": precision, "quantise": quantise}
     return {name: value for name, value in options.items() if value is not None}
 
 
-def windows_of(model: Model, calib: Calibration, field: str, samples: int, length: int, seed: int) -> CalibrationSet:
+def windows_of(
+    model: Model, calib: Calibration, field: str, samples: int, length: int, seed: int, say: Say | None = None
+) -> CalibrationSet:
     """Calibration windows of a source, of documents, or as given.
 
-    calib: a file or `datasets` name; a `Mixture` of those; documents; token ids, integer (samples, length), which are
-    taken as they are. length: clipped to the model's context. Raises CalibrationError, CheckpointError, ConfigError,
-    MissingExtra.
+    calib: a file or `datasets` name, "self" for text that the model writes (say is told so); a `Mixture` of those;
+    documents; token ids, integer (samples, length), which are taken as they are. length: clipped to the model's
+    context. Raises CalibrationError, CheckpointError, ConfigError, MissingExtra.
     """
     if isinstance(calib, CalibrationSet):
         return _varied(calib)
@@ -69,7 +71,7 @@ def windows_of(model: Model, calib: Calibration, field: str, samples: int, lengt
     source = calib if isinstance(calib, str | Path) else _several(calib)
     context = int(getattr(config, "max_position_embeddings", None) or length)
     tokenizer = load_tokenizer(model.folder)
-    windows = calibration_windows(source, tokenizer, samples, min(length, context), seed=seed, field=field)
+    windows = calibration_windows(source, tokenizer, samples, min(length, context), seed, field, say or unsaid)
     check_ids(tokenizer, windows.tokens.flatten().tolist(), rows)
     return _varied(windows)
 

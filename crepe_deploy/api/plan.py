@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern, Unstructured
 from crepe_deploy.progress import Say
+from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
 from .inputs import Granularity, find_model, pattern_of
@@ -27,7 +28,10 @@ ADVICE = (
 
 
 class Plan(TypedDict):
-    """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors."""
+    """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors.
+
+    heal_memory_estimate_bytes: above the libraries, by the options of `heal` that save memory, where it was asked for.
+    """
 
     model: str
     pattern: str
@@ -38,16 +42,21 @@ class Plan(TypedDict):
     packed_checkpoint_bytes: int
     pruned_tensors_packed_over_dense: float
     peak_memory_estimate_bytes: int
+    calib_self_memory_estimate_bytes: int
     disk_needed_bytes: int
     targets: dict[str, str]
     advice: str
+    heal_memory_estimate_bytes: NotRequired[dict[str, int]]
 
 
 def plan(
     model: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
-    calib_samples: int = 128, calib_length: int = 2048, revision: str | None = None, say: Say | None = None,
+    calib_samples: int = 128, calib_length: int = 2048, revision: str | None = None, heal: bool = False,
+    say: Say | None = None,
 ) -> Plan:  # fmt: skip
     """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read.
+
+    heal: say what healing this folder, or what is pruned from it, will take too.
 
     Raises PatternError, CheckpointError, UnsupportedModel, ConfigError (exit code 2).
     """
@@ -63,7 +72,7 @@ def plan(
     unpackable = [spec.key for spec in prunable if not packable(spec, pattern)]
     packed = sum(packed_bytes(reader, spec, pattern) for spec in prunable if packable(spec, pattern))
     kept = sum(reader.info(key).size_bytes for key in unpackable)
-    return {
+    result: Plan = {
         "model": str(folder),
         "pattern": str(pattern),
         "prunable_tensors": len(prunable),
@@ -73,10 +82,30 @@ def plan(
         "packed_checkpoint_bytes": total - dense + packed + kept,
         "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
         "peak_memory_estimate_bytes": peak_memory(decoder, calib_samples * min(calib_length, decoder.context_length)),
+        "calib_self_memory_estimate_bytes": sampling_bytes(
+            decoder.config, total, decoder.dtype.itemsize, calib_samples, min(calib_length, decoder.context_length)
+        ),
         "disk_needed_bytes": 2 * total,
         "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
         "advice": ADVICE,
     }
+    if heal:
+        result["heal_memory_estimate_bytes"] = heal_memory(folder)
+    return result
+
+
+def heal_memory(folder: Path) -> dict[str, int]:
+    """Peak memory of `heal` at its defaults, and with what makes it less."""
+    from crepe_deploy.healing.config import HealConfig
+    from crepe_deploy.healing.memory import peak_bytes
+
+    configs = {
+        "defaults": HealConfig(),
+        "--accumulate 4": HealConfig(accumulate=4),
+        "--checkpointing": HealConfig(checkpointing=True),
+        "--lora 16 --checkpointing": HealConfig(lora=16, checkpointing=True),
+    }
+    return {options: peak_bytes(folder, config) for options, config in configs.items()}
 
 
 def gpu_truth(shapes: set[tuple[int, int]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
+from .heal import healing_of
 from .inputs import Calibration, Granularity, export_options, find_model, pattern_of, windows_of
 
 
@@ -22,7 +24,8 @@ def prune(
     model: str | Path, out: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
     method: str | None = None, preset: str | Path | None = None, params: Mapping[str, Any] | None = None,
     recipe: str | Path | None = None, feed: str | None = None, allocate: str | None = None, permute: str | None = None,
-    reprune: str | None = None, reconstruct: str | None = None, rescale: str | None = None,
+    reprune: str | None = None, reconstruct: str | None = None, repair: str | None = None,
+    rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
     seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
     revision: str | None = None, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
@@ -34,9 +37,11 @@ def prune(
     or over the `granularity` "matrix". method: "crepe" (default), "ria", "wanda", "sparsegpt" or "magnitude".
     preset, params: its hyperparameters, by name or file and one by one. recipe: method and steps, a name or YAML file;
     arguments go before it. feed: whose output calibrates the next block, "auto", "dense", "pruned" or "both".
-    allocate, permute, reprune, reconstruct, rescale: steps as "NAME" or "NAME:PARAMETER=VALUE,..." (docs/methods.md).
-    calib: a file or `datasets` name, a `Mixture` of them, a list of documents, or token ids, an integer tensor
-    (samples, length). calib_samples, calib_length: windows drawn, and tokens in each, clipped to the model's context.
+    allocate, permute, reprune, reconstruct, repair, rescale: steps, "NAME" or "NAME:PARAMETER=VALUE,..."
+    (docs/methods.md).
+    calib: a file or `datasets` name, "self" for text that the model writes itself, a `Mixture` of them, a list of
+    documents, or token ids, an integer tensor (samples, length). calib_samples, calib_length: windows drawn, and
+    tokens in each, clipped to the model's context.
     include, exclude: regular expressions searched in tensor names. dtype: to compute in, "auto" is the checkpoint's.
     progress: told pieces of work done and in all. say: told what is fetched or converted.
     Raises ConfigError, PatternError, CheckpointError, UnsupportedModel, CalibrationError, OutputError, MissingExtra
@@ -45,30 +50,33 @@ def prune(
     """
     config = prune_config(
         method, pattern_of(sparsity, granularity), preset=preset, params=params, recipe=recipe, feed=feed,
-        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, rescale=rescale, include=include,
-        exclude=exclude, dtype=dtype,
+        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
+        include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
     source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed)
+    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say)
     return prune_checkpoint(source, Path(out), config, windows, overwrite=overwrite, step=progress or silent)
 
 
 def prune_and_export(
     model: str | Path, out: str | Path, *, format: str | Sequence[str] = "dense", onnx_flavor: str | None = None,
-    precision: str | None = None, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
-    method: str | None = None, preset: str | Path | None = None, params: Mapping[str, Any] | None = None,
-    recipe: str | Path | None = None, feed: str | None = None, allocate: str | None = None, permute: str | None = None,
-    reprune: str | None = None, reconstruct: str | None = None, rescale: str | None = None,
+    precision: str | None = None, quantise: str | None = None, sparsity: Pattern | str | float = "2:4",
+    granularity: Granularity = "row", method: str | None = None, preset: str | Path | None = None,
+    params: Mapping[str, Any] | None = None, recipe: str | Path | None = None, feed: str | None = None,
+    allocate: str | None = None, permute: str | None = None, reprune: str | None = None,
+    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
     seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
-    revision: str | None = None, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
+    heal: float | None = None, revision: str | None = None, overwrite: bool = False, progress: Progress | None = None,
+    say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune `model` and write OUT/FORMAT/ for each format; returns the report that is OUT/report.json.
 
-    format: one or more of "dense", "packed", "int8" and "onnx", a list or comma-separated. onnx_flavor, precision: as
-    in `export`; the rest, and what is raised, as in `prune`. The report names the source, what was resolved (method,
-    parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on disk), `seconds` by
-    phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
+    format: one or more of "dense", "packed", "int8", "onnx" and "gguf", a list or comma-separated. onnx_flavor,
+    precision, quantise: as in `export`. heal: minutes for which the pruned model is trained on the calibration text
+    before it is exported, as by `heal`. The rest, and what is raised, as in `prune`. The report names the source, what
+    was resolved (method, parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on
+    disk), `seconds` by phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
     """
     from crepe_deploy.exporting.pipeline import prune_and_export as run
     from crepe_deploy.exporting.registry import check_formats
@@ -76,22 +84,24 @@ def prune_and_export(
     formats = check_formats([name.strip() for name in format.split(",")] if isinstance(format, str) else list(format))
     config = prune_config(
         method, pattern_of(sparsity, granularity), preset=preset, params=params, recipe=recipe, feed=feed,
-        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, rescale=rescale, include=include,
-        exclude=exclude, dtype=dtype,
+        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
+        include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
     source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed)
+    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say)
     return run(
         source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
-        options=export_options(onnx_flavor, precision),
+        options=export_options(onnx_flavor, precision, quantise),
+        healing=healing_of(source, heal, calib, calib_field, seed, lambda _: nullcontext(progress or silent), say),
     )  # fmt: skip
 
 
 def _calibration(
-    config: PruneConfig, model: Model, calib: Calibration | None, field: str, samples: int, length: int, seed: int
-) -> CalibrationSet | None:
+    config: PruneConfig, model: Model, calib: Calibration | None, field: str, samples: int, length: int, seed: int,
+    say: Say | None,
+) -> CalibrationSet | None:  # fmt: skip
     if not config.needs_text:
         return None
     if calib is None:
-        raise ConfigError("this method needs calibration text: give --calib FILE_OR_DATASET")
-    return windows_of(model, calib, field, samples, length, seed)
+        raise ConfigError("this method needs calibration text: give --calib FILE_OR_DATASET, or --calib self")
+    return windows_of(model, calib, field, samples, length, seed, say)

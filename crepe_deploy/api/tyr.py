@@ -10,6 +10,7 @@ from crepe_deploy.structural.config import TyrConfig
 from crepe_deploy.structural.local import DEFAULT_VARIANT
 from crepe_deploy.structural.tyr import tyr as prune_structurally
 
+from .heal import healing_of
 from .inputs import Calibration, find_model, windows_of
 
 
@@ -22,7 +23,8 @@ def tyr(
     attention_share: float | str | None = None, accumulation: str = "expectation", variant: str | None = None,
     fitness: Literal["logits", "hidden"] = "logits", top_k: int = 1024, refit: bool | None = None,
     finish: Literal["paired", "single", "supernet"] = "single", layout: Literal["plugin", "deci"] = "plugin",
-    remote_code: bool = False, seed: int = 0, dtype: str = "auto", revision: str | None = None, resume: bool = False,
+    remote_code: bool = False, heal: float | None = None, seed: int = 0, dtype: str = "auto",
+    revision: str | None = None, resume: bool = False,
     overwrite: bool = False, show: Show | None = None, say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Remove attention units and FFN neurons from `model`; OUT/dense/ is a physically smaller checkpoint.
@@ -31,6 +33,7 @@ def tyr(
     `search_samples` that only the search sees. sparsity: share of the decoder layers' linear parameters to remove;
     embeddings, norms and lm_head stay. method: "tyr" searches the widths, the others are baselines. widths: "uniform"
     is one width for all layers, a plain checkpoint. The rest: `structural.config.TyrConfig` and docs/tyr.md.
+    heal: minutes for which the smaller model is trained on the calibration text, as `heal` does.
     layout, remote_code: of the folder, docs/structural-serving.md. resume: go on with OUT.work, which a stopped run
     leaves; on the command line that is exit code 75. show: wraps a label for each long step and yields its progress.
     Returns the report that is written to OUT/report.json, the path `out` besides. Seconds and bytes unless named.
@@ -48,8 +51,9 @@ def tyr(
     )  # fmt: skip
     config.check()
     source = find_model(model, revision, say)
-    text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed)
+    text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed, say)
+    healing = healing_of(source, heal, calib, calib_field, seed, show, say)
     return prune_structurally(
         source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
-        write=FolderWriter(widths, layout, remote_code),
+        write=FolderWriter(widths, layout, remote_code, healing),
     )  # fmt: skip

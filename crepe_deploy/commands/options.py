@@ -87,7 +87,8 @@ def calibration_options(*, samples: int, length: int, required: bool = False) ->
     """The calibration text and how much of it is read; samples, length: the defaults."""
     return options(
         click.option("--calib", multiple=True, required=required, metavar="FILE_OR_DATASET",
-                     help="Calibration text: .txt, .jsonl, .parquet or a datasets name. Several give equal shares."),
+                     help="Calibration text: .txt, .jsonl, .parquet, a datasets name, or self: the model writes it. "
+                          "Several give equal shares."),
         click.option("--calib-field", default="text", show_default=True,
                      help="Field of .jsonl, .parquet or dataset rows."),
         click.option("--calib-samples", type=Count(1), default=samples, show_default=True),
@@ -105,6 +106,21 @@ sparsity_options = options(
     click.option("--granularity", type=click.Choice(["row", "matrix"]), default="row", show_default=True,
                  help="Where a fraction of zeros is counted."),
 )  # fmt: skip
+
+
+heal_option = click.option(
+    "--heal", type=Number(0, min_open=True), default=None, metavar="MINUTES",
+    help="Train what was pruned on the calibration text for so long, zeros held, as the command heal does.",
+)  # fmt: skip
+
+
+def healed_line(healed: Mapping[str, Any]) -> str:
+    """What healing did, from the manifest's entry."""
+    kl = healed["held_out_kl"]
+    return (
+        f"held-out KL to the dense model {kl['before']:.4f} -> {kl['after']:.4f} after {healed['steps']} steps, "
+        f"{healed['tokens']:,} tokens, {healed['seconds']:.0f} s"
+    )
 
 
 class _FormatOption(click.Option):
@@ -133,6 +149,10 @@ onnx_options = options(
     click.option("--precision", default=None, help="Of an ONNX graph: fp32 (default), fp16 or int4."),
 )  # fmt: skip
 
+quantise_option = click.option(
+    "--quantise", default=None, help="Of a GGUF file: auto (default, as stored), f32, f16, bf16, q8_0, q5_0 or q4_0."
+)
+
 prune_options = options(
     click.argument("model"),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist."),
@@ -149,6 +169,8 @@ prune_options = options(
     click.option("--reprune", default=None, metavar="STEP", help="dsnot, dsnot-ria or swaps, inside rows and groups."),
     click.option("--reconstruct", default=None, metavar="STEP",
                  help="exact, obs or admm: fit kept weights to the output. STEP is NAME[:PARAMETER=VALUE,...]."),
+    click.option("--repair", default=None, metavar="STEP",
+                 help="block: tune the kept weights of each block to the dense model's output behind it."),
     click.option("--rescale", default=None, metavar="STEP",
                  help="logits: fit their scale to the dense model on held-out calibration windows."),
     calibration_options(samples=128, length=2048),

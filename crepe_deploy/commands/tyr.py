@@ -12,6 +12,8 @@ from .options import (
     Count,
     Number,
     calibration_options,
+    heal_option,
+    healed_line,
     json_option,
     options,
     overwrite_option,
@@ -26,6 +28,7 @@ EXAMPLES = """\b
 Examples:
   crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --out out
   crepe-deploy tyr models/llama --widths uniform --calib wiki.txt --calib c4.txt --out out
+  crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --heal 30 --out out
   crepe-deploy tyr models/llama --layout deci --calib wiki.txt --search-samples 8 --out out
   crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --out out --resume
 """
@@ -79,6 +82,7 @@ tyr_options = options(
     click.option("--layout", type=click.Choice(["plugin", "deci"]), default="plugin", show_default=True,
                  help="Of per-layer widths: for readers with crepe-deploy installed, or DeciLM's for stock vLLM."),
     click.option("--remote-code", is_flag=True, help="Put modelling files beside per-layer weights."),
+    heal_option,
     click.option("--seed", type=SEED, default=0, show_default=True),
     click.option("--dtype", default="auto", show_default=True, help="To compute in: auto, bfloat16, float16, float32."),
     revision_option,
@@ -100,7 +104,7 @@ def tyr_command(out: Path, calib: tuple[str, ...], as_json: bool, **options: Any
     from crepe_deploy.api.inputs import Mixture
     from crepe_deploy.api.tyr import tyr
     from crepe_deploy.progress import progress
-    from crepe_deploy.structural.work import JOURNAL, work_folder
+    from crepe_deploy.store.work import JOURNAL, work_folder
 
     with resumable(work_folder(out) / JOURNAL):
         report = tyr(out=out, calib=Mixture(calib), show=progress, say=say, **options)
@@ -119,6 +123,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         text.append(f"every layer: {_layer(layers[0])}")
     else:
         text += [f"  layer {index}: {_layer(layer)}" for index, layer in enumerate(layers)]
+    if healed := report.get("healed"):
+        text.append(healed_line(healed))
     return [*text, f"{report['out']}/dense: written and verified"]
 
 

@@ -15,6 +15,7 @@ from crepe_deploy.phases import Phases
 
 from .layer import LayerPruner, LayerResult
 from .run_plan import RunPlan
+from .steps.repair import Lesson, Repaired
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class Streams:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What was done to each layer by tensor name, and the seconds that it took by phase."""
+    """What was done to each layer by tensor name and to the block as a whole, and the seconds that it took by phase."""
 
     layers: dict[str, LayerResult]
+    repaired: Repaired | None
     seconds: dict[str, float]
 
 
@@ -52,11 +54,14 @@ def prune_block(plan: RunPlan, index: int, streams: Streams, weights: dict[str, 
     phases = Phases()
     pruner = LayerPruner(plan.decoder, plan.config, plan.patterns, phases)
     block = plan.decoder.blocks[index]
-    prune_layers = _beside_dense if streams.pairs else _alone
-    layers = prune_layers(plan, index, streams, weights, pruner)
+    repaired = None
+    if streams.pairs:
+        layers, repaired = _beside_dense(plan, index, streams, weights, pruner)
+    else:
+        layers = _alone(plan, index, streams, weights, pruner)
     with phases("forward"):
         streams.probe.run(block, index, advance=True)
-    return BlockResult(layers, phases.seconds)
+    return BlockResult(layers, repaired, phases.seconds)
 
 
 def _alone(
@@ -81,18 +86,50 @@ def _alone(
 
 def _beside_dense(
     plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], pruner: LayerPruner
-) -> dict[str, LayerResult]:
-    """Group by group, each behind what is pruned already and beside what the dense block has there."""
+) -> tuple[dict[str, LayerResult], Repaired | None]:
+    """Group by group, each behind what is pruned already and beside what the dense block has there; then as a whole."""
     block, targets, pairs = plan.decoder.blocks[index], plan.targets[index], streams.pairs
+    repair, repaired = plan.config.steps.repair, None
     dense = copy.deepcopy(block)
     layers: dict[str, LayerResult] = {}
     for group in pairs[0].groups(block, index, plan.decoder.linears[index], targets):
         layers |= _group(pairs[0], dense, block, index, group, weights, pruner)
+    last = index == len(plan.targets) - 1
     with pruner.phases("forward"):
-        # Behind the last block only what the held-out windows give there is read.
-        for pair in pairs[1:] if index == len(plan.targets) - 1 else pairs:
-            pair.advance(dense, block, index)
-    return layers
+        # Behind the last block only what the held-out windows give there is read, and by repair what is wanted.
+        for pair in pairs[1:] if last and repair is None else pairs:
+            pair.dense.advance(dense, index)
+    if repair is not None and targets:
+        with pruner.phases("repair"):
+            repaired = repair(block, _tuned(plan, index, weights), *(_lessons(pair, index) for pair in pairs))
+            for pair in pairs:
+                pair.pruned.outputs = []  # what its parts put out before
+    with pruner.phases("forward"):
+        for pair in pairs[1:] if last else pairs:
+            pair.pruned.advance(block, index)
+    return layers, repaired
+
+
+def _tuned(plan: RunPlan, index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What repair may change, by name in the block: the weights of its targets, and its norms."""
+    block, prefix = plan.decoder.blocks[index], f"{plan.decoder.blocks_path}.{index}."
+    pruned = {f"{spec.path}.weight" for spec in plan.targets[index]}
+    linear = {f"{spec.path}." for spec in plan.decoder.linears[index]}
+    names = [
+        name
+        for name, parameter in block.named_parameters()
+        if name in pruned or (parameter.ndim == 1 and not name.startswith(tuple(linear)))
+    ]
+    return {name: weights[plan.decoder.key(prefix + name)] for name in names}
+
+
+def _lessons(pair: Pair, index: int) -> list[Lesson]:
+    """What the block reads in the pruned model and is to put out, with the dense side behind it already."""
+    stream = pair.pruned.stream
+    return [
+        Lesson(calls[index], given, wanted)
+        for calls, given, wanted in zip(stream.calls, stream.hidden, pair.dense.stream.hidden, strict=True)
+    ]
 
 
 def _group(

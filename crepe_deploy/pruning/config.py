@@ -68,8 +68,12 @@ class PruneConfig:
                 raise ConfigError(
                     f"--reprune undoes the weights that '{self.origin.method}' updates: give --reconstruct as well"
                 )
-        if self.feed == "both" and steps.reconstruct is None:
-            raise ConfigError("--feed both collects what only --reconstruct uses: give one, or another feed")
+        if self.feed == "both" and not steps.beside_dense:
+            raise ConfigError(
+                "--feed both collects what only --reconstruct and --repair use: give one, or another feed"
+            )
+        if steps.repair is not None and self.feed != "both":
+            raise ConfigError("--repair compares with the dense model on the way: give --feed both or none")
         if steps.rescale is not None and self.feed != "both":
             raise ConfigError("--rescale compares with the dense model on the way: give --reconstruct and --feed both")
         name_filter(self.include, self.exclude)
@@ -84,7 +88,7 @@ class PruneConfig:
     def needs_text(self) -> bool:
         """Whether anything reads calibration statistics, the allocation included."""
         allocating = self.steps.allocate.needs if self.steps.allocate else frozenset()
-        return bool(self.needs | allocating)
+        return bool(self.needs | allocating) or self.steps.beside_dense
 
     def record(self) -> dict[str, Any]:
         """As JSON for the manifest: what was asked for, and every parameter that it came to."""
@@ -117,6 +121,7 @@ def prune_config(
     permute: str | None = None,
     reprune: str | None = None,
     reconstruct: str | None = None,
+    repair: str | None = None,
     rescale: str | None = None,
     include: str | None = None,
     exclude: str | None = None,
@@ -128,7 +133,7 @@ def prune_config(
     recipe's takes nothing of the recipe's preset and params. pattern: "2:4", "0.5", "0.5/matrix" or 0.5 (of zeros).
     preset: a name or file; crepe's default is "default". params: hyperparameters that go before the preset's.
     recipe: a name or file. feed: "auto" (default: the better one for the method and steps), "dense", "pruned", "both".
-    allocate, permute, reprune, reconstruct, rescale: steps as `NAME` or `NAME:PARAMETER=VALUE,...`.
+    allocate, permute, reprune, reconstruct, repair, rescale: steps as `NAME` or `NAME:PARAMETER=VALUE,...`.
     include, exclude, dtype: as in `PruneConfig`.
     Raises ConfigError and PatternError; no model is looked at.
     """
@@ -141,7 +146,8 @@ def prune_config(
         method or asked.get("method"), preset or asked.get("preset"), {**asked.get("params", {}), **(params or {})}
     )
     given = {
-        "allocate": allocate, "permute": permute, "reprune": reprune, "reconstruct": reconstruct, "rescale": rescale,
+        "allocate": allocate, "permute": permute, "reprune": reprune, "reconstruct": reconstruct, "repair": repair,
+        "rescale": rescale,
     }  # fmt: skip
     texts = {kind: text for kind in KINDS if (text := given[kind] or asked.get(kind)) is not None}
     steps = build_steps(texts)
@@ -174,7 +180,7 @@ def _method(
 def _feed(wanted: str, method: ScoreMethod | SolveMethod, steps: Steps) -> Feed:
     """The feed that is meant by a name; "auto": the one that kept more of a real model (docs/methods.md)."""
     if wanted == "auto":
-        return method.feed if steps.reconstruct is None else "both"
+        return "both" if steps.beside_dense else method.feed
     for feed in get_args(Feed):
         if wanted == feed:
             return feed  # type: ignore[no-any-return]

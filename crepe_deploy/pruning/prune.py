@@ -41,14 +41,17 @@ from .config import PruneConfig
 from .layer import LayerResult
 from .run_plan import RunPlan, plan_run
 from .steps.allocate import allocate, summary
+from .steps.repair import Repaired
 from .steps.rescale import Rescaled, rescale_head
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was done while writing: to each layer by tensor name, the logits on the probe, the rescaling, seconds."""
+    """What was done while writing: to each layer by tensor name, to each block where blocks are repaired, the logits
+    on the probe, the rescaling, seconds."""
 
     layers: dict[str, LayerResult]
+    repaired: list[Repaired]
     logits: Tensor
     rescaled: Rescaled | None
     seconds: dict[str, float]
@@ -96,7 +99,7 @@ def prune(
             calibration=calibration.record() if calibration is not None and config.needs_text else None,
             tensors=tensors,
             dense_tensors=sorted(set(plan.decoder.reader.tensors) - set(tensors)),
-            metrics=_metrics(plan, tensors, pruned.rescaled, phases.seconds, parity),
+            metrics=_metrics(plan, tensors, pruned, phases.seconds, parity),
             files=files,
             parent=parent,
         )
@@ -120,6 +123,7 @@ def _prune_into(folder: Path, plan: RunPlan, streams: Streams, step: Progress) -
     """Write the pruned checkpoint's tensors into `folder`."""
     decoder, phases = plan.decoder, Phases()
     layers: dict[str, LayerResult] = {}
+    repaired: list[Repaired] = []
     with CheckpointWriter(folder, _same_layout(decoder.reader)) as writer:
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
@@ -128,6 +132,7 @@ def _prune_into(folder: Path, plan: RunPlan, streams: Streams, step: Progress) -
                     for name, tensor in weights.items():
                         writer.write(name, tensor)
             layers |= result.layers
+            repaired += [] if result.repaired is None else [result.repaired]
             phases.add(result.seconds)
             step(index + 1, len(decoder.blocks))
         with decoder.head() as head:
@@ -143,7 +148,7 @@ def _prune_into(folder: Path, plan: RunPlan, streams: Streams, step: Progress) -
             with phases("write"):
                 for name in writer.pending:
                     writer.write(name, head.weights[name] if name in head.weights else decoder.reader.load(name))
-    return Pruned(layers, logits, rescaled, phases.seconds)
+    return Pruned(layers, repaired, logits, rescaled, phases.seconds)
 
 
 def _same_layout(reader: CheckpointReader) -> dict[str, Planned]:
@@ -199,7 +204,7 @@ def _records(plan: RunPlan, layers: Mapping[str, LayerResult], zeros: Mapping[st
 def _metrics(
     plan: RunPlan,
     records: Mapping[str, TensorRecord],
-    rescaled: Rescaled | None,
+    pruned: Pruned,
     seconds: Mapping[str, float],
     parity: dict[str, Any],
 ) -> dict[str, Any]:
@@ -209,7 +214,8 @@ def _metrics(
         "patterns": summary(dict(plan.patterns)),
         "pruned_tensors": len(records),
         "mean_layer_error": sum(record.layer_error or 0.0 for record in records.values()) / len(records),
-        **({} if rescaled is None else {"rescale": asdict(rescaled)}),
+        **({"repair": [asdict(block) for block in pruned.repaired]} if pruned.repaired else {}),
+        **({} if pruned.rescaled is None else {"rescale": asdict(pruned.rescaled)}),
         **({"limits": plan.limits} if plan.limits else {}),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "parity": parity,

@@ -46,6 +46,7 @@ class Recipe(_Stored):
     permute: str | None = None
     reprune: str | None = None
     reconstruct: str | None = None
+    repair: str | None = None
     rescale: str | None = None
 
     def options(self, pattern: Pattern) -> dict[str, Any]:

@@ -32,8 +32,9 @@ class RunPlan:
     """A model and what is to be done to it.
 
     targets: the layers to prune, by block. patterns: theirs by tensor name, all alike until an allocation says more.
-    Token ids (windows, length) int64: calibration, what methods and steps read, or None; held, kept from everything
-    but rescaling, or None; probe, (1, at most 64), carried along to compare logits before and after writing.
+    Token ids (windows, length) int64: calibration, what methods and steps read, or None; held, kept from all fits for
+    repair and rescaling to judge by, or None; probe, (1, at most 64), carried along to compare logits before and after
+    writing.
     limits: what will be done only in part, for want of knowledge of the family.
     """
 
@@ -60,8 +61,8 @@ def plan_run(
     held = None
     probe = _probe_tokens(decoder, tokens)
     check_tokenizer(model.folder)
-    if config.steps.rescale is not None and tokens is not None:
-        fitted = len(tokens) - config.steps.rescale.held_out(len(tokens))
+    if tokens is not None and (kept := config.steps.held_out(len(tokens))):
+        fitted = len(tokens) - kept
         tokens, held = tokens[:fitted], tokens[fitted:]
     require_disk(out, sum(info.size_bytes for info in decoder.reader))
     return RunPlan(decoder, config, targets, uniform(targets, config.pattern), tokens, held, probe, said)

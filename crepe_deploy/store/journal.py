@@ -50,6 +50,11 @@ class Journal:
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "key": key, "value": value}) + "\n")
 
+    def last(self, kind: str, valid: Callable[[Any], bool]) -> tuple[str, Any] | None:
+        """The key and the value of the newest result of a kind; None without one. Raises ConfigError as `get` does."""
+        keys = [key for of, key in self._entries if of == kind]
+        return (keys[-1], self.get(kind, keys[-1], valid)) if keys else None
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -19,6 +19,7 @@ from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.journal import Journal, open_journal
 from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.store.stock import check_tokenizer, config_of
+from crepe_deploy.store.work import JOURNAL, make_work_folder, work_folder
 from crepe_deploy.texts import CalibrationSet
 
 from .config import TyrConfig
@@ -28,7 +29,6 @@ from .narrow import require_family
 from .plan import Geometry
 from .supernet import LayerLevels, Store, planned_bytes
 from .units import Budget, Units, Width, even, plan_budget, split_budgets, splits
-from .work import JOURNAL, make_work_folder, work_folder
 
 MOST_LEVELS = 9
 FEW_GROUPS = 4  # with fewer KV groups a layer loses a third or more of its attention at a time, which measured worse

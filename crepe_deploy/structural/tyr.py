@@ -12,13 +12,13 @@ from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.progress import Say, Show
 from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model
+from crepe_deploy.store.work import removed_once_written
 from crepe_deploy.texts import CalibrationSet
 
 from .config import TyrConfig
 from .plan import LayerPlan
 from .prepare import Run, prepare_run
 from .stages import find_widths, finish
-from .work import removed_once_written
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def card_text(manifest: Manifest, words: Words) -> str:
         "base model": source.id + (f" @ {source.revision}" if source.revision else ""),
         "licence": source.license or "not stated by the base model; its terms apply",
         **_pruning(manifest),
+        **_healing(manifest.config.get("healed")),
         "format": manifest.format,
         **_size_rows(manifest, words),
         "made with": f"crepe-deploy {manifest.versions['crepe-deploy']}",
@@ -45,6 +46,7 @@ def _done(manifest: Manifest, words: Words) -> list[str]:
     pruned = [f"pruned to {pattern} with {method}"] if manifest.tensors else []
     if "structural" in manifest.config:
         pruned = ["structurally pruned"]
+    pruned += ["healed"] if "healed" in manifest.config else []
     return [*pruned, *([words.done] if words.done else [])]
 
 
@@ -52,6 +54,19 @@ def _pruning(manifest: Manifest) -> dict[str, str]:
     if "structural" in manifest.config:
         return _structural_rows(manifest)
     return _pruning_rows(manifest) if manifest.tensors else {"pruning": "none"}
+
+
+def _healing(healed: dict[str, Any] | None) -> dict[str, str]:
+    """What was trained on what, where the model was trained after pruning."""
+    if healed is None:
+        return {}
+    texts, kl = ", ".join(Path(text["source"]).name for text in healed["texts"]), healed["held_out_kl"]
+    return {
+        "trained": f"healed towards the dense model's logits, zeros held: {healed['steps']} steps, "
+        f"{healed['tokens']:,} tokens, {healed['seconds']:.0f} s",
+        "trained on the text of": texts,
+        "held-out KL to the dense model": f"{kl['before']:.4f} before, {kl['after']:.4f} after",
+    }
 
 
 def _structural_rows(manifest: Manifest) -> dict[str, str]:

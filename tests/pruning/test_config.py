@@ -94,7 +94,7 @@ def test_the_feed_is_resolved(arguments: dict[str, Any], feed: str) -> None:
     [
         ({"method": "wunda"}, "known: magnitude, wanda"),
         ({"feed": "sideways"}, "feed 'sideways' is unknown; known: auto, dense, pruned, both"),
-        ({"feed": "both"}, "--feed both collects what only --reconstruct uses"),
+        ({"feed": "both"}, "--feed both collects what only --reconstruct and --repair use"),
         ({"rescale": "logits"}, "give --reconstruct and --feed both"),
         ({"rescale": "logits", "reconstruct": "exact", "feed": "pruned"}, "give --reconstruct and --feed both"),
         ({"dtype": "int3"}, "dtype 'int3' is unknown; known: auto, float32"),
@@ -144,6 +144,7 @@ def test_the_record_names_what_was_asked_and_what_it_came_to() -> None:
         "permute": None,
         "reprune": None,
         "reconstruct": None,
+        "repair": None,
         "rescale": None,
         "recipe": None,
         "resolved_method": {"class": "Magnitude"},

@@ -17,6 +17,7 @@ from crepe_deploy.store.reading import parse_value
 from .allocators import ALLOCATORS, Allocator
 from .permute import PERMUTERS, Permuter
 from .reconstruct import RECONSTRUCTORS, Reconstructor
+from .repair import REPAIRERS, BlockRepair
 from .reprune import REPRUNERS, Repruner
 from .rescale import RESCALERS, LogitRescaler
 
@@ -25,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "permute": PERMUTERS,
     "reprune": REPRUNERS,
     "reconstruct": RECONSTRUCTORS,
+    "repair": REPAIRERS,
     "rescale": RESCALERS,
 }
 
@@ -37,7 +39,22 @@ class Steps:
     permute: Permuter | None = None
     reprune: Repruner | None = None
     reconstruct: Reconstructor | None = None
+    repair: BlockRepair | None = None
     rescale: LogitRescaler | None = None
+
+    @property
+    def beside_dense(self) -> bool:
+        """Whether a step aims at what the dense model has at the same place."""
+        return self.reconstruct is not None or self.repair is not None
+
+    def held_out(self, samples: int) -> int:
+        """How many of `samples` calibration windows are kept from the fits, to judge by. Raises ConfigError if none."""
+        judges = {kind: step for kind, step in (("repair", self.repair), ("rescale", self.rescale)) if step}
+        if judges and samples < 4:
+            raise ConfigError(
+                f"--{next(iter(judges))} holds out a quarter of the calibration windows: {samples} are too few"
+            )
+        return min(max((step.windows for step in judges.values()), default=0), samples // 4)
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from crepe_deploy.errors import ConfigError, NumericalError, UnsupportedModel
+from crepe_deploy.errors import NumericalError, UnsupportedModel
 from crepe_deploy.model.decoder import Decoder, Head
 from crepe_deploy.model.families import family_of, known
 
@@ -46,12 +46,6 @@ class LogitRescaler:
 
     def __post_init__(self) -> None:
         check_range("windows", self.windows, 1)
-
-    def held_out(self, samples: int) -> int:
-        """How many of `samples` calibration windows to keep for the fit. Raises ConfigError where that is none."""
-        if samples < 4:
-            raise ConfigError(f"--rescale holds out a quarter of the calibration windows: {samples} are too few")
-        return min(self.windows, samples // 4)
 
     @torch.inference_mode()
     def fit(self, decoder: Decoder, head: Head, tokens: Tensor, dense: Tensor, pruned: Tensor) -> Rescaled:

@@ -15,6 +15,7 @@ from crepe_deploy.errors import ConfigError, UnsupportedModel
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
+from crepe_deploy.pruning.steps import Steps
 from crepe_deploy.pruning.steps.rescale import LogitRescaler, last_norm, minimum, scaled
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import Manifest, verify
@@ -162,4 +163,5 @@ def test_a_gain_that_is_stored_less_one_is_scaled_whole() -> None:
 
 @pytest.mark.parametrize(("samples", "held"), [(4, 1), (16, 4), (128, 8), (256, 8)])
 def test_at_most_a_quarter_is_held_out(samples: int, held: int) -> None:
-    assert LogitRescaler().held_out(samples) == held
+    assert Steps(rescale=LogitRescaler()).held_out(samples) == held
+    assert Steps().held_out(samples) == 0

@@ -1,4 +1,4 @@
-"""`OUT.work`: the folder of a structural search's journal and supernets, emptied of these and of nothing else."""
+"""`OUT.work`: a run's folder for what a stopped one goes on from, emptied of its own and of nothing else."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Final
 
 from crepe_deploy.errors import OutputError
-from crepe_deploy.store.files import disk_errors
-from crepe_deploy.store.folders import Uninterrupted
+
+from .files import disk_errors
+from .folders import Uninterrupted
 
 JOURNAL: Final = "journal.jsonl"
-OWN: Final = (JOURNAL, "iteration-*", "split", "shared", "final")  # the names that a search gives what it keeps there
+# The names that a structural search, and healing, give what they keep there.
+OWN: Final = (JOURNAL, "iteration-*", "split", "shared", "final", "step-*", "best-*")
 
 
 def work_folder(out: Path) -> Path:
-    """Where a run for `out` keeps its journal and its supernet until it is done."""
+    """Where a run for `out` keeps its journal, and what belongs to it, until it is done."""
     return out.parent / f"{out.name}.work"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crepe_deploy.errors import OutputError
-from crepe_deploy.structural.work import JOURNAL, make_work_folder, remove_work_folder
+from crepe_deploy.store.work import JOURNAL, make_work_folder, remove_work_folder
 
 
 def stopped_search(work: Path) -> Path:
