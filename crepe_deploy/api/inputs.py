@@ -47,9 +47,9 @@ def pattern_of(sparsity: Pattern | str | float, granularity: Granularity = "row"
     return parse_pattern(str(sparsity), granularity)
 
 
-def export_options(onnx_flavor: str | None, precision: str | None) -> dict[str, str]:
+def export_options(onnx_flavor: str | None, precision: str | None, quantise: str | None = None) -> dict[str, str]:
     """What was given of the options of export formats, by the names that the formats have for them."""
-    options = {"flavor": onnx_flavor, "precision": precision}
+    options = {"flavor": onnx_flavor, "precision": precision, "quantise": quantise}
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -149,6 +149,10 @@ onnx_options = options(
     click.option("--precision", default=None, help="Of an ONNX graph: fp32 (default), fp16 or int4."),
 )  # fmt: skip
 
+quantise_option = click.option(
+    "--quantise", default=None, help="Of a GGUF file: auto (default, as stored), f32, f16, bf16, q8_0, q5_0 or q4_0."
+)
+
 prune_options = options(
     click.argument("model"),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist."),

@@ -14,6 +14,7 @@ from .options import (
     prepare_libraries,
     print_result,
     prune_options,
+    quantise_option,
     say,
     values,
 )
@@ -31,6 +32,7 @@ Examples:
 @prune_options
 @format_option("One or more, with commas between them, of:")
 @onnx_options
+@quantise_option
 @heal_option
 def prune_and_export_command(as_json: bool, **options: Any) -> None:
     """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""

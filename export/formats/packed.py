@@ -7,6 +7,7 @@ weight with random numbers. Tensors stream through one at a time; the model is n
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +31,9 @@ from ...packed.format import (
 )
 from ...pattern import Pattern, parse_record
 from ...store.checkpoint import CheckpointReader, read_config, same_bits
-from ...store.files import write_json
+from ...store.companions import copy_companions
+from ...store.files import require_disk, write_json
+from ...store.folders import scratch_folder
 from ...store.manifest import Manifest, TensorRecord
 from ...store.readback import prove_written
 from ...store.writing import CheckpointWriter, Planned
@@ -294,6 +297,21 @@ def write_unpacked(unpacking: Unpacking, folder: Path) -> dict[str, str]:
         for name, tensor in unpacking.tensors():
             writer.write(name, tensor)
     return writer.fingerprints
+
+
+@contextlib.contextmanager
+def as_dense(source: Source, beside: Path) -> Iterator[Path]:
+    """The folder of a dense source; of a packed one a dense copy without a manifest, which is removed after."""
+    if source.manifest.format != "packed":
+        yield source.folder
+        return
+    with scratch_folder(beside.with_name(beside.name + ".unpacked")) as copy:
+        unpacking = plan_unpacking(source.folder, source.manifest.tensors)
+        require_disk(copy, sum(planned.size_bytes for planned in unpacking.plan.values()))
+        write_unpacked(unpacking, copy)
+        copy_companions(source.folder, copy)
+        write_json(copy / "config.json", unpacking.content)
+        yield copy
 
 
 def unpacked(folder: Path) -> Iterator[tuple[str, Tensor, bool]]:
