@@ -25,12 +25,6 @@ from crepe_deploy.project import project_url
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The repository's address stands in pyproject.toml alone."""
-    config.repo_url = project_url("Repository")
-    return config
-
-
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made."""
     pages = {
@@ -44,6 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+# The address is not the theme's `repo_url`: for that it asks GitHub for stars whenever a page is read.
 def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
     """Links to files outside `docs/` become links to the repository; a file that is not there ends the build."""
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
@@ -52,7 +47,7 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
         path = posixpath.normpath(posixpath.join(folder, match[1]))
         if not (ROOT / path).exists():
             raise PluginError(f"{page.file.src_uri} links to {path}, which does not exist")
-        return f"]({config.repo_url}/blob/main/{path}{match[2] or ''})"
+        return f"]({project_url('Repository')}/blob/main/{path}{match[2] or ''})"
 
     return re.sub(r"\]\(((?:\.\./)+[^)#]+)(#[^)]*)?\)", outside, markdown)
 
@@ -92,7 +87,7 @@ def troubleshooting() -> str:
         cause, _, fix = " ".join((inspect.getdoc(error) or "").split()).partition(" Fix: ")
         if not fix:
             raise PluginError(f"errors.{error.__name__} does not say its fix")
-        lines.append(f"| `{error.__name__}` | {error.exit_code} | {cause} | {fix} |")
+        lines.append(f"| {error.__name__} | {error.exit_code} | {cause} | {fix} |")
     lines += [
         f"\nExit code {errors.EXIT_RESUMABLE}: stopped; the same command with `--resume` goes on.",
         f"Exit code {errors.EXIT_INTERRUPTED}: stopped by Ctrl-C, SIGTERM or SIGHUP; nothing was left behind.\n",
