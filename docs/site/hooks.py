@@ -56,7 +56,7 @@ def commands() -> str:
     """Every command's help as click has it."""
     add_outer_commands()
     parts = ["# Commands\n", "Made from the commands themselves: what `crepe-deploy COMMAND --help` prints.\n"]
-    with click.Context(cli, info_name="crepe-deploy", terminal_width=100, max_content_width=100) as parent:
+    with click.Context(cli, info_name="crepe-deploy", terminal_width=82, **cli.context_settings) as parent:
         for name in sorted(cli.commands):
             parts += command(cli.commands[name], name, parent, "##")
     return "\n".join(parts)
@@ -64,7 +64,7 @@ def commands() -> str:
 
 def command(item: click.Command, name: str, parent: click.Context, level: str) -> list[str]:
     """One command, and those below it."""
-    with click.Context(item, info_name=name, parent=parent, terminal_width=100, max_content_width=100) as context:
+    with click.Context(item, info_name=name.split()[-1], parent=parent) as context:
         parts = [f"{level} {name}\n", "```text", click.unstyle(item.get_help(context)), "```\n"]
         for below in item.list_commands(context) if isinstance(item, click.Group) else ():
             found = item.get_command(context, below)
