@@ -84,10 +84,11 @@ test: $(VENV)/.dev assets browser
 # Malformed inputs, failing disks, kills and servers under load (docs/reliability.md): hours; goes on where it stopped.
 SEED   ?= 0
 INPUTS ?= 100000
+READERS ?= 5000
 FAULTS ?= 3000
 STORM  ?= 600
 faults: $(VENV)/.dev
-	@$(BIN)/python -m tests.faults --seed $(SEED) --inputs $(INPUTS) --faults $(FAULTS) --storm $(STORM) --jobs $(WORKERS) \
+	@$(BIN)/python -m tests.faults --seed $(SEED) --inputs $(INPUTS) --readers $(READERS) --faults $(FAULTS) --storm $(STORM) --jobs $(WORKERS) \
 	  --write bench/results/faults.json --table docs/reliability.md
 
 # The pinned versions against the advisory database; fails where that cannot be asked.
