@@ -76,9 +76,12 @@ def gate_command(
     if suggest_budgets:
         _suggest(baseline, candidate, as_json, options | {"junit": junit, "markdown": markdown})
         return
+    from ...store.files import check_output_file
     from ..gate import render
     from ..gate.gates import raise_for
 
+    for path in filter(None, (junit, markdown)):
+        check_output_file(path, overwrite=True)
     verdict = _judge(baseline, candidate, **options)
     render.write(verdict, junit, markdown)
     render.show(verdict, as_json)
