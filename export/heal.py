@@ -1,10 +1,20 @@
-"""What a healed folder still needs when its weights are written: a greedy prompt and a card that are true of them."""
+"""Healing where folders are made: a greedy prompt and a card that are true of them; healing before an export."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from ..healing.config import HealConfig
+from ..healing.heal import heal
+from ..progress import Say, Show
+from ..store.files import disk_errors
 from ..store.manifest import Manifest, load_manifest, save_manifest
+from ..store.sources import Model
 from .formats.dense import Dense
 from .frame.card import CARD_NAME
 from .frame.greedy import with_greedy
@@ -20,3 +30,28 @@ def seal(source: Path, folder: Path, manifest: Manifest) -> Manifest:
         return finish(folder, manifest, Dense().words_of(manifest), manifest.files)
     save_manifest(folder, manifest)
     return manifest
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What was just pruned is healed before anything is made of it; fields as of `healing.heal.heal`."""
+
+    dense: Model
+    config: HealConfig
+    texts: Sequence[str | Path]
+    field: str
+    show: Show
+    say: Say
+
+    def __call__(self, folder: Path) -> dict[str, Any]:
+        """Heal the pruned folder in its place; returns what its manifest says of that. Raises as `heal` does."""
+        healed = folder.with_name(f"{folder.name}-healed")
+        manifest = heal(
+            folder, self.dense, healed, self.config, self.texts, self.field, resume=False, overwrite=False,
+            show=self.show, say=self.say, seal=partial(seal, folder),
+        )  # fmt: skip
+        with disk_errors(folder):
+            shutil.rmtree(folder)
+            healed.rename(folder)
+        found: dict[str, Any] = manifest.config["healed"]
+        return found

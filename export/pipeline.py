@@ -14,19 +14,20 @@ from ..pruning.config import PruneConfig
 from ..pruning.prune import prune
 from ..store.files import disk_errors, write_json
 from ..store.folders import atomic_folder, check_output, free_name
-from ..store.manifest import Manifest, save_manifest
+from ..store.manifest import Manifest, load_manifest, save_manifest
 from ..store.sources import Model
 from ..texts import CalibrationSet
 from .frame.exporter import Exporter
 from .frame.greedy import with_greedy
 from .frame.importer import as_ours
 from .frame.run import run
+from .heal import Healing
 from .registry import build, importers
 
 
 def export_checkpoint(
     source: Path, out: Path, format: str, *, overwrite: bool = False, step: Progress = silent,
-    options: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None, base_model: str | None = None,
 ) -> Manifest:  # fmt: skip
     """Export the checkpoint `source` into the folder `out`; returns the manifest that was written.
 
@@ -42,7 +43,7 @@ def export_checkpoint(
         as_ours(importers(), source, out) as pruned,
         kept_if_wrong(folder, out),
     ):
-        return run(exporter, pruned, folder, fresh=pruned != source, step=step)
+        return run(exporter, pruned, folder, fresh=pruned != source, step=step, base_model=base_model)
 
 
 @contextlib.contextmanager
@@ -66,11 +67,14 @@ def prune_and_export(
     overwrite: bool = False,
     step: Progress = silent,
     options: Mapping[str, str] | None = None,
+    healing: Healing | None = None,
+    base_model: str | None = None,
 ) -> dict[str, Any]:
     """Prune `model` and write `out/FORMAT/` for each format and `out/report.json`; returns the report.
 
     options: as of `export_checkpoint`; each format is given those that it takes, and one that none of them takes is
-    refused. Raises what `prune` and `export_checkpoint` raise; what an export would refuse is refused before pruning.
+    refused. healing: what is done to the pruned checkpoint before it is exported. base_model: as of `run`. Raises what
+    `prune`, `heal` and `export_checkpoint` raise; what an export would refuse is refused before pruning.
     """
     exporters = build(formats, options)
     for exporter in exporters:
@@ -79,18 +83,19 @@ def prune_and_export(
     with atomic_folder(out, overwrite=overwrite) as folder:
         pruned = folder / "pruned"
         manifest = prune(model, pruned, config, calibration, step=step)
-        save_manifest(pruned, with_greedy(pruned, manifest))  # once, for every format
+        healed = None if healing is None else healing(pruned)
+        save_manifest(pruned, with_greedy(pruned, load_manifest(pruned)))  # once, for every format
         exports = {}
         for exporter in exporters:
             target = folder / exporter.name
             with disk_errors(target):
                 target.mkdir()
             with kept_if_wrong(target, out):
-                written = run(exporter, pruned, target, fresh=True)
+                written = run(exporter, pruned, target, fresh=True, base_model=base_model)
             exports[exporter.name] = _summary(exporter, written, out / exporter.name, target)
         with disk_errors(pruned):
             shutil.rmtree(pruned)
-        report = _report(manifest, exports)
+        report = _report(manifest, exports) | ({} if healed is None else {"healed": healed})
         write_json(folder / "report.json", report)
     return report
 

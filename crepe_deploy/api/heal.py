@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from crepe_deploy.errors import ConfigError
 from crepe_deploy.healing.config import HealConfig
 from crepe_deploy.healing.heal import heal as heal_folder
+from crepe_deploy.model.architecture import load_config
 from crepe_deploy.progress import Say, Show, hidden, unsaid
+from crepe_deploy.selftext import SELF
 from crepe_deploy.store.manifest import Manifest
+from crepe_deploy.store.sources import Model
 
-from .inputs import find_model
+from .inputs import Calibration, Mixture, find_model
+
+if TYPE_CHECKING:
+    from crepe_deploy.exporting.heal import Healing
 
 
 def heal(
@@ -49,3 +57,25 @@ def heal(
         Path(folder), find_model(dense, revision, say), Path(out), config, texts, text_field, resume=resume,
         overwrite=overwrite, show=show or hidden, say=say or unsaid, seal=partial(seal, Path(folder)),
     )  # fmt: skip
+
+
+def healing_of(
+    model: Model, minutes: float | None, calib: Calibration | None, field: str, seed: int, show: Show | None,
+    say: Say | None,
+) -> Healing | None:  # fmt: skip
+    """Healing for so many minutes on the calibration text, at the defaults of `heal`; None for None.
+
+    Raises ConfigError where that is no text to be read again, tokens or the model's own for example.
+    """
+    from crepe_deploy.exporting.heal import Healing
+
+    if minutes is None:
+        return None
+    sources = list(calib.sources) if isinstance(calib, Mixture) else [calib]
+    texts = [source for source in sources if isinstance(source, str | Path) and source != SELF]
+    if not texts or len(texts) < len(sources):
+        raise ConfigError("--heal trains on the calibration text: give --calib FILE_OR_DATASET")
+    context = int(getattr(load_config(model.folder), "max_position_embeddings", None) or HealConfig.window)
+    config = HealConfig(minutes=minutes, window=min(HealConfig.window, context), seed=seed)
+    config.check()
+    return Healing(model, config, texts, field, show or hidden, say or unsaid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
@@ -28,7 +28,10 @@ ADVICE = (
 
 
 class Plan(TypedDict):
-    """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors."""
+    """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors.
+
+    heal_memory_estimate_bytes: above the libraries, by the options of `heal` that save memory, where it was asked for.
+    """
 
     model: str
     pattern: str
@@ -43,13 +46,17 @@ class Plan(TypedDict):
     disk_needed_bytes: int
     targets: dict[str, str]
     advice: str
+    heal_memory_estimate_bytes: NotRequired[dict[str, int]]
 
 
 def plan(
     model: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
-    calib_samples: int = 128, calib_length: int = 2048, revision: str | None = None, say: Say | None = None,
+    calib_samples: int = 128, calib_length: int = 2048, revision: str | None = None, heal: bool = False,
+    say: Say | None = None,
 ) -> Plan:  # fmt: skip
     """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read.
+
+    heal: say what healing this folder, or what is pruned from it, will take too.
 
     Raises PatternError, CheckpointError, UnsupportedModel, ConfigError (exit code 2).
     """
@@ -65,7 +72,7 @@ def plan(
     unpackable = [spec.key for spec in prunable if not packable(spec, pattern)]
     packed = sum(packed_bytes(reader, spec, pattern) for spec in prunable if packable(spec, pattern))
     kept = sum(reader.info(key).size_bytes for key in unpackable)
-    return {
+    result: Plan = {
         "model": str(folder),
         "pattern": str(pattern),
         "prunable_tensors": len(prunable),
@@ -82,6 +89,23 @@ def plan(
         "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
         "advice": ADVICE,
     }
+    if heal:
+        result["heal_memory_estimate_bytes"] = heal_memory(folder)
+    return result
+
+
+def heal_memory(folder: Path) -> dict[str, int]:
+    """Peak memory of `heal` at its defaults, and with what makes it less."""
+    from crepe_deploy.healing.config import HealConfig
+    from crepe_deploy.healing.memory import peak_bytes
+
+    configs = {
+        "defaults": HealConfig(),
+        "--accumulate 4": HealConfig(accumulate=4),
+        "--checkpointing": HealConfig(checkpointing=True),
+        "--lora 16 --checkpointing": HealConfig(lora=16, checkpointing=True),
+    }
+    return {options: peak_bytes(folder, config) for options, config in configs.items()}
 
 
 def gpu_truth(shapes: set[tuple[int, int]]) -> str:

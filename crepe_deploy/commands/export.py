@@ -7,13 +7,23 @@ from typing import Any
 
 import click
 
-from .options import format_option, json_option, onnx_options, overwrite_option, prepare_libraries, print_result
+from .options import (
+    base_model_option,
+    format_option,
+    json_option,
+    onnx_options,
+    overwrite_option,
+    prepare_libraries,
+    print_result,
+    quantise_option,
+)
 
 EXAMPLES = """\b
 Examples:
   crepe-deploy export pruned --format packed
   crepe-deploy export pruned --format onnx --onnx-flavor genai --precision int4 --out served
   crepe-deploy export out/dense --format deci --out for-stock-vllm
+  crepe-deploy export smaller --format gguf --quantise q8_0 --out for-llama.cpp
 """
 
 
@@ -27,6 +37,8 @@ Examples:
 )
 @format_option("One of:")
 @onnx_options
+@quantise_option
+@base_model_option
 @overwrite_option
 @json_option
 def export_command(source: Path, out: Path | None, format: str, as_json: bool, **options: Any) -> None:
@@ -39,4 +51,5 @@ def export_command(source: Path, out: Path | None, format: str, as_json: bool, *
     with progress(f"exporting as {format}") as step:
         manifest = export(source, target, format=format, progress=step, **options)
     summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}
-    print_result(summary, as_json, [f"{target}: {manifest.format}, verified"])
+    limits = manifest.metrics.get(manifest.format, {}).get("limits", [])
+    print_result(summary, as_json, [f"{target}: {manifest.format}, verified", *limits])

@@ -12,6 +12,7 @@ from .options import (
     SEED,
     Count,
     Number,
+    healed_line,
     json_option,
     options,
     overwrite_option,
@@ -85,10 +86,5 @@ def heal_command(out: Path, text: tuple[str, ...], as_json: bool, **options: Any
 
 def lines(out: Path, healed: dict[str, Any]) -> list[str]:
     """What `heal` did, for a reader at a terminal."""
-    kl = healed["held_out_kl"]
-    text = [
-        f"{out}: written and verified, every zero held",
-        f"held-out KL to the dense model {kl['before']:.4f} -> {kl['after']:.4f} after {healed['steps']} steps, "
-        f"{healed['tokens']:,} tokens, {healed['seconds']:.0f} s",
-    ]
+    text = [f"{out}: written and verified, every zero held", healed_line(healed)]
     return [*text, *([f"stopped early: {healed['stopped']}"] if healed["stopped"] else [])]

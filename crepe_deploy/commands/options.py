@@ -98,6 +98,9 @@ def calibration_options(*, samples: int, length: int, required: bool = False) ->
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+base_model_option = click.option(
+    "--base-model", default=None, metavar="OWNER/NAME", help="Hub id of the parent, for the model card."
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
 revision_option = click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
@@ -106,6 +109,21 @@ sparsity_options = options(
     click.option("--granularity", type=click.Choice(["row", "matrix"]), default="row", show_default=True,
                  help="Where a fraction of zeros is counted."),
 )  # fmt: skip
+
+
+heal_option = click.option(
+    "--heal", type=Number(0, min_open=True), default=None, metavar="MINUTES",
+    help="Train what was pruned on the calibration text for so long, zeros held, as the command heal does.",
+)  # fmt: skip
+
+
+def healed_line(healed: Mapping[str, Any]) -> str:
+    """What healing did, from the manifest's entry."""
+    kl = healed["held_out_kl"]
+    return (
+        f"held-out KL to the dense model {kl['before']:.4f} -> {kl['after']:.4f} after {healed['steps']} steps, "
+        f"{healed['tokens']:,} tokens, {healed['seconds']:.0f} s"
+    )
 
 
 class _FormatOption(click.Option):
@@ -133,6 +151,10 @@ onnx_options = options(
                  help="portable (default): one graph for any runtime; genai: onnxruntime-genai's, faster, no padding."),
     click.option("--precision", default=None, help="Of an ONNX graph: fp32 (default), fp16 or int4."),
 )  # fmt: skip
+
+quantise_option = click.option(
+    "--quantise", default=None, help="Of a GGUF file: auto (default, as stored), f32, f16, bf16, q8_0, q5_0 or q4_0."
+)
 
 prune_options = options(
     click.argument("model"),

@@ -15,6 +15,7 @@ EXAMPLES = """\b
 Examples:
   crepe-deploy plan models/llama
   crepe-deploy plan models/llama --sparsity 16:32
+  crepe-deploy plan pruned --heal
   crepe-deploy plan HuggingFaceTB/SmolLM2-135M --sparsity 0.6 --granularity matrix --json
 """
 
@@ -25,6 +26,7 @@ Examples:
 @click.option("--calib-samples", type=Count(1), default=128, show_default=True)
 @click.option("--calib-length", type=Count(2), default=2048, show_default=True)
 @revision_option
+@click.option("--heal", is_flag=True, help="Say what memory healing will take too.")
 @json_option
 def plan_command(model: str, as_json: bool, **options: Any) -> None:
     """Say what pruning MODEL will need and what each target will gain, without reading a weight."""
@@ -50,4 +52,6 @@ def lines(result: Plan) -> list[str]:
         if names := result[label]:
             text.append(f"  {label.replace('_', ' ')}: {len(names)} tensors, for example {names[0]}")
     text += [f"  {target}: {truth}" for target, truth in result["targets"].items()]
+    for options, size in result.get("heal_memory_estimate_bytes", {}).items():
+        text.append(f"  heal, {options}: {size / 1e6:,.0f} MB of memory above the libraries")
     return [*text, f"  {result['advice']}"]

@@ -6,7 +6,19 @@ from typing import Any
 
 import click
 
-from .options import format_option, onnx_options, prepare_libraries, print_result, prune_options, say, values
+from .options import (
+    base_model_option,
+    format_option,
+    heal_option,
+    healed_line,
+    onnx_options,
+    prepare_libraries,
+    print_result,
+    prune_options,
+    quantise_option,
+    say,
+    values,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -21,6 +33,9 @@ Examples:
 @prune_options
 @format_option("One or more, with commas between them, of:")
 @onnx_options
+@quantise_option
+@heal_option
+@base_model_option
 def prune_and_export_command(as_json: bool, **options: Any) -> None:
     """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
     prepare_libraries()
@@ -49,6 +64,8 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"logits times {rescaled['factor']:.3f}: mean KL to the dense model on held-out calibration windows "
             f"{rescaled['kl_before']:.3f} -> {rescaled['kl']:.3f}"
         )
+    if healed := report.get("healed"):
+        text.append(healed_line(healed))
     text += report["limits"]
     for name, export in report["formats"].items():
         ratio = export["size"]["weight_bytes_over_dense"]

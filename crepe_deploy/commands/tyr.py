@@ -11,7 +11,10 @@ from .options import (
     SEED,
     Count,
     Number,
+    base_model_option,
     calibration_options,
+    heal_option,
+    healed_line,
     json_option,
     options,
     overwrite_option,
@@ -26,6 +29,7 @@ EXAMPLES = """\b
 Examples:
   crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --out out
   crepe-deploy tyr models/llama --widths uniform --calib wiki.txt --calib c4.txt --out out
+  crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --heal 30 --out out
   crepe-deploy tyr models/llama --layout deci --calib wiki.txt --search-samples 8 --out out
   crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --out out --resume
 """
@@ -79,10 +83,12 @@ tyr_options = options(
     click.option("--layout", type=click.Choice(["plugin", "deci"]), default="plugin", show_default=True,
                  help="Of per-layer widths: for readers with crepe-deploy installed, or DeciLM's for stock vLLM."),
     click.option("--remote-code", is_flag=True, help="Put modelling files beside per-layer weights."),
+    heal_option,
     click.option("--seed", type=SEED, default=0, show_default=True),
     click.option("--dtype", default="auto", show_default=True, help="To compute in: auto, bfloat16, float16, float32."),
     revision_option,
     click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run."),
+    base_model_option,
     overwrite_option,
     json_option,
 )  # fmt: skip
@@ -119,6 +125,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         text.append(f"every layer: {_layer(layers[0])}")
     else:
         text += [f"  layer {index}: {_layer(layer)}" for index, layer in enumerate(layers)]
+    if healed := report.get("healed"):
+        text.append(healed_line(healed))
     return [*text, f"{report['out']}/dense: written and verified"]
 
 

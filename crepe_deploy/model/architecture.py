@@ -71,7 +71,7 @@ def outline(root: Path, config: Any, tensors: int) -> Any:
 
     def attempt(of: Any) -> Any:
         with torch.device("meta"), _each_parameter(_limit(2 * tensors + SPARE_PARAMETERS)):
-            return _from_config(copy.deepcopy(of), torch.float32)  # which writes the dtype into it
+            return from_config(copy.deepcopy(of), torch.float32)  # which writes the dtype into it
 
     try:
         with third_party(place, UnsupportedModel):
@@ -128,10 +128,11 @@ def build_meta(config: Any, dtype: torch.dtype) -> Any:
     """
     place = f"model type '{config.model_type}' has no causal language model"
     with third_party(place, UnsupportedModel), _each_parameter(_to_meta):
-        return _from_config(config, dtype).eval()
+        return from_config(config, dtype).eval()
 
 
-def _from_config(config: Any, dtype: torch.dtype) -> Any:
+def from_config(config: Any, dtype: torch.dtype) -> Any:
+    """The causal language model of a configuration, its weights as the family draws them."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=CLOSED["trust_remote_code"])

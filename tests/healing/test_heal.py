@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from crepe_deploy.errors import (
     CheckpointError,
     ConfigError,
     CrepeError,
+    DiskFullError,
     NumericalError,
     OutputError,
     VerifyError,
@@ -30,7 +32,7 @@ from crepe_deploy.store.audit import inspect_folder
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import verify
 from tests.healing.conftest import Heal
-from tests.pico import make_pico_llama, sample_text
+from tests.pico import QUICK_TYR, make_pico_llama, sample_text
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -253,6 +255,22 @@ def test_folders_that_are_not_pruned_ones_are_refused(room: Path, tmp_path: Path
         heal(tmp_path / "changed")
 
 
+def test_a_full_disk_is_said_and_what_was_done_goes_on(tmp_path: Path, heal: Heal) -> None:
+    heal(out=tmp_path / "whole", steps=20)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (40_000, hard)
+        )  # a file that grows beyond is refused as on a full disk
+        with pytest.raises(DiskFullError, match="the disk is full"):
+            heal(steps=20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
+    heal(steps=20, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole") and not (tmp_path / "out.work").exists()
+
+
 def test_two_processes_heal_together(room: Path, tmp_path: Path, heal: Heal) -> None:
     alone = heal(out=tmp_path / "alone").config["healed"]
     command = [
@@ -281,3 +299,31 @@ def test_the_command_says_what_it_did(room: Path, tmp_path: Path, capsys: pytest
     assert "step 6: loss" in shown.err and "6/6" in shown.err
     assert run(arguments) == 2
     assert "exists: give another --out" in capsys.readouterr().err
+
+
+def test_pruning_and_healing_in_one_command(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["prune-and-export", str(room / "dense"), "--method", "magnitude", "--calib", str(room / "text.txt"),
+               "--format", "dense,packed", "--heal", "0.1", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert run(command) == 0
+    assert "held-out KL to the dense model" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["healed"]["held_out_kl"]["after"] < report["healed"]["held_out_kl"]["before"]
+    for name in ("dense", "packed"):
+        manifest = verify(tmp_path / "out" / name)
+        assert manifest.config["healed"] == report["healed"]
+    assert kl(tmp_path / "out" / "packed", room) < kl(room / "nm", room)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dense", "packed", "report.json"]
+    assert run([*command[:4], "--heal", "1", "--out", str(tmp_path / "no")]) == 2
+    assert "--heal trains on the calibration text" in capsys.readouterr().err
+
+
+def test_tyr_heals_what_it_made_smaller(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["tyr", str(room / "dense"), "--calib", str(room / "text.txt"), "--calib-length", "32", *QUICK_TYR,
+               "--heal", "0.1", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert run(command) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert verify(tmp_path / "out" / "dense").config["healed"] == report["healed"]
+    assert kl(tmp_path / "out" / "dense", room) < kl(room / "tyr" / "dense", room)
+    assert "held-out KL to the dense model" in capsys.readouterr().out
+    assert run([*command[:-1], str(tmp_path / "deci"), "--layout", "deci"]) == 2
+    assert "is not trained" in capsys.readouterr().err
