@@ -37,7 +37,7 @@ def heal(
     step, in windows of `window`. accumulate: parts a step is computed in; checkpointing: activations are computed
     twice; both save memory. top_k: compare the dense model's likeliest tokens alone. lora: rank of adapters trained in
     place of the kept weights. train: "norms", "kept" or both. dtype: to compute in. holdout: share of each text that
-    decides the best step. resume: go on with OUT.work, which a stopped run leaves. Defaults are a start that helped SmolLM2-135M; nothing was tuned.
+    decides the best step. resume: go on with OUT.work, which a stopped run leaves. Defaults are a start, not tuned.
     Every zero stays, counted on the disk. Equal seeds and steps give equal bytes on one machine. Returns the manifest,
     whose `config["healed"]` says what was trained on what.
     Raises ConfigError, CheckpointError (not the parent), CalibrationError (too little text), OutputError, MissingExtra

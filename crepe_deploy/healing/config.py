@@ -17,7 +17,7 @@ WARM_UP = 0.05  # share of the budget over which the learning rate rises; then i
 
 @dataclass(frozen=True)
 class HealConfig:
-    """Everything that decides the result, besides the models and the texts. Defaults are a start that helped SmolLM2-135M; nothing was tuned.
+    """Everything that decides the result, besides the models and the texts. Defaults are a start, not tuned.
 
     steps, minutes: the budget, one of them; without either DEFAULT_STEPS. batch_tokens: of a step, all processes
     together. window: tokens in each sequence. accumulate: parts that a step's batch is computed in. top_k: as of
