@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import click
 
+from ..errors import CrepeError
+
 EXAMPLES: Final = """\b
 Examples:
   crepe-deploy serve out/packed
@@ -37,12 +39,18 @@ def serve_command(
     """
     from .launcher import ServeOptions, serve
 
+    answered: list[dict[str, Any]] = []
     options = ServeOptions(folder, host, port, api_key, start_timeout, vllm_options)
 
     def ready(server: dict[str, Any]) -> None:
         click.echo(json.dumps(server) if as_json else usage(server, has_key=api_key is not None))
+        answered.append(server)
 
-    serve(options, say, ready)
+    try:
+        serve(options, say, ready)
+    except CrepeError as error:
+        error.printed = as_json and bool(answered)
+        raise
     say("stopped")
 
 

@@ -100,10 +100,12 @@ def run_command(
         click.echo(run.model_dump_json(indent=2))
     if verdict is not None:
         render.show(verdict, as_json)
-        raise_for(verdict)
+        raise_for(verdict, printed=as_json)
     failed = failures(run)
     if failed:
-        raise CrepeError(f"{len(failed)} requests failed and were left out; the first: {failed[0]}")
+        error = CrepeError(f"{len(failed)} requests failed and were left out; the first: {failed[0]}")
+        error.printed = as_json
+        raise error
 
 
 def _gating(budgets: Path | None, max_rounds: int | None, rounds: int) -> Gating | None:

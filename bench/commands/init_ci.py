@@ -10,6 +10,7 @@ from typing import Final
 
 import click
 
+from ...commands.options import json_option, print_result
 from ...errors import ConfigError, OutputError
 
 WORKFLOW: Final = Path(".github/workflows/crepe-deploy.yml")
@@ -75,11 +76,20 @@ def fill(text: str, values: dict[str, str]) -> str:
 @click.option("--requirement", default=REQUIREMENT, show_default=True, help="What pip installs.")
 @click.option("--runner", default=RUNNER, show_default=True, help="Label of the machine; the same for both.")
 @click.option("--overwrite", is_flag=True, help="Replace the workflow if it exists.")
+@json_option
 def init_ci_command(
-    scenario: Path, budgets: Path, root: Path, prepare: str | None, requirement: str, runner: str, overwrite: bool
+    scenario: Path,
+    budgets: Path,
+    root: Path,
+    prepare: str | None,
+    requirement: str,
+    runner: str,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Write a GitHub Actions workflow that benches SCENARIO at base and head, gates, and comments."""
     written = init_ci(
         root, scenario, budgets, prepare=prepare, requirement=requirement, runner=runner, overwrite=overwrite
     )
-    click.echo(f"{written}: commit it with {scenario} and {budgets}")
+    summary = {"workflow": str(written), "scenario": str(scenario), "budgets": str(budgets)}
+    print_result(summary, as_json, [f"{written}: commit it with {scenario} and {budgets}"])
