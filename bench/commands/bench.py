@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ...commands.options import Count
+from ...commands.options import Count, say
 from ...errors import ConfigError, CrepeError
+from ...store.sources import is_model_name, resolve_model
 from .init_ci import init_ci_command
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ bench_command.add_command(init_ci_command)
 
 
 @bench_command.command("run", epilog=EXAMPLES)
-@click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | DIR...")
+@click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | MODEL...")
 @click.option("--baseline", default=None, help="The dense folder; with CONFIG, a candidate's name. Default: the first.")
 @click.option("--engine", default=None, help="vllm or transformers, for candidates that name none.")
 @click.option(
@@ -77,7 +78,7 @@ def run_command(
     typed: str, /, targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None,
     max_rounds: int | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Measure the scenario CONFIG, or the model folders DIR..., and write the run as JSON.
+    """Measure the scenario CONFIG, or MODEL..., each a folder, a hub id or a GGUF file, and write the run as JSON.
 
     Every candidate runs in a process of its own; they take turns, so that noise meets all of them alike. A GitHub
     workflow is written by `crepe-deploy bench init-ci`.
@@ -127,7 +128,7 @@ def build_scenario(
     from ..run.scenario import load_scenario, parse, parse_points
 
     content: dict[str, Any]
-    if len(targets) == 1 and not targets[0].is_dir():
+    if len(targets) == 1 and not targets[0].is_dir() and not is_model_name(str(targets[0])):
         source = str(targets[0])
         content = load_scenario(targets[0]).model_dump(exclude_none=True)
     else:
@@ -155,8 +156,9 @@ def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | Non
     if baseline is not None:
         folders = [Path(baseline), *(folder for folder in folders if folder.resolve() != Path(baseline).resolve())]
     for folder in folders:
-        if not folder.is_dir():
-            raise ConfigError(f"{folder} is no folder: give one scenario file, or model folders")
+        if not folder.is_dir() and not is_model_name(str(folder)):
+            raise ConfigError(f"{folder} is no folder, hub id or GGUF file: give one scenario file, or models")
+    names = short_names(folders)
     if engine is None:
         engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
         click.echo(f"engine: {engine} (--engine chooses)", err=True)
@@ -164,7 +166,8 @@ def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | Non
         "name": "bench",
         "engine": engine,
         "candidates": [
-            {"name": name, "folder": folder} for name, folder in zip(short_names(folders), folders, strict=True)
+            {"name": name, "folder": resolve_model(str(folder), say=say).folder}
+            for name, folder in zip(names, folders, strict=True)
         ],
         "points": parse_points(DEFAULT_POINTS),
     }
