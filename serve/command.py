@@ -10,7 +10,6 @@ from typing import Any, Final
 import click
 
 from ..errors import CrepeError
-from ..store.sources import resolve_model
 
 EXAMPLES: Final = """\b
 Examples:
@@ -38,6 +37,7 @@ def serve_command(
     loads code is not (docs/serving.md). An ONNX folder is served by ONNX Runtime instead, with --max-model-len,
     --threads and --served-model-name. Ctrl-C stops; the server ends with this command, whatever ends that.
     """
+    from ..store.sources import resolve_model
     from .launcher import ServeOptions, bound_port, serve
 
     bound_port(host, port)

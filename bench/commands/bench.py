@@ -10,7 +10,6 @@ import click
 
 from ...commands.options import Count, say
 from ...errors import ConfigError, CrepeError
-from ...store.sources import is_model_name, resolve_model
 from .init_ci import init_ci_command
 
 if TYPE_CHECKING:
@@ -125,6 +124,7 @@ def build_scenario(
     threads: int | None, aa: bool, text: Path | None, window: int, max_tokens: int | None,
 ) -> Scenario:  # fmt: skip
     """The scenario of a file or of folders, with what the options say instead. Raises ConfigError."""
+    from ...store.sources import is_model_name
     from ..run.scenario import load_scenario, parse, parse_points
 
     content: dict[str, Any]
@@ -150,6 +150,7 @@ def build_scenario(
 def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | None) -> dict[str, Any]:
     import importlib.util
 
+    from ...store.sources import is_model_name, resolve_model
     from ..run.scenario import parse_points
 
     folders = list(targets)
