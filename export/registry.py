@@ -25,6 +25,7 @@ EXPORTERS: Final = {
     "int8": "crepe_deploy.exporting.formats.int8:Int8",
     "onnx": "crepe_deploy.exporting.formats.onnx:Onnx",
     "deci": "crepe_deploy.exporting.formats.deci:Deci",
+    "gguf": "crepe_deploy.exporting.formats.gguf:Gguf",
 }
 IMPORTERS: Final = {
     "sparse-24-bitmask": "crepe_deploy.exporting.formats.bitmask24:Bitmask24",

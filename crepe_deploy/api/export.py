@@ -8,7 +8,7 @@ from crepe_deploy.progress import Progress, Say, silent
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.manifest import Manifest
 
-from .inputs import export_options, find_model
+from .inputs import check_base_model, export_options, find_model
 
 
 def default_out(source: str | Path, format: str) -> Path:
@@ -23,24 +23,29 @@ def default_out(source: str | Path, format: str) -> Path:
 
 def export(
     source: str | Path, out: str | Path | None = None, *, format: str = "dense", onnx_flavor: str | None = None,
-    precision: str | None = None, overwrite: bool = False, revision: str | None = None,
-    progress: Progress | None = None, say: Say | None = None,
+    precision: str | None = None, quantise: str | None = None, base_model: str | None = None,
+    overwrite: bool = False, revision: str | None = None, progress: Progress | None = None, say: Say | None = None,
 ) -> Manifest:  # fmt: skip
     """Write the pruned checkpoint `source` in another format into `out`, and return its manifest.
 
     source: a folder, a hub id (`revision`: its branch, tag or commit) or a GGUF file, as `model` of `prune`.
     out: default as `default_out`; appears whole and verified or not at all. format: "dense", "packed" (docs/format.md),
-    "int8", "onnx", or "deci" for widths per layer. onnx_flavor, precision: of an ONNX graph, "portable" or "genai", and
-    "fp32", "fp16" or "int4". progress: told pieces of work done and in all.
+    "int8", "onnx", "gguf", or "deci" for widths per layer. onnx_flavor, precision: of an ONNX graph, "portable" or
+    "genai", and "fp32", "fp16" or "int4". quantise: of a GGUF file, "auto" (as stored), "f32", "f16", "bf16", "q8_0",
+    "q5_0" or "q4_0". base_model: hub id of the parent, for the model card.
+    progress: told pieces of work done and in all.
     Raises ConfigError, CheckpointError, OutputError, UnsupportedModel, MissingExtra (exit code 2) before writing;
     VerifyError, ParityError, DiskFullError (1).
     """
     from crepe_deploy.exporting.pipeline import export_checkpoint
     from crepe_deploy.exporting.registry import build
 
+    check_base_model(base_model)
     target = Path(out) if out is not None else default_out(source, format)
-    options = export_options(onnx_flavor, precision)
+    options = export_options(onnx_flavor, precision, quantise)
     build([format], options)
     check_output(target, overwrite=overwrite, inputs=(Path(source),))
     folder = find_model(source, revision, say).folder
-    return export_checkpoint(folder, target, format, overwrite=overwrite, step=progress or silent, options=options)
+    return export_checkpoint(
+        folder, target, format, overwrite=overwrite, step=progress or silent, options=options, base_model=base_model,
+    )  # fmt: skip

@@ -8,12 +8,14 @@ from typing import Any
 import click
 
 from .options import (
+    base_model_option,
     format_option,
     json_option,
     onnx_options,
     overwrite_option,
     prepare_libraries,
     print_result,
+    quantise_option,
     revision_option,
     say,
 )
@@ -23,6 +25,7 @@ Examples:
   crepe-deploy export pruned --format packed
   crepe-deploy export pruned --format onnx --onnx-flavor genai --precision int4 --out served
   crepe-deploy export out/dense --format deci --out for-stock-vllm
+  crepe-deploy export smaller --format gguf --quantise q8_0 --out for-llama.cpp
 """
 
 
@@ -36,6 +39,8 @@ Examples:
 )
 @format_option("One of:")
 @onnx_options
+@quantise_option
+@base_model_option
 @overwrite_option
 @revision_option
 @json_option
@@ -49,4 +54,5 @@ def export_command(source: str, out: Path | None, format: str, as_json: bool, **
     with progress(f"exporting as {format}") as step:
         manifest = export(source, target, format=format, progress=step, say=say, **options)
     summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}
-    print_result(summary, as_json, [f"{target}: {manifest.format}, verified"])
+    limits = manifest.metrics.get(manifest.format, {}).get("limits", [])
+    print_result(summary, as_json, [f"{target}: {manifest.format}, verified", *limits])

@@ -97,6 +97,9 @@ def calibration_options(*, samples: int, length: int, required: bool = False) ->
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+base_model_option = click.option(
+    "--base-model", default=None, metavar="OWNER/NAME", help="Hub id of the parent, for the model card."
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
 revision_option = click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
@@ -147,6 +150,10 @@ onnx_options = options(
                  help="portable (default): one graph for any runtime; genai: onnxruntime-genai's, faster, no padding."),
     click.option("--precision", default=None, help="Of an ONNX graph: fp32 (default), fp16 or int4."),
 )  # fmt: skip
+
+quantise_option = click.option(
+    "--quantise", default=None, help="Of a GGUF file: auto (default, as stored), f32, f16, bf16, q8_0, q5_0 or q4_0."
+)
 
 prune_options = options(
     click.argument("model"),

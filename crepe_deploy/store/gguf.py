@@ -221,7 +221,9 @@ def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str, rope: dict[st
                 dtype=getattr(torch, dtype),
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
+                **_biases(path),
             )
+            _check_taken(path, shown, model)
             if loading["missing_keys"]:
                 raise CheckpointError(f"{shown} lacks weights that the model needs: {named(loading['missing_keys'])}")
             tokenizer = AutoTokenizer.from_pretrained(**place)
@@ -234,6 +236,31 @@ def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str, rope: dict[st
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+def _biases(path: Path) -> dict[str, bool]:
+    """What the configuration must say for the biases of a Llama, which transformers reads as one without any."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(str(path))
+    if _text(reader, "general.architecture") != "llama":
+        return {}
+    names = {tensor.name for tensor in reader.tensors}
+    options = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
+    return {option: True for option, name in options.items() if name in names}
+
+
+def _check_taken(path: Path, shown: str, model: Any) -> None:
+    """Refuse a file with a tensor that transformers did not look for: it would be left out in silence."""
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    reader = GGUFReader(str(path))
+    processor = TENSOR_PROCESSORS.get(_text(reader, "general.architecture"), TensorProcessor)(config={})
+    taken = get_gguf_hf_weights_map(model, processor)
+    left = [tensor.name for tensor in reader.tensors if not {tensor.name, tensor.name.rpartition(".")[0]} & {*taken}]
+    if lost := [name for name in left if not name.startswith("rope_")]:
+        raise UnsupportedModel(f"{shown} has tensors that transformers does not read: {named(lost)}")
 
 
 def _forget_quantisation(model: Any) -> None:

@@ -16,7 +16,7 @@ from .reading import read_front_matter
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_GGUF_CACHE = "gguf-3"  # before 2 missing weights could be random, before 3 stretched rotary embeddings were lost
+_GGUF_CACHE = "gguf-4"  # before 2 missing weights could be random, 3 rotary embeddings not stretched, 4 biases lost
 _HUB_FILES = [
     "*.safetensors",
     "*.json",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -11,9 +11,7 @@ from typing import Any, ClassVar, Final
 from ...model.architecture import load_config
 from ...pattern import Pattern
 from ...store.checkpoint import CheckpointReader
-from ...store.companions import copy_companions
-from ...store.files import require_disk, write_json
-from ...store.folders import scratch_folder
+from ..frame import usage
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from ..frame.greedy import greedy_of
 from ..onnx.checks import finish_graph
@@ -23,7 +21,7 @@ from ..onnx.parity import own_greedy, prove
 from ..onnx.portable import DATA_NAME, build_portable
 from ..onnx.recount import recount
 from ..onnx.support import check_end, check_model, check_options
-from .packed import plan_unpacking, write_unpacked
+from .packed import as_dense
 
 DTYPES: Final = {"fp32": "float32", "fp16": "float16", "int4": "int4"}
 _BYTES: Final = {"fp32": 4.0, "fp16": 2.0, "int4": 1.5}  # of each weight on the disk, at most; int4 keeps tables fp32
@@ -58,7 +56,9 @@ class Onnx(Exporter[OnnxPlan]):
     words: ClassVar[Words] = Words(
         "An ONNX graph that was compared with its checkpoint, prefill and decoding. ONNX Runtime multiplies by stored "
         "zeros like by any other value, on CPU and CUDA: pruning made this folder neither smaller nor faster there. "
-        "`manifest.json` says what the graph takes as padding, and for 2:4 which settings of TensorRT use the pattern."
+        "`manifest.json` says what the graph takes as padding, and for 2:4 which settings of TensorRT use the pattern.",
+        use=usage.ONNX,
+        library="onnx",
     )
 
     def check(self) -> None:
@@ -67,14 +67,8 @@ class Onnx(Exporter[OnnxPlan]):
     def check_pruning(self, model: Path, pattern: Pattern) -> None:
         check_model(load_config(model), self.flavor)
 
-    @contextlib.contextmanager
-    def weights(self, source: Source, folder: Path) -> Iterator[Path]:
-        if source.manifest.format != "packed":
-            yield source.folder
-            return
-        with scratch_folder(folder.with_name(folder.name + ".unpacked")) as copy:
-            _unpack(source, copy)
-            yield copy
+    def weights(self, source: Source, folder: Path) -> contextlib.AbstractContextManager[Path]:
+        return as_dense(source, folder)
 
     def plan(self, source: Source, weights: Path) -> OnnxPlan:
         config = load_config(weights)
@@ -149,12 +143,3 @@ class Onnx(Exporter[OnnxPlan]):
         if self.precision == "int4":
             greedy = own_greedy(folder, greedy)
         return {**greedy, "checkpoint_dtype": DTYPES[self.precision]}
-
-
-def _unpack(source: Source, copy: Path) -> None:
-    """The packed source as a dense checkpoint without a manifest; its zeros are recounted in the graph."""
-    unpacking = plan_unpacking(source.folder, source.manifest.tensors)
-    require_disk(copy, sum(planned.size_bytes for planned in unpacking.plan.values()))
-    write_unpacked(unpacking, copy)
-    copy_companions(source.folder, copy)
-    write_json(copy / "config.json", unpacking.content)

@@ -7,6 +7,7 @@ weight with random numbers. Tensors stream through one at a time; the model is n
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,10 +31,13 @@ from ...packed.format import (
 )
 from ...pattern import Pattern, parse_record
 from ...store.checkpoint import CheckpointReader, read_config, same_bits
-from ...store.files import write_json
+from ...store.companions import copy_companions
+from ...store.files import require_disk, write_json
+from ...store.folders import scratch_folder
 from ...store.manifest import Manifest, TensorRecord
 from ...store.readback import prove_written
 from ...store.writing import CheckpointWriter, Planned
+from ..frame import usage
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from ..frame.foreign import counted
 from ..frame.greedy import GREEDY_TOKENS, greedy_of
@@ -63,7 +67,8 @@ class Packed(Exporter[PackedPlan]):
         "transformers (after `import crepe_deploy`) and vLLM (by itself, once crepe-deploy is installed) run it from "
         "the packed weights on CPUs and NVIDIA GPUs; no GPU speed has been measured, so none is claimed. Readers "
         "without crepe-deploy refuse it. `crepe-deploy export --format dense` gives the "
-        "plain folder back, bit by bit."
+        "plain folder back, bit by bit.",
+        use=usage.OURS,
     )
 
     needs_manifest: ClassVar[bool] = False
@@ -294,6 +299,21 @@ def write_unpacked(unpacking: Unpacking, folder: Path) -> dict[str, str]:
         for name, tensor in unpacking.tensors():
             writer.write(name, tensor)
     return writer.fingerprints
+
+
+@contextlib.contextmanager
+def as_dense(source: Source, beside: Path) -> Iterator[Path]:
+    """The folder of a dense source; of a packed one a dense copy without a manifest, which is removed after."""
+    if source.manifest.format != "packed":
+        yield source.folder
+        return
+    with scratch_folder(beside.with_name(beside.name + ".unpacked")) as copy:
+        unpacking = plan_unpacking(source.folder, source.manifest.tensors)
+        require_disk(copy, sum(planned.size_bytes for planned in unpacking.plan.values()))
+        write_unpacked(unpacking, copy)
+        copy_companions(source.folder, copy)
+        write_json(copy / "config.json", unpacking.content)
+        yield copy
 
 
 def unpacked(folder: Path) -> Iterator[tuple[str, Tensor, bool]]:

@@ -11,7 +11,7 @@ from tests.pico import QUICK_TYR, sample_text
 Make = Callable[[Path], Path]
 Command = Callable[[Path, Path], list[str]]
 LIKE_PRUNE = ("prune_and_export", "tyr", "search")  # refused as `prune` is, where nothing else is said
-FORMATS = ("dense", "packed", "int8", "onnx", "deci")
+FORMATS = ("dense", "packed", "int8", "onnx", "deci", "gguf")
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def flash_attention(root: Path) -> Path:
     return _configured(make_pico_llama(root / "m"), _attn_implementation="flash_attention_2")
 
 
-@case(**{**PLAIN, **dict.fromkeys(("eval", "tyr", "search"), "has no tokenizer")})
+@case(**{**PLAIN, **dict.fromkeys(("eval", "tyr", "search", "export_gguf"), "has no tokenizer")})
 def without_a_tokenizer(root: Path) -> Path:
     """Weights and a configuration alone."""
     folder = make_pico_llama(root / "m")
@@ -134,7 +134,7 @@ def hub_snapshot(root: Path) -> Path:
 
 @case(
     **{
-        **dict.fromkeys(("plan", "eval", "prune", "export_int8", "export_packed"), "is missing"),
+        **dict.fromkeys(("plan", "eval", "prune", "export_int8", "export_packed", "export_gguf"), "is missing"),
         **{name: word for name, word in PLAIN.items() if name != "export_packed"},
         "eval": "lacks weights",
     }
@@ -147,7 +147,7 @@ def without_a_norm(root: Path) -> Path:
 
 @case(
     **{
-        **dict.fromkeys(("plan", "prune", "export_int8", "export_packed"), "holds uint32"),
+        **dict.fromkeys(("plan", "prune", "export_int8", "export_packed", "export_gguf"), "holds uint32"),
         **{name: word for name, word in PLAIN.items() if name != "export_packed"},
         "eval": "holds uint32",
     }
