@@ -96,7 +96,7 @@ def interrupt_on_signals() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; every failure is one line on stderr, or with --json a document.
+    """Run one command and return its exit code; every failure is one line on stderr, with --json a document too.
 
     The context's object is the command as a person would type it.
     """
@@ -109,10 +109,8 @@ def run(arguments: Sequence[str]) -> int:
         line = str(error) if isinstance(error, Stopped) else f"error: {error}"
         return fail(error, str(error), error.exit_code, line, as_json=as_json and not error.printed)
     except click.ClickException as error:
-        if not as_json:
-            error.show()
-            return error.exit_code
-        return fail(error, error.format_message(), error.exit_code, as_json=True)
+        error.show()
+        return fail(error, error.format_message(), error.exit_code, "", as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
         line = "stopped; nothing was left behind"
         return fail(KeyboardInterrupt(), line, EXIT_INTERRUPTED, line, as_json=as_json)
@@ -129,12 +127,15 @@ def run(arguments: Sequence[str]) -> int:
 def fail(
     error: BaseException, reason: str, code: int, line: str | None = None, *, as_json: bool, **more: str
 ) -> int:  # fmt: skip
-    """Say why a command failed, and return its exit code: one line on stderr, or one JSON document on stdout."""
-    if not as_json:
+    """Say why a command failed, and return its exit code: one line on stderr, and as JSON one document on stdout.
+
+    line: in place of "error: REASON"; empty where stderr has been told.
+    """
+    if line != "":
         say(line or f"error: {reason}")
-        return code
-    with contextlib.suppress(BrokenPipeError):
-        click.echo(to_json({"error": reason, "code": code, "kind": type(error).__name__, **more}))
+    if as_json:
+        with contextlib.suppress(OSError):  # stdout that cannot be written to: stderr has been told
+            click.echo(to_json({"error": reason, "code": code, "kind": type(error).__name__, **more}))
     return code
 
 

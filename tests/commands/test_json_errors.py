@@ -33,9 +33,10 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, obj
     out, err = capsys.readouterr()
     assert code != 0 and err and not out
     assert cli.run([*arguments, "--json"]) == code
-    out, err = capsys.readouterr()
+    out, again = capsys.readouterr()
+    assert again == err
     document = json.loads(out)
-    assert document["code"] == code and document["error"] and not err
+    assert document["code"] == code and document["error"]
     assert isinstance(document, dict)
     return document
 
