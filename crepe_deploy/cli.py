@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
@@ -27,7 +28,9 @@ from .commands.prune_and_export import prune_and_export_command
 from .commands.search import search_command
 from .commands.tyr import tyr_command
 from .commands.verify import verify_command
-from .errors import EXIT_INTERRUPTED, CrepeError, InputError
+from .errors import EXIT_INTERRUPTED, CrepeError, InputError, Stopped
+from .project import project_url
+from .store.files import to_json
 
 EXAMPLES = """\b
 Examples:
@@ -93,50 +96,68 @@ def interrupt_on_signals() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; every failure is one line on stderr.
+    """Run one command and return its exit code; every failure is one line on stderr, with --json a document too.
 
     The context's object is the command as a person would type it.
     """
     add_outer_commands()
+    as_json = "--json" in arguments
     typed = shlex.join(["crepe-deploy", *arguments])
     try:
         return int(cli(list(arguments), prog_name="crepe-deploy", standalone_mode=False, obj=typed) or 0)
     except CrepeError as error:
-        say(f"error: {error}")
-        return error.exit_code
+        line = str(error) if isinstance(error, Stopped) else f"error: {error}"
+        return fail(error, str(error), error.exit_code, line, as_json=as_json and not error.printed)
     except click.ClickException as error:
         error.show()
-        return error.exit_code
+        return fail(error, error.format_message(), error.exit_code, "", as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
-        say("stopped; nothing was left behind")
-        return EXIT_INTERRUPTED
+        line = "stopped; nothing was left behind"
+        return fail(KeyboardInterrupt(), line, EXIT_INTERRUPTED, line, as_json=as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what reads our output has left: nobody to tell
         return CrepeError.exit_code
     except Exception as error:  # noqa: BLE001 - the one place where anything may arrive
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            say(f"error: {error.filename!s:.80}... is too long for the name of a file: give a shorter one")
-            return InputError.exit_code
-        report_unexpected(error, typed, debug="--debug" in arguments[:1])
-        return CrepeError.exit_code
+            reason = f"{error.filename!s:.80}... is too long for the name of a file: give a shorter one"
+            return fail(InputError(), reason, InputError.exit_code, as_json=as_json)
+        return report_unexpected(error, typed, debug="--debug" in arguments[:1], as_json=as_json)
 
 
-def report_unexpected(error: Exception, typed: str, *, debug: bool) -> None:
+def fail(
+    error: BaseException, reason: str, code: int, line: str | None = None, *, as_json: bool, **more: str
+) -> int:  # fmt: skip
+    """Say why a command failed, and return its exit code: one line on stderr, and as JSON one document on stdout.
+
+    line: in place of "error: REASON"; empty where stderr has been told.
+    """
+    if line != "":
+        say(line or f"error: {reason}")
+    if as_json:
+        with contextlib.suppress(OSError):  # stdout that cannot be written to: stderr has been told
+            click.echo(to_json({"error": reason, "code": code, "kind": type(error).__name__, **more}))
+    return code
+
+
+def report_unexpected(error: Exception, typed: str, *, debug: bool, as_json: bool) -> int:
     """The last line of defence: one line on what nobody foresaw, and a file with the details; with `debug` here too."""
     details = "".join(traceback.format_exception(error))
     if debug:
         say(details)
     reason = " ".join(str(error).split())[:200]
-    line = f"error: unexpected {type(error).__name__}" + (f": {reason}" if reason else "")
+    line = f"unexpected {type(error).__name__}" + (f": {reason}" if reason else "")
+    more = {}
     try:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", errors="backslashreplace", prefix="crepe-deploy-", suffix=".txt", delete=False
         ) as file:
             file.write(f"crepe-deploy {__version__}, Python {sys.version}\n{typed}\n\n{details}")
     except OSError:
-        say(f"{line}; this is a defect of crepe-deploy; crepe-deploy --debug COMMAND shows where it came from")
+        line += "; this is a defect of crepe-deploy; crepe-deploy --debug COMMAND shows where it came from"
     else:
-        say(f"{line}; this is a defect of crepe-deploy: please report it with {file.name}")
+        more = {"details": file.name}
+        line += f"; this is a defect of crepe-deploy: please report it at {project_url('Issues')} with {file.name}"
+    return fail(error, line, CrepeError.exit_code, as_json=as_json, **more)
 
 
 def main() -> NoReturn:

@@ -16,6 +16,7 @@ CrepeError                 1  the tool failed
 ├── VerifyError            1  a file differs from its manifest
 ├── KernelError            1  a native kernel could not be built or run
 ├── ServeError             1  a server did not start, answer or agree
+├── Stopped               75  stopped by the user; the same command goes on with --resume
 ├── GateInvalid            1  what a regression gate was given cannot be compared
 ├── GateFailed             3  a regression gate failed
 └── GateInconclusive       4  a regression gate could not decide
@@ -35,10 +36,13 @@ EXIT_INTERRUPTED: Final = 130
 class CrepeError(Exception):
     """Root of every error raised on purpose; `exit_code` is what the command line returns.
 
+    printed: the command's JSON document is on stdout already, and a second one must not follow.
+
     Fix: read the line behind `error:`; it names what failed.
     """
 
     exit_code: ClassVar[int] = 1
+    printed: bool = False
 
 
 class InputError(CrepeError):
@@ -150,6 +154,15 @@ class ServeError(CrepeError):
 
     Fix: read the end of the server's log behind the message; give vLLM less context (`--max-model-len`) or memory.
     """
+
+
+class Stopped(CrepeError):
+    """The user stopped a run that can be gone on with.
+
+    Fix: the same command with `--resume`.
+    """
+
+    exit_code = EXIT_RESUMABLE
 
 
 class GateInvalid(CrepeError):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from crepe_deploy.nearest import meant
+
 from .errors import ConfigError
 from .limits import MOST
 
@@ -23,7 +25,8 @@ def build(kind: type[Built], values: Mapping[str, Any], place: str) -> Built:
     hints = get_type_hints(kind)
     for name, value in values.items():
         if name not in known:
-            raise ConfigError(f"{place} has no hyperparameter '{name:.60}'; known: {', '.join(known) or 'none'}")
+            names = f"{', '.join(known) or 'none'}{meant(name, known)}"
+            raise ConfigError(f"{place} has no hyperparameter '{name:.60}'; known: {names}")
         if (wanted := _refused(hints[name], value)) is not None:
             raise ConfigError(f"{place}: {name} is {_short(value)}; it must be {wanted}")
     return kind(**values)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from crepe_deploy.nearest import unknown
+
 from .errors import PatternError
 
 Granularity = Literal["row", "matrix"]
@@ -44,7 +46,7 @@ class Unstructured:
         if not 0 <= self.sparsity < 1:
             raise PatternError(f"sparsity {self.sparsity} is not usable: it is the fraction of zeros, 0 <= s < 1")
         if self.granularity not in GRANULARITIES:
-            raise PatternError(f"granularity '{self.granularity}' is unknown; known: {', '.join(GRANULARITIES)}")
+            raise PatternError(unknown("granularity", self.granularity, GRANULARITIES))
 
     def __str__(self) -> str:
         short = f"{self.sparsity:g}"

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ConfigError
+from ..nearest import unknown
 
 if TYPE_CHECKING:
     from .frame.exporter import Exporter
@@ -35,7 +36,7 @@ def check_formats(formats: Sequence[str]) -> list[str]:
     """Refuse unknown, missing or repeated formats. Raises ConfigError listing the known."""
     for name in formats:
         if name not in EXPORTERS:
-            raise ConfigError(f"format '{name}' is unknown; known: {', '.join(EXPORTERS)}")
+            raise ConfigError(unknown("format", name, EXPORTERS))
     if not formats or len(set(formats)) != len(formats):
         raise ConfigError(f"--format needs one or more different formats of: {', '.join(EXPORTERS)}")
     return list(formats)

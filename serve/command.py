@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import click
 
+from ..errors import CrepeError
+
 EXAMPLES: Final = """\b
 Examples:
   crepe-deploy serve out/packed
@@ -18,7 +20,7 @@ Examples:
 
 
 @click.command("serve", context_settings={"ignore_unknown_options": True}, epilog=EXAMPLES)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("model")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Anything but this machine needs --api-key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
@@ -26,23 +28,33 @@ Examples:
 @click.option("--start-timeout", type=click.FloatRange(min=1), default=600, show_default=True, help="Seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout when ready.")
 def serve_command(
-    folder: Path, vllm_options: tuple[str, ...], host: str, port: int, api_key: str | None, start_timeout: float,
+    model: str, vllm_options: tuple[str, ...], host: str, port: int, api_key: str | None, start_timeout: float,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Serve the checkpoint FOLDER with vLLM, once its first answer agrees with the manifest.
+    """Serve MODEL, a folder, a hub id or a GGUF file, with vLLM, once its first answer agrees with the manifest.
 
     Options of vLLM that tune it are passed on, e.g. --max-model-len 4096 --enforce-eager; what opens it to others or
     loads code is not (docs/serving.md). An ONNX folder is served by ONNX Runtime instead, with --max-model-len,
     --threads and --served-model-name. Ctrl-C stops; the server ends with this command, whatever ends that.
     """
-    from .launcher import ServeOptions, serve
+    from ..store.sources import resolve_model
+    from .launcher import ServeOptions, bound_port, serve
 
-    options = ServeOptions(folder, host, port, api_key, start_timeout, vllm_options)
+    bound_port(host, port)
+    found = resolve_model(model, say=say)
+    name = None if found.kind == "folder" else Path(model).name.removesuffix(".gguf")
+    answered: list[dict[str, Any]] = []
+    options = ServeOptions(found.folder, host, port, api_key, start_timeout, vllm_options, name)
 
     def ready(server: dict[str, Any]) -> None:
         click.echo(json.dumps(server) if as_json else usage(server, has_key=api_key is not None))
+        answered.append(server)
 
-    serve(options, say, ready)
+    try:
+        serve(options, say, ready)
+    except CrepeError as error:
+        error.printed = as_json and bool(answered)
+        raise
     say("stopped")
 
 

@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class ServeOptions:
     """What to serve and where. `extra`: the server's own options, of those that `passed_on` lists; port 0 takes a free
-    one."""
+    one. name: what the model is served under; None: the folder's name."""
 
     folder: Path
     host: str = "127.0.0.1"
@@ -44,6 +44,7 @@ class ServeOptions:
     api_key: str | None = None
     start_timeout_s: float = 600.0
     extra: tuple[str, ...] = ()
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def vllm_command(options: ServeOptions, port: int, greedy: dict[str, Any] | None
     if options.api_key is not None:
         command += ["--middleware", MIDDLEWARE]
     if not _given(options, "--served-model-name"):
-        command.append(f"--served-model-name={folder.name}")  # in one: a name may begin with dashes
+        command.append(f"--served-model-name={options.name or folder.name}")  # in one: a name may begin with dashes
     if greedy is not None and not _given(options, "--dtype"):
         command += ["--dtype", greedy["checkpoint_dtype"]]
     return [*command, *options.extra]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ...commands.options import Count
+from ...commands.options import Count, say
 from ...errors import ConfigError, CrepeError
 from .init_ci import init_ci_command
 
@@ -45,7 +45,7 @@ bench_command.add_command(init_ci_command)
 
 
 @bench_command.command("run", epilog=EXAMPLES)
-@click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | DIR...")
+@click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | MODEL...")
 @click.option("--baseline", default=None, help="The dense folder; with CONFIG, a candidate's name. Default: the first.")
 @click.option("--engine", default=None, help="vllm or transformers, for candidates that name none.")
 @click.option(
@@ -77,7 +77,7 @@ def run_command(
     typed: str, /, targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None,
     max_rounds: int | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Measure the scenario CONFIG, or the model folders DIR..., and write the run as JSON.
+    """Measure the scenario CONFIG, or MODEL..., each a folder, a hub id or a GGUF file, and write the run as JSON.
 
     Every candidate runs in a process of its own; they take turns, so that noise meets all of them alike. A GitHub
     workflow is written by `crepe-deploy bench init-ci`.
@@ -100,10 +100,12 @@ def run_command(
         click.echo(run.model_dump_json(indent=2))
     if verdict is not None:
         render.show(verdict, as_json)
-        raise_for(verdict)
+        raise_for(verdict, printed=as_json)
     failed = failures(run)
     if failed:
-        raise CrepeError(f"{len(failed)} requests failed and were left out; the first: {failed[0]}")
+        error = CrepeError(f"{len(failed)} requests failed and were left out; the first: {failed[0]}")
+        error.printed = as_json
+        raise error
 
 
 def _gating(budgets: Path | None, max_rounds: int | None, rounds: int) -> Gating | None:
@@ -122,10 +124,11 @@ def build_scenario(
     threads: int | None, aa: bool, text: Path | None, window: int, max_tokens: int | None,
 ) -> Scenario:  # fmt: skip
     """The scenario of a file or of folders, with what the options say instead. Raises ConfigError."""
+    from ...store.sources import is_model_name
     from ..run.scenario import load_scenario, parse, parse_points
 
     content: dict[str, Any]
-    if len(targets) == 1 and not targets[0].is_dir():
+    if len(targets) == 1 and not targets[0].is_dir() and not is_model_name(str(targets[0])):
         source = str(targets[0])
         content = load_scenario(targets[0]).model_dump(exclude_none=True)
     else:
@@ -147,14 +150,16 @@ def build_scenario(
 def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | None) -> dict[str, Any]:
     import importlib.util
 
+    from ...store.sources import is_model_name, resolve_model
     from ..run.scenario import parse_points
 
     folders = list(targets)
     if baseline is not None:
         folders = [Path(baseline), *(folder for folder in folders if folder.resolve() != Path(baseline).resolve())]
     for folder in folders:
-        if not folder.is_dir():
-            raise ConfigError(f"{folder} is no folder: give one scenario file, or model folders")
+        if not folder.is_dir() and not is_model_name(str(folder)):
+            raise ConfigError(f"{folder} is no folder, hub id or GGUF file: give one scenario file, or models")
+    names = short_names(folders)
     if engine is None:
         engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
         click.echo(f"engine: {engine} (--engine chooses)", err=True)
@@ -162,7 +167,8 @@ def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | Non
         "name": "bench",
         "engine": engine,
         "candidates": [
-            {"name": name, "folder": folder} for name, folder in zip(short_names(folders), folders, strict=True)
+            {"name": name, "folder": resolve_model(str(folder), say=say).folder}
+            for name, folder in zip(names, folders, strict=True)
         ],
         "points": parse_points(DEFAULT_POINTS),
     }

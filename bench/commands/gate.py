@@ -85,7 +85,7 @@ def gate_command(
     verdict = _judge(baseline, candidate, **options)
     render.write(verdict, junit, markdown)
     render.show(verdict, as_json)
-    raise_for(verdict)
+    raise_for(verdict, printed=as_json)
 
 
 def _judge(

@@ -10,6 +10,7 @@ from typing import Final
 
 import click
 
+from ...commands.options import json_option, print_result
 from ...errors import ConfigError, OutputError
 
 WORKFLOW: Final = Path(".github/workflows/crepe-deploy.yml")
@@ -134,22 +135,25 @@ def fill(text: str, values: dict[str, str]) -> str:
 @click.option("--gpu", is_flag=True, help="The runner has an NVIDIA GPU: torch and vLLM are not the CPU builds.")
 @click.option("--check", "only_check", is_flag=True, help="Write nothing: say whether SCENARIO and budgets fit.")
 @click.option("--overwrite", is_flag=True, help="Replace the workflow if it exists.")
+@json_option
 def init_ci_command(
     scenario: Path, budgets: Path, root: Path, prepare: str | None, source: str | None, requirement: str | None,
-    runner: str, gpu: bool, only_check: bool, overwrite: bool,
+    runner: str, gpu: bool, only_check: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a GitHub Actions workflow that benches SCENARIO at base and head, gates, and comments.
 
     How to set it up in a repository of your own, step by step: docs/ci.md.
     """
+    summary = {"scenario": str(scenario), "budgets": str(budgets)}
     if only_check:
         check(root, scenario, budgets)
-        click.echo(f"{scenario} measures what {budgets} asks for")
+        print_result(summary, as_json, [f"{scenario} measures what {budgets} asks for"])
         return
     written = init_ci(
         root, scenario, budgets, prepare=prepare, requirement=requirement, source=source, runner=runner, gpu=gpu,
         overwrite=overwrite,
     )  # fmt: skip
-    click.echo(f"{written}: commit it with {scenario} and {budgets}")
+    lines = [f"{written}: commit it with {scenario} and {budgets}"]
+    print_result({"workflow": str(written), **summary}, as_json, lines)
     if prepare is None:
         click.echo("without --prepare the checkpoints of the scenario must be in the repository itself", err=True)

@@ -21,6 +21,7 @@ from typing import Annotated, Final, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...errors import ConfigError
+from ...nearest import meant
 from ...store.reading import read_yaml
 from ..run.metrics import METRICS
 
@@ -45,7 +46,8 @@ class Relative(_Strict):
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.metric not in METRICS and self.metric != TIME:
-            raise ValueError(f"unknown metric '{self.metric}'; there are {', '.join([*METRICS, TIME])}")
+            names = [*METRICS, TIME]
+            raise ValueError(f"unknown metric '{self.metric}'; there are {', '.join(names)}{meant(self.metric, names)}")
         if self.floor and self.max_slowdown < 0:
             raise ValueError("a negative max_slowdown demands a gain, to which no floor applies")
         return self

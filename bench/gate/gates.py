@@ -101,14 +101,16 @@ def calibrate(path: Path, name: str) -> dict[str, float]:
     return noise
 
 
-def raise_for(verdict: Verdict) -> None:
-    """Raise the error whose exit code is the verdict's; nothing for PASS."""
+def raise_for(verdict: Verdict, *, printed: bool = False) -> None:
+    """Raise the error whose exit code is the verdict's; nothing for PASS. printed: as `CrepeError.printed`."""
     if verdict.status != "PASS":
         row = verdict.worst()
         count = verdict.count(verdict.status)
         more = f", and {count - 1} more" if count > 1 else ""
         text = f"{verdict.status}, {verdict.gate}: {row.candidate}: {row.place}: {row.reason}{more}"
-        raise ERRORS[verdict.status](text)
+        error = ERRORS[verdict.status](text)
+        error.printed = printed
+        raise error
 
 
 def _usual(run: Run) -> list[str]:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from ...errors import CheckpointError, ConfigError
+from ...nearest import meant
 from ...progress import Progress, silent
 from ...serve.engines import ENGINES
 from ...serve.engines.base import Settings
@@ -75,7 +76,10 @@ def _require(spec: CandidateSpec) -> None:
     elif name in ENGINES:
         ENGINES[name].require(spec.options)
     else:
-        raise ConfigError(f"candidate '{spec.name}': no engine '{name}'; there are {', '.join([*ENGINES, SERVED])}")
+        names = [*ENGINES, SERVED]
+        raise ConfigError(
+            f"candidate '{spec.name}': no engine '{name}'; there are {', '.join(names)}{meant(name, names)}"
+        )
 
 
 def _check_point(spec: CandidateSpec, point: Point) -> None:

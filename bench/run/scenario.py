@@ -14,6 +14,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ...errors import ConfigError
+from ...nearest import meant
 from ...store.reading import read_yaml
 from .result import Point, Workload
 
@@ -206,7 +207,8 @@ def _explain(error: ValidationError) -> str:
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         section = _SECTIONS.get(str(first["loc"][0]), Scenario) if len(first["loc"]) > 1 else Scenario
-        return f"unknown key '{place}'; known are {', '.join(section.model_fields)}"
+        near = meant(str(first["loc"][-1]), section.model_fields)
+        return f"unknown key '{place}'; known are {', '.join(section.model_fields)}{near}"
     if first["type"] == "missing":
         return f"'{place}' is missing"
     message = first["msg"].removeprefix("Value error, ")

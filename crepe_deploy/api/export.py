@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crepe_deploy.progress import Progress, silent
-from crepe_deploy.store.checkpoint import require_folder
+from crepe_deploy.progress import Progress, Say, silent
+from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.manifest import Manifest
 
-from .inputs import check_base_model, export_options
+from .inputs import check_base_model, export_options, find_model
 
 
 def default_out(source: str | Path, format: str) -> Path:
-    """SOURCE/../FORMAT; of a snapshot in the hub's cache, where that would pass for a revision, ./NAME-FORMAT."""
+    """SOURCE/../FORMAT; of a hub id, a GGUF file or a snapshot in the hub's cache ./NAME-FORMAT."""
     folder = Path(source).resolve()
+    if folder.suffix == ".gguf" or not folder.exists():
+        return Path(f"{folder.name.removesuffix('.gguf')}-{format}")
     if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
         return Path(f"{folder.parent.parent.name.rpartition('--')[2]}-{format}")
     return folder.parent / format
@@ -22,10 +24,11 @@ def default_out(source: str | Path, format: str) -> Path:
 def export(
     source: str | Path, out: str | Path | None = None, *, format: str = "dense", onnx_flavor: str | None = None,
     precision: str | None = None, quantise: str | None = None, base_model: str | None = None,
-    overwrite: bool = False, progress: Progress | None = None,
+    overwrite: bool = False, revision: str | None = None, progress: Progress | None = None, say: Say | None = None,
 ) -> Manifest:  # fmt: skip
-    """Write the pruned checkpoint folder `source` in another format into `out`, and return its manifest.
+    """Write the pruned checkpoint `source` in another format into `out`, and return its manifest.
 
+    source: a folder, a hub id (`revision`: its branch, tag or commit) or a GGUF file, as `model` of `prune`.
     out: default as `default_out`; appears whole and verified or not at all. format: "dense", "packed" (docs/format.md),
     "int8", "onnx", "gguf", or "deci" for widths per layer. onnx_flavor, precision: of an ONNX graph, "portable" or
     "genai", and "fp32", "fp16" or "int4". quantise: of a GGUF file, "auto" (as stored), "f32", "f16", "bf16", "q8_0",
@@ -35,12 +38,14 @@ def export(
     VerifyError, ParityError, DiskFullError (1).
     """
     from crepe_deploy.exporting.pipeline import export_checkpoint
+    from crepe_deploy.exporting.registry import build
 
     check_base_model(base_model)
-    require_folder(Path(source))
     target = Path(out) if out is not None else default_out(source, format)
     options = export_options(onnx_flavor, precision, quantise)
+    build([format], options)
+    check_output(target, overwrite=overwrite, inputs=(Path(source),))
+    folder = find_model(source, revision, say).folder
     return export_checkpoint(
-        Path(source), target, format, overwrite=overwrite, step=progress or silent, options=options,
-        base_model=base_model,
+        folder, target, format, overwrite=overwrite, step=progress or silent, options=options, base_model=base_model,
     )  # fmt: skip

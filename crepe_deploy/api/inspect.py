@@ -8,10 +8,13 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from crepe_deploy.errors import InputError
 from crepe_deploy.packed.config import QUANT_METHOD
+from crepe_deploy.progress import Say
 from crepe_deploy.store.audit import audit, inspect_folder, recorded
 from crepe_deploy.store.checkpoint import read_config, require_folder
 from crepe_deploy.store.stock import check_tokenizer
 from crepe_deploy.structural.check import describe
+
+from .inputs import find_model
 
 
 class TensorRow(TypedDict):
@@ -52,14 +55,15 @@ class Inspection:
         return {"folder": str(self.folder), "tensors": self.tensors, **layers, **damage}
 
 
-def inspect(folder: str | Path) -> Inspection:
+def inspect(folder: str | Path, *, revision: str | None = None, say: Say | None = None) -> Inspection:
     """Count the zeros of every tensor in a checkpoint or ONNX folder, one in memory at a time.
 
+    folder: or a hub id (`revision`: its branch, tag or commit), or a GGUF file, whose dequantised weights are counted.
     Raises CheckpointError (exit code 2) for a folder that is none, MissingExtra (2) for ONNX without its libraries.
     """
     from crepe_deploy.exporting.onnx.inspect import inspect_onnx, is_onnx
 
-    root = Path(folder)
+    root = find_model(folder, revision, say).folder
     require_folder(root)
     if is_onnx(root):
         return Inspection(root, cast(list[TensorRow], inspect_onnx(root)), None, _damage(root))

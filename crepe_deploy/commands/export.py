@@ -16,6 +16,8 @@ from .options import (
     prepare_libraries,
     print_result,
     quantise_option,
+    revision_option,
+    say,
 )
 
 EXAMPLES = """\b
@@ -28,28 +30,29 @@ Examples:
 
 
 @click.command("export", epilog=EXAMPLES)
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=None,
-    help="Default: SOURCE/../FORMAT.",
+    help="Default: SOURCE/../FORMAT; of a hub id or a GGUF file ./NAME-FORMAT.",
 )
 @format_option("One of:")
 @onnx_options
 @quantise_option
 @base_model_option
 @overwrite_option
+@revision_option
 @json_option
-def export_command(source: Path, out: Path | None, format: str, as_json: bool, **options: Any) -> None:
-    """Export the pruned checkpoint SOURCE into another format."""
+def export_command(source: str, out: Path | None, format: str, as_json: bool, **options: Any) -> None:
+    """Export the pruned checkpoint SOURCE, a folder, a hub id or a GGUF file, into another format."""
     prepare_libraries()
     from crepe_deploy.api.export import default_out, export
     from crepe_deploy.progress import progress
 
     target = out if out is not None else default_out(source, format)
     with progress(f"exporting as {format}") as step:
-        manifest = export(source, target, format=format, progress=step, **options)
+        manifest = export(source, target, format=format, progress=step, say=say, **options)
     summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}
     limits = manifest.metrics.get(manifest.format, {}).get("limits", [])
     print_result(summary, as_json, [f"{target}: {manifest.format}, verified", *limits])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import json_option, print_result
+from .options import json_option, print_result, revision_option, say
 
 if TYPE_CHECKING:
     from crepe_deploy.api.inspect import TensorRow
@@ -20,13 +19,16 @@ Examples:
 
 
 @click.command("inspect", epilog=EXAMPLES)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="MODEL")
+@revision_option
 @json_option
-def inspect_command(folder: Path, as_json: bool) -> None:
-    """Count the zeros of every tensor in FOLDER, name the pattern that holds, and say the widths of uneven layers."""
+def inspect_command(folder: str, revision: str | None, as_json: bool) -> None:
+    """Count the zeros of every tensor in MODEL, name the pattern that holds, and say the widths of uneven layers.
+
+    MODEL is a folder, a hub id or a GGUF file, which is dequantised once."""
     from crepe_deploy.api.inspect import inspect
 
-    result = inspect(folder)
+    result = inspect(folder, revision=revision, say=say)
     damage = [f"damaged: {result.damage}"] if result.damage else []
     print_result(result.to_dict(), as_json, [*tensor_lines(result.tensors), *width_lines(result.layers or []), *damage])
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from crepe_deploy.errors import EXIT_RESUMABLE, ConfigError
+from crepe_deploy.errors import ConfigError, Stopped
 from crepe_deploy.limits import MOST, MOST_SEED
 from crepe_deploy.store.files import to_json
 from crepe_deploy.store.reading import parse_value
@@ -62,14 +62,13 @@ def prepare_libraries() -> None:
 
 @contextmanager
 def resumable(journal: Path) -> Iterator[None]:
-    """A stop ends the command with `EXIT_RESUMABLE` where there is a journal to go on from."""
+    """A stop becomes `Stopped` where there is a journal to go on from."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if not journal.is_file():
             raise
-        say("stopped; the same command with --resume goes on")
-        click.get_current_context().exit(EXIT_RESUMABLE)
+        raise Stopped("stopped; the same command with --resume goes on") from stop
 
 
 def options(*several: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, UnsupportedModel
+from crepe_deploy.nearest import unknown
 from crepe_deploy.store.checkpoint import CheckpointReader
 
 from .architecture import build_meta, load_config, outline
@@ -252,7 +253,7 @@ class Decoder:
 def check_dtype(dtype: str) -> None:
     """Raise ConfigError unless this names a dtype to compute in."""
     if dtype not in ("auto", PROOF_DTYPE, *COMPUTE_DTYPES):
-        raise ConfigError(f"dtype '{dtype}' is unknown; known: auto, {', '.join(COMPUTE_DTYPES)}")
+        raise ConfigError(unknown("dtype", dtype, ["auto", *COMPUTE_DTYPES]))
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crepe_deploy.errors import CheckpointError, ConfigError, KernelError
+from crepe_deploy.nearest import unknown
 
 from . import dispatch, ops
 from .format import check_geometry, unpack, validate
@@ -64,7 +65,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         check_geometry(n, m, in_features)
         if keep_dense not in KEEP_DENSE:
-            raise ConfigError(f"keep_dense '{keep_dense}' is unknown; known: {', '.join(KEEP_DENSE)}")
+            raise ConfigError(unknown("keep_dense", keep_dense, KEEP_DENSE))
         self.in_features, self.out_features, self.n, self.m = in_features, out_features, n, m
         self.keep_dense: KeepDense = keep_dense
         self._seen: set[int] = set()  # batch buckets whose plan needs no more attention

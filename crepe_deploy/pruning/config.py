@@ -10,6 +10,7 @@ from typing import Any, get_args
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import check_dtype
 from crepe_deploy.model.stats import Need
+from crepe_deploy.nearest import unknown
 from crepe_deploy.pattern import NM, Pattern, as_pattern
 
 from .methods import get_method
@@ -184,4 +185,4 @@ def _feed(wanted: str, method: ScoreMethod | SolveMethod, steps: Steps) -> Feed:
     for feed in get_args(Feed):
         if wanted == feed:
             return feed  # type: ignore[no-any-return]
-    raise ConfigError(f"feed '{wanted}' is unknown; known: {', '.join(FEEDS)}")
+    raise ConfigError(unknown("feed", wanted, FEEDS))

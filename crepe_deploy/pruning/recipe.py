@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crepe_deploy.errors import ConfigError
+from crepe_deploy.nearest import meant
 from crepe_deploy.pattern import NM, Pattern
 from crepe_deploy.store.reading import YAML_BYTES, parse_json, parse_yaml, read_text
 
@@ -94,12 +95,16 @@ def _load(model: type[_File], kind: str, name_or_path: str | Path) -> _File:
     shipped = _shipped(f"{kind}s")
     file = Path(str(shipped.get(str(name_or_path), name_or_path)))
     if str(name_or_path) not in shipped and not os.path.lexists(file):
-        names = ", ".join(sorted(shipped))
+        names = ", ".join(sorted(shipped)) + meant(str(name_or_path), shipped)
         raise ConfigError(f"{kind} '{name_or_path}' is neither a file nor a known name; known: {names}")
     try:
         return model.model_validate(_parse(read_text(file, ConfigError, YAML_BYTES), f"{kind} {name_or_path}"))
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}"
+            + (meant(str(fault["loc"][0]), model.model_fields) if fault["type"] == "extra_forbidden" else "")
+            for fault in error.errors()
+        )
         raise ConfigError(f"{kind} {name_or_path} is not valid: {faults[:1000]}") from error
 
 

@@ -19,6 +19,7 @@ from crepe_deploy.limits import check_seed
 from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.model.architecture import whole_model
 from crepe_deploy.model.decoder import COMPUTE_DTYPES
+from crepe_deploy.nearest import unknown
 from crepe_deploy.progress import Progress
 from crepe_deploy.store.stock import check_ids, third_party
 from crepe_deploy.texts import first_tokens, load_tokenizer, tokenize, wants_bos_each_window
@@ -182,7 +183,7 @@ def load_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> Any:
     Raises CheckpointError, and ConfigError for an unknown dtype.
     """
     if dtype != "auto" and dtype not in COMPUTE_DTYPES:
-        raise ConfigError(f"dtype '{dtype}' is not known; known: auto, {', '.join(COMPUTE_DTYPES)}")
+        raise ConfigError(unknown("dtype", dtype, ["auto", *COMPUTE_DTYPES]))
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
     return whole_model(folder, dtype=COMPUTE_DTYPES.get(dtype, "auto")).to(device)
@@ -197,7 +198,7 @@ def context_length(model: Any) -> int | None:
 def resolve_bos(tokenizer: Any, bos: str) -> str:
     """Turn "auto" into "none", "start" or "window" for this tokenizer. Raises ConfigError."""
     if bos not in BOS_MODES:
-        raise ConfigError(f"bos '{bos}' is not known; known: {', '.join(BOS_MODES)}")
+        raise ConfigError(unknown("bos", bos, BOS_MODES))
     if bos in ("start", "window") and tokenizer.bos_token_id is None:
         raise ConfigError(f"bos '{bos}' needs a BOS token and this tokenizer has none")
     if bos != "auto":

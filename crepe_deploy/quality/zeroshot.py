@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from crepe_deploy.errors import CalibrationError, ConfigError, CrepeError, MissingExtra
+from crepe_deploy.nearest import meant
 from crepe_deploy.store.reading import DOCUMENT_BYTES, decode, parse_json, read_bytes
 from crepe_deploy.store.stock import check_ids, third_party
 from crepe_deploy.texts import load_tokenizer
@@ -168,7 +169,7 @@ def find_task_file(task_dir: Path, task: str) -> Path:
     if not task_dir.is_dir():
         raise ConfigError(f"task folder {task_dir} does not exist")
     known = sorted(path.name.split(".")[0] for path in task_dir.iterdir() if ".jsonl" in path.name or path.is_dir())
-    raise ConfigError(f"task '{task}' is not in {task_dir}; there: {', '.join(known) or 'nothing'}")
+    raise ConfigError(f"task '{task}' is not in {task_dir}; there: {', '.join(known) or 'nothing'}{meant(task, known)}")
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -243,7 +244,8 @@ def _task_manager(specs: list[Any]) -> Any:
     manager = TaskManager(include_defaults=bool(names))
     known = set(manager.all_tasks)
     if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"lm-eval knows no task named {', '.join(unknown)}; for local files give --task-dir")
+        near = meant(unknown[0], known)
+        raise ConfigError(f"lm-eval knows no task named {', '.join(unknown)}{near}; for local files give --task-dir")
     return manager
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from crepe_deploy.errors import ConfigError
+from crepe_deploy.nearest import unknown
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.select import select
 
@@ -101,7 +102,7 @@ def check_proxy(name: str) -> None:
     """Raise ConfigError, listing the known names, unless `name` is a proxy, "auto" or the fitted surface."""
     known = ("auto", *PROXIES, NAME)
     if name not in known:
-        raise ConfigError(f"proxy '{name}' is unknown; known: {', '.join(known)}")
+        raise ConfigError(unknown("proxy", name, known))
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from crepe_deploy.errors import ConfigError, OutputError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.nearest import unknown
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.pruning.recipe import Preset
@@ -127,7 +128,7 @@ def _prepare(
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out} cannot be written: its folder does not exist")
     if config.optimizer not in EVALUATIONS:
-        raise ConfigError(f"optimizer '{config.optimizer}' is unknown; known: {', '.join(EVALUATIONS)}")
+        raise ConfigError(unknown("optimizer", config.optimizer, EVALUATIONS))
     check_proxy(config.proxy)
     if config.optimizer == "pho":
         require_cmaes()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, MissingExtra, OutputError, UnsupportedModel
+from crepe_deploy.nearest import unknown
 
 from .files import disk_errors, write_json
 from .gguf_rope import rope_scaling
@@ -122,7 +123,7 @@ def convert_gguf(path: Path, out_dir: Path, dtype: str = "bfloat16") -> dict[str
     Raises CheckpointError, ConfigError, UnsupportedModel, OutputError, DiskFullError and MissingExtra.
     """
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype '{dtype}' is not known; known: {', '.join(DTYPES)}")
+        raise ConfigError(unknown("dtype", dtype, DTYPES))
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise OutputError(f"{out_dir} exists already; remove it or choose another folder")
     info = check_gguf(path)

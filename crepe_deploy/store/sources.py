@@ -61,6 +61,17 @@ def resolve_model(model: str, revision: str | None = None, say: Callable[[str], 
     return _from_hub(model, revision, say)
 
 
+def is_model_name(model: str) -> bool:
+    """Whether this names a model that is no folder: a GGUF file on this disk, or a hub id where no file is in its way.
+
+    A name of one part never is a hub id, nor is one that ends as a scenario does.
+    """
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return path.is_file()
+    return path.suffix not in (".yaml", ".yml", ".json") and not path.exists() and bool(_HUB_ID.match(model))
+
+
 def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:
     from .gguf import convert_gguf, hash_gguf
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from crepe_deploy.errors import ConfigError, NumericalError
 from crepe_deploy.model.calibrate import Stream, embed
 from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.nearest import unknown
 
 from .levels import layer_plan
 from .narrow import narrowed
@@ -57,7 +58,7 @@ class Reference:
 def cache_bytes(decoder: Decoder, tokens: Tensor, fitness: str, top_k: int) -> int:
     """Memory that the reference takes. Raises ConfigError for an unknown fitness."""
     if fitness not in FITNESSES:
-        raise ConfigError(f"--fitness '{fitness}' is unknown; known: {', '.join(FITNESSES)}")
+        raise ConfigError(unknown("--fitness", fitness, FITNESSES))
     if fitness == "logits":
         return tokens.numel() * min(top_k, decoder.vocab_size) * (INDEX_BYTES + VALUE_BYTES)
     return tokens.numel() * len(_watched(decoder)) * int(decoder.config.hidden_size) * decoder.dtype.itemsize

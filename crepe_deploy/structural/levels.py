@@ -10,6 +10,7 @@ from torch import Tensor
 
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.model.stats import Need, Stats
+from crepe_deploy.nearest import unknown
 
 from .local import DAMPING, DEFAULT_VARIANT, VARIANTS, Quadratic, quadratic, refit_nested, removal_order
 from .plan import Geometry, LayerPlan, head_features
@@ -76,10 +77,10 @@ class LocalRules:
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
-            raise ConfigError(f"--variant '{self.variant}' is unknown; known: {', '.join(VARIANTS)}")
+            raise ConfigError(unknown("--variant", self.variant, VARIANTS))
         known = ("saliency", "random", *SCORES)
         if self.select not in known:
-            raise ConfigError(f"selection '{self.select}' is unknown; known: {', '.join(known)}")
+            raise ConfigError(unknown("selection", self.select, known))
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from ...errors import ConfigError, MissingExtra, NoTokenizer, UnsupportedModel
 from ...model.families import family_of, known
+from ...nearest import unknown
 from ...texts import load_tokenizer
 
 FLAVORS: Final = {"portable": ("fp32", "fp16"), "genai": ("fp32", "int4")}
@@ -26,7 +27,7 @@ _LIBRARIES: Final = {
 def check_options(flavor: str, precision: str) -> None:
     """Raise ConfigError for a flavour or precision that is not offered, MissingExtra without the libraries."""
     if flavor not in FLAVORS:
-        raise ConfigError(f"--onnx-flavor '{flavor}' is unknown; known: {', '.join(FLAVORS)}")
+        raise ConfigError(unknown("--onnx-flavor", flavor, FLAVORS))
     known = FLAVORS[flavor]
     if precision not in known:
         why = {

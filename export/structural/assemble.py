@@ -21,6 +21,7 @@ from ...model.architecture import content_with_sizes
 from ...model.calibrate import embed
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import check_parity
+from ...nearest import unknown
 from ...progress import Progress, silent, ticker
 from ...store.checkpoint import CheckpointReader
 from ...store.companions import copy_companions
@@ -81,7 +82,7 @@ def choose_layout(
     if widths not in ("uniform", "per-layer"):
         raise ConfigError(f"widths '{widths}' are unknown; known: uniform, per-layer")
     if layout not in LAYOUTS:
-        raise ConfigError(f"layout '{layout}' is unknown; known: {', '.join(LAYOUTS)}")
+        raise ConfigError(unknown("layout", layout, LAYOUTS))
     if (layout == "deci" or remote_code) and widths == "uniform":
         raise ConfigError("uniform widths are a plain checkpoint, with neither --layout deci nor --remote-code")
     if layout == "deci" and remote_code:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from ...errors import ConfigError
+from ...nearest import meant
 from .base import Engine
 from .fake import FakeEngine
 from .onnxruntime import OnnxEngine
@@ -22,5 +23,5 @@ ENGINES: Final[dict[str, type[Engine]]] = {
 def get_engine(name: str) -> type[Engine]:
     """The engine of this name. Raises ConfigError listing those there are."""
     if name not in ENGINES:
-        raise ConfigError(f"no engine '{name}'; there are {', '.join(ENGINES)}")
+        raise ConfigError(f"no engine '{name}'; there are {', '.join(ENGINES)}{meant(name, ENGINES)}")
     return ENGINES[name]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import ConfigError
+from ...nearest import meant
 
 Prompts = Sequence[Sequence[int]]
 
@@ -65,7 +66,7 @@ def check_options(engine: str, options: dict[str, Any], known: Sequence[str]) ->
     for name in options:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ConfigError(f"engine {engine} has no option '{name}': {has}")
+            raise ConfigError(f"engine {engine} has no option '{name}': {has}{meant(name, known)}")
 
 
 def held_bytes(module: Any) -> int:

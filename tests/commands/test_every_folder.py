@@ -65,6 +65,7 @@ def test_folders_are_verified_and_inspected(
     out, err = capsys.readouterr()
     if (command, kind) in REFUSED:
         assert code == 2 and REFUSED[command, kind] in err
+        assert REFUSED[command, kind] in json.loads(out)["error"]
     else:
         assert code == 0 and json.loads(out)["folder"] == str(folders[kind]), err
 

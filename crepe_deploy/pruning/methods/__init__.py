@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from crepe_deploy.errors import ConfigError
+from crepe_deploy.nearest import unknown
 from crepe_deploy.parameters import build
 
 from .base import ScoreMethod, SolveMethod
@@ -30,6 +31,6 @@ def get_method(name: str, **params: object) -> ScoreMethod | SolveMethod:
     of another type.
     """
     if name not in METHODS:
-        raise ConfigError(f"method '{name}' is unknown; known: {', '.join(METHODS)}")
+        raise ConfigError(unknown("method", name, METHODS))
     method: ScoreMethod | SolveMethod = build(METHODS[name], params, f"method '{name}'")
     return method

@@ -11,6 +11,7 @@ from typing import Any
 
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.stats import Need
+from crepe_deploy.nearest import unknown
 from crepe_deploy.parameters import build
 from crepe_deploy.store.reading import parse_value
 
@@ -76,7 +77,7 @@ def build_step(kind: str, text: str) -> Any:
     known = KINDS[kind]
     name, _, settings = text.partition(":")
     if name not in known:
-        raise ConfigError(f"--{kind} '{name}' is unknown; known: {', '.join(known)}")
+        raise ConfigError(unknown(f"--{kind}", name, known))
     allowed = [field.name for field in fields(known[name])]
     values: dict[str, Any] = {}
     for setting in filter(None, settings.split(",")):

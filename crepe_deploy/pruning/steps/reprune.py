@@ -24,6 +24,7 @@ from torch import Tensor
 
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.stats import Need, Stats, need_hessian, need_moments
+from crepe_deploy.nearest import unknown
 from crepe_deploy.pattern import NM, Pattern
 
 from ..methods.base import check_range
@@ -63,7 +64,7 @@ class DSnoT:
         check_range("max_cycles", self.max_cycles, 1)
         check_range("enough", self.enough, 0)
         if self.order not in get_args(Order):
-            raise ConfigError(f"order '{self.order}' is unknown; known: {', '.join(get_args(Order))}")
+            raise ConfigError(unknown("order", self.order, get_args(Order)))
 
     def check(self, pattern: Pattern) -> None:
         """Every pattern will do."""
