@@ -135,7 +135,7 @@ class Display(ABC):
 
     def __init__(self, label: str, clock: Clock) -> None:
         self.label, self._clock, self.estimate = label, clock, Estimate(clock)
-        self._whole = Estimate(clock)
+        self._whole, self._first = Estimate(clock), label
 
     def __call__(self, done: int, total: int) -> None:
         """`done` pieces of `total` are done."""
@@ -148,8 +148,8 @@ class Display(ABC):
         self.began()
 
     def end(self) -> str:
-        """The last line."""
-        return f"{self.label}: done, {_clock_time(self._whole.elapsed)} elapsed"
+        """The last line, of all parts."""
+        return f"{self._first}: done, {_clock_time(self._whole.elapsed)} elapsed"
 
     @abstractmethod
     def began(self) -> None:

@@ -73,16 +73,16 @@ def test_a_line_a_minute_comes_whatever_the_work_does() -> None:
 
 def test_each_part_has_its_name_and_its_own_estimate_and_the_end_says_how_long_all_took() -> None:
     clock, stream = Clock(), io.StringIO()
-    with progress("reading model", stream=stream, clock=clock) as step:
+    with progress("pruning model", stream=stream, clock=clock) as step:
         clock.now += 50
         with parts(step)("pruning to 2:4") as inner:
             clock.now += 10
             inner(1, 2)
     assert stream.getvalue().splitlines() == [
-        "reading model: started",
+        "pruning model: started",
         "pruning to 2:4: started",
         "pruning to 2:4: 50%, 0:00:10 elapsed, about 0:00:10 left",
-        "pruning to 2:4: done, 0:01:00 elapsed",
+        "pruning model: done, 0:01:00 elapsed",
     ]
 
 
@@ -183,7 +183,7 @@ def test_a_terminal_shows_what_is_done_elapsed_and_left(tmp_path: Path) -> None:
     said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
     label = "pruning to 2:4, recipe best (ria, permute fold, reconstruct admm, rescale logits)"
     assert label in said and re.search(r"\d+%, 0:\d\d:\d\d elapsed, about 0:\d\d:\d\d left", said), said
-    assert re.search(re.escape(label) + r": done, 0:\d\d:\d\d elapsed\s*$", said), said
+    assert re.search(re.escape(f"pruning {model}") + r": done, 0:\d\d:\d\d elapsed\s*$", said), said
 
 
 def _read(descriptor: int) -> bytes:
