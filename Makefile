@@ -9,7 +9,7 @@ SPEC   := pyproject.toml constraints.txt Makefile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test faults audit lint gate bench report assets browser clean
+.PHONY: setup demo test faults audit lint gate bench report docs docs-serve assets browser release-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.base
@@ -48,6 +48,17 @@ $(VENV)/.dev: $(VENV)/.vllm
 	@echo "setup, tests: development tools (a minute)"
 	@$(PIP) -e '.[gguf,heal,eval,bench,onnx,dev]'
 	@touch $@
+
+# The docs site in out/site, readable from the disk; a broken link or anchor fails the build.
+$(VENV)/.docs: $(VENV)/.base
+	@$(PIP) -e '.[gguf,docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "docs: out/site/index.html"
+
+docs-serve: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --strict
 
 assets: $(VENV)/.base
 	@$(BIN)/python -m crepe_deploy.bench.assets
@@ -98,6 +109,10 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@rm -rf .types build && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target .types . 2>/dev/null
 	@rm -rf build && cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p crepe_deploy
+
+# sdist and wheel built, installed alone and run on a tiny model outside the repository (docs/release.md); no network.
+release-check: $(VENV)/.dev
+	@.ci/release-check $(BIN)/python
 
 # The measurements of bench/results/; about two hours on two cores, best with nothing else running. quality.json and
 # structural.json take hours more and go on where they stopped: their commands are in docs/quality*.md and structural.md.

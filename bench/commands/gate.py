@@ -22,7 +22,7 @@ Examples:
   crepe-deploy gate run.json --pruned packed --budgets configs/budgets-pruned.yaml --markdown comment.md
   crepe-deploy gate base.json new.json --max-slowdown 0.05 --host-mismatch ratios
   crepe-deploy gate run.json --calibrate dense-again
-  crepe-deploy gate run.json --suggest-budgets > budgets.yaml
+  crepe-deploy gate run.json --suggest-budgets
 """
 
 
