@@ -93,12 +93,8 @@ def prune_and_export(
     return run(
         source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
         options=export_options(onnx_flavor, precision, quantise),
-<<<<<<< HEAD
         healing=healing_of(source, heal, calib, calib_field, seed, parts(progress), say),
-=======
-        healing=healing_of(source, heal, calib, calib_field, seed, lambda _: nullcontext(progress or silent), say),
         base_model=base_model,
->>>>>>> main
     )  # fmt: skip
 
 
