@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..progress import progress
+from ..progress import part, progress
 from .gate.gates import Limits, gate_pruned
 from .gate.looks import decide, planned_rounds
 from .gate.verdict import Verdict
@@ -67,13 +66,14 @@ def measure_qualities(scenario: Scenario, asked: QualitySpec, *, quiet: bool = F
     base = scenario.specs()[0]
     measured = [spec for spec in scenario.specs() if not is_again(spec, scenario) and loadable(spec.folder)]
     qualities: Qualities = {}
-    for index, spec in enumerate(measured):
-        if not quiet:
-            print(f"quality of '{spec.name}' ({index + 1} of {len(measured)})", file=sys.stderr, flush=True)
-        against = base.folder if spec.name != base.name and loadable(base.folder) else None
-        qualities[spec.name] = measure_quality(
-            spec.folder, against, asked.text, window=asked.window, max_tokens=asked.max_tokens, dtype=str(spec.dtype)
-        )
+    with progress("measuring quality", quiet=quiet) as step:
+        for index, spec in enumerate(measured, start=1):
+            part(step, f"quality of '{spec.name}' ({index} of {len(measured)})")
+            against = base.folder if spec.name != base.name and loadable(base.folder) else None
+            qualities[spec.name] = measure_quality(
+                spec.folder, against, asked.text, window=asked.window, max_tokens=asked.max_tokens,
+                dtype=str(spec.dtype),
+            )  # fmt: skip
     return qualities
 
 

@@ -1,14 +1,24 @@
-"""Progress on stderr: a bar with an ETA on a terminal, plain lines elsewhere."""
+"""Progress on stderr: what is done, the share done, the time it took and the time left.
+
+On a terminal it is a bar, elsewhere plain lines: one at the start, more as the share grows, and one a minute at least,
+whatever the work does. Both say the same words from one estimate.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, Final, Protocol, TextIO
 
-LINE_EVERY_S = 10.0
+FIRST_S: Final = 5.0  # until a first line with an estimate
+LINE_S: Final = 30.0  # between lines, where there is news
+QUIET_S: Final = 60.0  # without a line at most
+BEAT_S: Final = 1.0  # between looks at the clock
 
 
 class Progress(Protocol):
@@ -19,6 +29,7 @@ class Progress(Protocol):
 
 Show = Callable[[str], AbstractContextManager[Progress]]  # wraps a long step, named by a label; `progress` is one
 Say = Callable[[str], None]  # receives one line for a person
+Clock = Callable[[], float]  # seconds
 
 
 def silent(done: int, total: int) -> None:
@@ -35,6 +46,10 @@ def unsaid(line: str) -> None:
     """Say nothing."""
 
 
+def unheard(units: float) -> None:
+    """Count nothing."""
+
+
 def ticker(step: Progress, total: int) -> Callable[[], None]:
     """A call for each finished piece of work, `total` of them in all the phases that share it."""
     done = 0
@@ -47,49 +62,203 @@ def ticker(step: Progress, total: int) -> Callable[[], None]:
     return tick
 
 
-@contextmanager
-def progress(label: str, *, quiet: bool = False) -> Iterator[Progress]:
-    """Yield a `Progress` that shows `label`, the share done and the time left."""
-    if quiet:
-        yield silent
-    elif sys.stderr.isatty():
-        with _bar(label) as step:
-            yield step
-    else:
-        yield _lines(label)
+class Meter:
+    """Work of unequal pieces, in units of which there are `total` in all; `step` is told whole ones."""
 
+    def __init__(self, step: Progress, total: int) -> None:
+        self._step, self._total, self._done = step, total, 0.0
 
-@contextmanager
-def _bar(label: str) -> Iterator[Progress]:
-    from rich import progress as bar
-    from rich.console import Console
+    def add(self, units: float) -> None:
+        """So many more units are done."""
+        self.reach(self._done + units)
 
-    columns = (
-        bar.TextColumn("{task.description}"),
-        bar.BarColumn(),
-        bar.MofNCompleteColumn(),
-        bar.TimeElapsedColumn(),
-        bar.TextColumn("left"),
-        bar.TimeRemainingColumn(),
-    )
-    with bar.Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(label, total=None)
+    def reach(self, units: float) -> None:
+        """So many units are done in all."""
+        self._done = units
+        self._step(min(round(units), self._total), self._total)
+
+    def share(self, units: float) -> Progress:
+        """What is told here of the pieces of one part comes to `units` of the whole at its end."""
+        told = 0.0
 
         def step(done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total)
+            nonlocal told
+            self.add(units * done / total - told)
+            told = units * done / total
 
-        yield step
+        return step
 
 
-def _lines(label: str) -> Progress:
-    start = last = time.monotonic()
-
-    def step(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done == total or now - last >= LINE_EVERY_S:
-            last = now
-            left = (now - start) * (total - done) / max(done, 1)
-            print(f"{label}: {done}/{total}, {now - start:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
-
+def part(step: Progress, label: str) -> Progress:
+    """`step` for the next part of its work: a display shows `label` and estimates anew, another callable is told on."""
+    if isinstance(step, Display):
+        step.begin(label)
     return step
+
+
+def parts(step: Progress | None) -> Show:
+    """`part` as what wraps a long step; without `step` nothing is shown."""
+    return lambda label: nullcontext(part(step or silent, label))
+
+
+class Estimate:
+    """The share of work done, the time it took, and the time that the rest will take at that pace."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self._start = clock, clock()
+        self.done = self.total = 0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._start
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, or None before anything is done."""
+        return self.elapsed * (self.total - self.done) / self.done if self.done else None
+
+    def words(self) -> str:
+        """All of it, as far as it is known."""
+        elapsed = f"{_clock_time(self.elapsed)} elapsed"
+        if self.left is None:
+            return elapsed
+        return f"{self.done / self.total:.0%}, {elapsed}, about {_clock_time(self.left)} left"
+
+
+def _clock_time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+class Display(ABC):
+    """A `Progress` that a person sees."""
+
+    def __init__(self, label: str, clock: Clock) -> None:
+        self.label, self._clock, self.estimate = label, clock, Estimate(clock)
+        self._whole, self._first = Estimate(clock), label
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` pieces of `total` are done."""
+        self.estimate.done, self.estimate.total = done, total
+        self.changed()
+
+    def begin(self, label: str) -> None:
+        """From here on it is about `label`, from nothing done."""
+        self.label, self.estimate = label, Estimate(self._clock)
+        self.began()
+
+    def end(self) -> str:
+        """The last line, of all parts."""
+        return f"{self._first}: done, {_clock_time(self._whole.elapsed)} elapsed"
+
+    @abstractmethod
+    def began(self) -> None:
+        """Show the new label."""
+
+    @abstractmethod
+    def changed(self) -> None:
+        """Show what is done."""
+
+
+@contextmanager
+def progress(
+    label: str, *, quiet: bool = False, stream: TextIO | None = None, clock: Clock = time.monotonic
+) -> Iterator[Progress]:
+    """Yield a `Progress` that shows `label`, the share done, the time it took and the time left, on stderr."""
+    place = sys.stderr if stream is None else stream
+    if quiet:
+        yield silent
+    elif place.isatty():
+        with _bar(label, place, clock) as bar:
+            yield bar
+    else:
+        with _beating(Lines(label, place, clock)) as lines:
+            yield lines
+
+
+class Lines(Display):
+    """Plain lines for logs."""
+
+    def __init__(self, label: str, stream: TextIO, clock: Clock) -> None:
+        super().__init__(label, clock)
+        self._stream, self._lock = stream, threading.Lock()
+        self.began()
+
+    def began(self) -> None:
+        """A line for what is begun."""
+        with self._lock:
+            self._estimated = False
+            self._print(f"{self.label}: started")
+
+    def changed(self) -> None:
+        """A line when there was none for long, or none yet with an estimate."""
+        with self._lock:
+            if self._clock() - self._last >= (LINE_S if self._estimated else FIRST_S):
+                self._estimated = True
+                self._print(f"{self.label}: {self.estimate.words()}")
+
+    def beat(self) -> None:
+        """A line when there was none for too long; called again and again, by another thread."""
+        with self._lock:
+            if self._clock() - self._last >= QUIET_S:
+                self._print(f"{self.label}: {self.estimate.words()}")
+
+    def finish(self) -> None:
+        """The last line."""
+        with self._lock:
+            self._print(self.end())
+
+    def _print(self, line: str) -> None:
+        self._last = self._clock()
+        print(line, file=self._stream, flush=True)
+
+
+@contextmanager
+def _beating(lines: Lines) -> Iterator[Lines]:
+    ended = threading.Event()
+
+    def beat() -> None:
+        try:
+            while not ended.wait(BEAT_S):
+                lines.beat()
+        except (OSError, ValueError):
+            return  # nobody reads any more: whoever prints next in the main thread will find out
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        ended.set()
+        thread.join()
+    lines.finish()
+
+
+@contextmanager
+def _bar(label: str, stream: TextIO, clock: Clock) -> Iterator[Display]:
+    from rich import progress as rich
+    from rich.console import Console
+    from rich.text import Text
+
+    class Words(rich.ProgressColumn):
+        def render(self, task: rich.Task) -> Text:
+            return Text(bar.estimate.words())
+
+    class Bars(rich.Progress):
+        def get_renderables(self) -> Iterator[Any]:
+            yield Text(bar.label)
+            yield self.make_tasks_table(self.tasks)
+
+    class Bar(Display):
+        def began(self) -> None:
+            bars.reset(task, total=None)
+
+        def changed(self) -> None:
+            bars.update(task, completed=self.estimate.done, total=self.estimate.total)
+
+    bar = Bar(label, clock)
+    bars = Bars(rich.BarColumn(bar_width=24), Words(), console=Console(file=stream), transient=True)
+    task = bars.add_task("", total=None)
+    with bars:
+        yield bar
+    print(bar.end(), file=stream, flush=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import CheckpointError, CrepeError, NumericalError, UnsupportedModel
 from .machine import cache_dir
 from .model.architecture import load_config, whole_model
-from .progress import Progress, Say, silent
+from .progress import Progress, Say, Show, hidden, silent
 from .store.checkpoint import shard_paths
 from .store.files import to_json, write_json
 from .store.manifest import sha256_file
@@ -45,12 +45,12 @@ class OwnText:
 
 
 def own_text(
-    folder: Path, tokenizer: Any, samples: int, length: int, seed: int, *, bos: bool, say: Say, step: Progress = silent
+    folder: Path, tokenizer: Any, samples: int, length: int, seed: int, *, bos: bool, say: Say, show: Show = hidden
 ) -> OwnText:
     """Windows that the model in `folder` wrote, from the cache where it has written them before.
 
-    bos: whether every window has to start with BOS. say: told before anything is sampled. Raises CheckpointError,
-    UnsupportedModel, NumericalError, DiskFullError, OutputError.
+    bos: whether every window has to start with BOS. say: told before anything is sampled, which `show` wraps. Raises
+    CheckpointError, UnsupportedModel, NumericalError, DiskFullError, OutputError.
     """
     starts, words = starts_of(tokenizer, bos=bos)
     starts = [start[:length] for start in starts]
@@ -62,7 +62,8 @@ def own_text(
     if tokens is None:
         say(f"the model writes {samples} windows of {length} tokens of its own (once; kept in {path})")
         model = whole_model(folder, dtype="auto")
-        tokens = sample(model, starts, ends, samples, length, seed, step)
+        with show("writing calibration text") as step:
+            tokens = sample(model, starts, ends, samples, length, seed, step)
         write_json(path, {"tokens": [" ".join(map(str, row)) for row in tokens.tolist()]})
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     rule = f"written by the model itself, temperature {TEMPERATURE:g}, each window from {words}, anew after end of text"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParityError
-from ..progress import Progress, silent
+from ..progress import Progress, part, silent
 from ..pruning.config import PruneConfig
 from ..pruning.prune import prune
 from ..store.files import disk_errors, write_json
@@ -91,7 +91,8 @@ def prune_and_export(
             with disk_errors(target):
                 target.mkdir()
             with kept_if_wrong(target, out):
-                written = run(exporter, pruned, target, fresh=True, base_model=base_model)
+                shown = part(step, f"exporting as {exporter.name}")
+                written = run(exporter, pruned, target, fresh=True, step=shown, base_model=base_model)
             exports[exporter.name] = _summary(exporter, written, out / exporter.name, target)
         with disk_errors(pruned):
             shutil.rmtree(pruned)

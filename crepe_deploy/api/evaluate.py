@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crepe_deploy.errors import ConfigError
-from crepe_deploy.progress import Progress, Say
+from crepe_deploy.progress import Progress, Say, part, silent
 from crepe_deploy.quality import perplexity
 from crepe_deploy.quality.zeroshot import ZeroShotReport, zero_shot
 
@@ -71,6 +71,7 @@ def evaluate(
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
         local = None if task_dir is None else Path(task_dir)
+        part(progress or silent, f"answering {', '.join(names)}")
         answers = zero_shot(folder, names, task_dir=local, limit=limit, against=reference)
     evaluation = Evaluation(str(model), quality, answers)
     if update_card:

@@ -16,7 +16,7 @@ from crepe_deploy.documents import SEPARATOR, Text
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.model.architecture import load_config
 from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
-from crepe_deploy.progress import Say, unsaid
+from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.store.sources import Model, require_pinned, resolve_model
 from crepe_deploy.store.stock import check_ids
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
@@ -61,13 +61,14 @@ def export_options(onnx_flavor: str | None, precision: str | None, quantise: str
 
 
 def windows_of(
-    model: Model, calib: Calibration, field: str, samples: int, length: int, seed: int, say: Say | None = None
-) -> CalibrationSet:
+    model: Model, calib: Calibration, field: str, samples: int, length: int, seed: int, say: Say | None = None,
+    show: Show | None = None,
+) -> CalibrationSet:  # fmt: skip
     """Calibration windows of a source, of documents, or as given.
 
     calib: a file or `datasets` name, "self" for text that the model writes (say is told so); a `Mixture` of those;
     documents; token ids, integer (samples, length), which are taken as they are. length: clipped to the model's
-    context. Raises CalibrationError, CheckpointError, ConfigError, MissingExtra.
+    context. show: wraps the writing. Raises CalibrationError, CheckpointError, ConfigError, MissingExtra.
     """
     if isinstance(calib, CalibrationSet):
         return _varied(calib)
@@ -78,7 +79,9 @@ def windows_of(
     source = calib if isinstance(calib, str | Path) else _several(calib)
     context = int(getattr(config, "max_position_embeddings", None) or length)
     tokenizer = load_tokenizer(model.folder)
-    windows = calibration_windows(source, tokenizer, samples, min(length, context), seed, field, say or unsaid)
+    windows = calibration_windows(
+        source, tokenizer, samples, min(length, context), seed, field, say or unsaid, show or hidden
+    )
     check_ids(tokenizer, windows.tokens.flatten().tolist(), rows)
     return _varied(windows)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.pattern import Pattern
-from crepe_deploy.progress import Progress, Say, silent
+from crepe_deploy.progress import Progress, Say, parts, silent
 from crepe_deploy.pruning.config import PruneConfig, prune_config
 from crepe_deploy.pruning.prune import prune as prune_checkpoint
 from crepe_deploy.store.manifest import Manifest
@@ -54,7 +53,7 @@ def prune(
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
     source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say)
+    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
     return prune_checkpoint(source, Path(out), config, windows, overwrite=overwrite, step=progress or silent)
 
 
@@ -90,21 +89,21 @@ def prune_and_export(
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
     source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say)
+    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
     return run(
         source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
         options=export_options(onnx_flavor, precision, quantise),
-        healing=healing_of(source, heal, calib, calib_field, seed, lambda _: nullcontext(progress or silent), say),
+        healing=healing_of(source, heal, calib, calib_field, seed, parts(progress), say),
         base_model=base_model,
     )  # fmt: skip
 
 
 def _calibration(
     config: PruneConfig, model: Model, calib: Calibration | None, field: str, samples: int, length: int, seed: int,
-    say: Say | None,
+    say: Say | None, step: Progress | None,
 ) -> CalibrationSet | None:  # fmt: skip
     if not config.needs_text:
         return None
     if calib is None:
         raise ConfigError("this method needs calibration text: give --calib FILE_OR_DATASET, or --calib self")
-    return windows_of(model, calib, field, samples, length, seed, say)
+    return windows_of(model, calib, field, samples, length, seed, say, parts(step))

@@ -47,8 +47,8 @@ def search(
         exclude=exclude, dtype=dtype,
     )  # fmt: skip
     source = find_model(model, revision, say)
-    calibration = windows_of(source, calib, calib_field, calib_samples, calib_length, seed, say)
-    judged_on = windows_of(source, text, text_field, text_samples, text_length, seed, say)
+    calibration = windows_of(source, calib, calib_field, calib_samples, calib_length, seed, say, show)
+    judged_on = windows_of(source, text, text_field, text_samples, text_length, seed, say, show)
     return search_preset(
         source, Path(out), config, calibration, judged_on, resume=resume, overwrite=overwrite,
         show=show or hidden, say=say or unsaid,

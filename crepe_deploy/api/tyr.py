@@ -53,7 +53,7 @@ def tyr(
     )  # fmt: skip
     config.check()
     source = find_model(model, revision, say)
-    text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed, say)
+    text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed, say, show)
     healing = healing_of(source, heal, calib, calib_field, seed, show, say)
     return prune_structurally(
         source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from . import completion
 from .options import SEED, Count, json_option, prepare_libraries, print_result, say
 
 EXAMPLES = """\b
@@ -20,15 +21,20 @@ Examples:
 
 
 @click.command("eval", epilog=EXAMPLES)
-@click.argument("model")
-@click.option("--text", default=None, help="Evaluation text: .txt, .jsonl, .parquet or a datasets name.")
+@click.argument("model", shell_complete=completion.files)
+@click.option(
+    "--text",
+    default=None,
+    shell_complete=completion.files,
+    help="Evaluation text: .txt, .jsonl, .parquet or a datasets name.",
+)
 @click.option("--text-field", default="text", show_default=True)
 @click.option("--window", type=Count(2), default=2048, show_default=True, help="Tokens in each window.")
 @click.option("--stride", type=Count(1), default=None, help="Default: the window, without overlap.")
 @click.option("--max-tokens", type=Count(2), default=None, help="Score only the first tokens.")
 @click.option("--bos", default="auto", show_default=True, help="auto, none, start or window.")
-@click.option("--dtype", default="auto", show_default=True)
-@click.option("--against", default=None, help="The dense model, for paired KL.")
+@click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes)
+@click.option("--against", default=None, shell_complete=completion.files, help="The dense model, for paired KL.")
 @click.option("--tasks", default=None, help="Comma-separated zero-shot tasks, through lm-eval.")
 @click.option("--task-dir", type=click.Path(path_type=Path), default=None, help="Local task files, for offline use.")
 @click.option("--limit", type=Count(1), default=None, help="Documents of each task.")
@@ -41,7 +47,7 @@ def eval_command(model: str, as_json: bool, **options: Any) -> None:
     from crepe_deploy.api.evaluate import evaluate
     from crepe_deploy.progress import progress
 
-    with progress("scoring windows") as step:
+    with progress(f"evaluating {model}") as step:
         result = evaluate(model, progress=step, say=say, **options).to_dict()
     print_result(result, as_json, lines(result))
 

@@ -51,7 +51,7 @@ def export_command(source: str, out: Path | None, format: str, as_json: bool, **
     from crepe_deploy.progress import progress
 
     target = out if out is not None else default_out(source, format)
-    with progress(f"exporting as {format}") as step:
+    with progress(f"exporting {source} as {format}") as step:
         manifest = export(source, target, format=format, progress=step, say=say, **options)
     summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}
     limits = manifest.metrics.get(manifest.format, {}).get("limits", [])

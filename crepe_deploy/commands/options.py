@@ -16,6 +16,8 @@ from crepe_deploy.limits import MOST, MOST_SEED
 from crepe_deploy.store.files import to_json
 from crepe_deploy.store.reading import parse_value
 
+from . import completion
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 SEED = click.IntRange(0, MOST_SEED)
 
@@ -86,6 +88,7 @@ def calibration_options(*, samples: int, length: int, required: bool = False) ->
     """The calibration text and how much of it is read; samples, length: the defaults."""
     return options(
         click.option("--calib", multiple=True, required=required, metavar="FILE_OR_DATASET",
+                     shell_complete=completion.one_of("self", or_file=True),
                      help="Calibration text: .txt, .jsonl, .parquet, a datasets name, or self: the model writes it. "
                           "Several give equal shares."),
         click.option("--calib-field", default="text", show_default=True,
@@ -142,7 +145,14 @@ class _FormatOption(click.Option):
 
 def format_option(meaning: str) -> Callable[[Command], Command]:
     """`--format`; meaning: what comes before the names of the formats in its help."""
-    return click.option("--format", cls=_FormatOption, default="dense", show_default=True, help=meaning)
+    return click.option(
+        "--format",
+        cls=_FormatOption,
+        default="dense",
+        show_default=True,
+        help=meaning,
+        shell_complete=completion.formats,
+    )
 
 
 onnx_options = options(
@@ -156,30 +166,36 @@ quantise_option = click.option(
 )
 
 prune_options = options(
-    click.argument("model"),
+    click.argument("model", shell_complete=completion.files),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist."),
-    click.option("--method", default=None, help="crepe (default), ria, wanda, sparsegpt or magnitude."),
+    click.option("--method", default=None, shell_complete=completion.methods,
+                 help="crepe (default), ria, wanda, sparsegpt or magnitude."),
     sparsity_options,
-    click.option("--preset", default=None, help="Named or JSON-file hyperparameters; crepe's default is 'default'."),
+    click.option("--preset", default=None, shell_complete=completion.shipped("presets"),
+                 help="Named or JSON-file hyperparameters; crepe's default is 'default'."),
     click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="One hyperparameter of the method."),
     click.option("--feed", type=click.Choice(["auto", "dense", "pruned", "both"]), default=None,
                  help="Whose output calibrates the next block; auto, the default: the better one for the method."),
-    click.option("--recipe", default=None,
+    click.option("--recipe", default=None, shell_complete=completion.shipped("recipes"),
                  help="Method and steps from a named recipe or a YAML file; options go before it."),
-    click.option("--allocate", default=None, metavar="STEP", help="owl, alpha or error: layers keep different shares."),
-    click.option("--permute", default=None, metavar="STEP", help="fold: reorder channels where that costs nothing."),
-    click.option("--reprune", default=None, metavar="STEP", help="dsnot, dsnot-ria or swaps, inside rows and groups."),
-    click.option("--reconstruct", default=None, metavar="STEP",
+    click.option("--allocate", default=None, metavar="STEP", shell_complete=completion.steps["allocate"],
+                 help="owl, alpha or error: layers keep different shares."),
+    click.option("--permute", default=None, metavar="STEP", shell_complete=completion.steps["permute"],
+                 help="fold: reorder channels where that costs nothing."),
+    click.option("--reprune", default=None, metavar="STEP", shell_complete=completion.steps["reprune"],
+                 help="dsnot, dsnot-ria or swaps, inside rows and groups."),
+    click.option("--reconstruct", default=None, metavar="STEP", shell_complete=completion.steps["reconstruct"],
                  help="exact, obs or admm: fit kept weights to the output. STEP is NAME[:PARAMETER=VALUE,...]."),
-    click.option("--repair", default=None, metavar="STEP",
+    click.option("--repair", default=None, metavar="STEP", shell_complete=completion.steps["repair"],
                  help="block: tune the kept weights of each block to the dense model's output behind it."),
-    click.option("--rescale", default=None, metavar="STEP",
+    click.option("--rescale", default=None, metavar="STEP", shell_complete=completion.steps["rescale"],
                  help="logits: fit their scale to the dense model on held-out calibration windows."),
     calibration_options(samples=128, length=2048),
     click.option("--seed", type=SEED, default=0, show_default=True),
     click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches."),
     click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense."),
-    click.option("--dtype", default="auto", show_default=True, help="To compute in: auto, bfloat16, float16, float32."),
+    click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes,
+                 help="To compute in: auto, bfloat16, float16, float32."),
     revision_option,
     overwrite_option,
     json_option,

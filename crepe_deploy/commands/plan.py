@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import completion
 from .options import Count, json_option, print_result, revision_option, say, sparsity_options
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ Examples:
 
 
 @click.command("plan", epilog=EXAMPLES)
-@click.argument("model")
+@click.argument("model", shell_complete=completion.files)
 @sparsity_options
 @click.option("--calib-samples", type=Count(1), default=128, show_default=True)
 @click.option("--calib-length", type=Count(2), default=2048, show_default=True)

@@ -42,7 +42,7 @@ def prune_and_export_command(as_json: bool, **options: Any) -> None:
     from crepe_deploy.api.prune import prune_and_export
     from crepe_deploy.progress import progress
 
-    with progress(f"pruning to {options['sparsity']}") as step:
+    with progress(f"pruning {options['model']}") as step:
         report = prune_and_export(progress=step, say=say, **values(options))
     print_result(report, as_json, lines(report))
 

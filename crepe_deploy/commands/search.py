@@ -9,6 +9,7 @@ import click
 
 from crepe_deploy.errors import ConfigError
 
+from . import completion
 from .options import (
     SEED,
     Count,
@@ -31,7 +32,7 @@ Examples:
 
 
 @click.command("search", epilog=EXAMPLES)
-@click.argument("model")
+@click.argument("model", shell_complete=completion.files)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Preset to write, for prune --preset.")
 @calibration_options(samples=16, length=512, required=True)
 @click.option("--text", required=True, metavar="FILE_OR_DATASET", help="Text to judge on; never a test split.")
@@ -66,7 +67,7 @@ Examples:
 @click.option("--workers", type=Count(1), default=2, show_default=True, help="Threads that score candidates.")
 @click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches.")
 @click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense.")
-@click.option("--dtype", default="auto", show_default=True)
+@click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes)
 @revision_option
 @click.option("--resume", is_flag=True, help="Go on with the journal OUT.journal of a stopped search.")
 @click.option("--overwrite", is_flag=True, help="Replace the output and the journal if they exist.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from . import completion
 from .options import (
     SEED,
     Count,
@@ -44,7 +45,7 @@ def _share(context: click.Context, parameter: click.Parameter, value: str | None
 
 
 tyr_options = options(
-    click.argument("model"),
+    click.argument("model", shell_complete=completion.files),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for dense/ and report.json."),
     click.option("--sparsity", type=Number(), default=0.5, show_default=True,
                  help="Share of the decoder layers' linear parameters to remove, keys and values included; embeddings, "
@@ -85,7 +86,8 @@ tyr_options = options(
     click.option("--remote-code", is_flag=True, help="Put modelling files beside per-layer weights."),
     heal_option,
     click.option("--seed", type=SEED, default=0, show_default=True),
-    click.option("--dtype", default="auto", show_default=True, help="To compute in: auto, bfloat16, float16, float32."),
+    click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes,
+                 help="To compute in: auto, bfloat16, float16, float32."),
     revision_option,
     click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run."),
     base_model_option,

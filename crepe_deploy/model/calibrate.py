@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from crepe_deploy.progress import unheard
 
 from .calls import Call
 from .decoder import Decoder, LinearSpec
@@ -36,12 +38,16 @@ class Stream:
         return Stream(list(self.hidden), self.calls)
 
     @torch.inference_mode()
-    def run(self, block: nn.Module, index: int, *, advance: bool) -> None:
-        """Send every micro-batch through `block`; with `advance` its output replaces the hidden states."""
+    def run(self, block: nn.Module, index: int, *, advance: bool, tick: Callable[[float], None] = unheard) -> None:
+        """Send every micro-batch through `block`; with `advance` its output replaces the hidden states.
+
+        tick: told the share of this that each one was.
+        """
         for position, batch in enumerate(self.hidden):
             output = self.calls[position][index](block, batch)
             if advance:
                 self.hidden[position] = output
+            tick(1 / len(self.hidden))
 
 
 def embed(decoder: Decoder, token_sets: list[Tensor]) -> list[Stream]:

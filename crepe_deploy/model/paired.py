@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crepe_deploy.progress import unheard
+
 from .blocks import is_linear
 from .calibrate import Stream, bf16_products, shared_inputs
 from .decoder import LinearSpec
@@ -191,8 +193,18 @@ class Pair:
         chosen = ([by_path[path] for path in paths if path in by_path] for paths in called)
         return [group for group in chosen if group]
 
-    def stats(self, before: nn.Module, block: nn.Module, index: int, group: list[LinearSpec]) -> Stats:
-        """Statistics of the input that `group` shares; `before` is the block as it was, `block` pruned so far."""
+    def stats(
+        self,
+        before: nn.Module,
+        block: nn.Module,
+        index: int,
+        group: list[LinearSpec],
+        tick: Callable[[float], None] = unheard,
+    ) -> Stats:
+        """Statistics of the input that `group` shares; `before` is the block as it was, `block` pruned so far.
+
+        tick: told the share of this that each micro-batch was.
+        """
         path, width = group[0].path, group[0].in_features
         square, row = (width, width), (width,)
         sums = _Sums(torch.zeros(square), torch.zeros(square), torch.zeros(row), torch.zeros(row))
@@ -208,6 +220,7 @@ class Pair:
                 scale = self.dense.output(position, whole).float().square().mean(-1, keepdim=True).add(EPSILON).rsqrt()
                 lost *= gain / (gain.square() + RIDGE * gain.square().mean())
             sums.add(pruned, dense, lost, scale)
+            tick(1 / len(self.pruned.stream.hidden))
         stats = sums.stats(self.pruned.stream.sequences)
         check_inputs(group[0].key, stats, varied=sums.variety.varied)
         return replace(stats, cross=None) if path in self.own else stats

@@ -16,6 +16,7 @@ from crepe_deploy.phases import Phases
 from .layer import LayerPruner, LayerResult
 from .run_plan import RunPlan
 from .steps.repair import Lesson, Repaired
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,26 @@ def start_streams(plan: RunPlan) -> Streams:
     return Streams(probe, rest[0] if rest else None, pairs)
 
 
-def prune_block(plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor]) -> BlockResult:
-    """Prune the targets of block `index`, with its tensors `weights` by checkpoint name, in place; `streams` follow."""
+def prune_block(plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], work: Work) -> BlockResult:
+    """Prune the targets of block `index`, with its tensors `weights` by checkpoint name, in place.
+
+    `streams` follow; `work` is told of what is done.
+    """
     phases = Phases()
     pruner = LayerPruner(plan.decoder, plan.config, plan.patterns, phases)
     block = plan.decoder.blocks[index]
     repaired = None
     if streams.pairs:
-        layers, repaired = _beside_dense(plan, index, streams, weights, pruner)
+        layers, repaired = _beside_dense(plan, index, streams, weights, pruner, work)
     else:
-        layers = _alone(plan, index, streams, weights, pruner)
+        layers = _alone(plan, index, streams, weights, pruner, work)
     with phases("forward"):
         streams.probe.run(block, index, advance=True)
     return BlockResult(layers, repaired, phases.seconds)
 
 
 def _alone(
-    plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], pruner: LayerPruner
+    plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], pruner: LayerPruner, work: Work
 ) -> dict[str, LayerResult]:
     """Statistics from one pass through the dense block; the next block is fed by it or by the pruned one."""
     block, targets, stream = plan.decoder.blocks[index], plan.targets[index], streams.calibration
@@ -73,11 +77,12 @@ def _alone(
     collector = Collector(plan.config.needs)
     if stream is not None:
         with pruner.phases("forward"), collector.watching(block, targets):
-            stream.run(block, index, advance=plan.config.feed == "dense")
+            stream.run(block, index, advance=plan.config.feed == "dense", tick=work.statistics(index, targets))
     layers = {}
     for spec in targets:
         stats = Stats() if stream is None else collector.stats(spec, stream.sequences)
         layers[spec.key] = pruner.prune(block, spec, weights, stats)
+        work.layer(spec)
     if stream is not None and plan.config.feed == "pruned" and not last:
         with pruner.phases("forward"):
             stream.run(block, index, advance=True)
@@ -85,7 +90,7 @@ def _alone(
 
 
 def _beside_dense(
-    plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], pruner: LayerPruner
+    plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], pruner: LayerPruner, work: Work
 ) -> tuple[dict[str, LayerResult], Repaired | None]:
     """Group by group, each behind what is pruned already and beside what the dense block has there; then as a whole."""
     block, targets, pairs = plan.decoder.blocks[index], plan.targets[index], streams.pairs
@@ -93,7 +98,7 @@ def _beside_dense(
     dense = copy.deepcopy(block)
     layers: dict[str, LayerResult] = {}
     for group in pairs[0].groups(block, index, plan.decoder.linears[index], targets):
-        layers |= _group(pairs[0], dense, block, index, group, weights, pruner)
+        layers |= _group(pairs[0], dense, block, index, group, weights, pruner, work)
     last = index == len(plan.targets) - 1
     with pruner.phases("forward"):
         # Behind the last block only what the held-out windows give there is read, and by repair what is wanted.
@@ -101,7 +106,9 @@ def _beside_dense(
             pair.dense.advance(dense, index)
     if repair is not None and targets:
         with pruner.phases("repair"):
-            repaired = repair(block, _tuned(plan, index, weights), *(_lessons(pair, index) for pair in pairs))
+            repaired = repair(
+                block, _tuned(plan, index, weights), *(_lessons(pair, index) for pair in pairs), work.repair(index)
+            )
             for pair in pairs:
                 pair.pruned.outputs = []  # what its parts put out before
     with pruner.phases("forward"):
@@ -140,8 +147,13 @@ def _group(
     group: list[LinearSpec],
     weights: dict[str, Tensor],
     pruner: LayerPruner,
+    work: Work,
 ) -> dict[str, LayerResult]:
     """The layers that share one input; their statistics are gone before the next group's are taken."""
     with pruner.phases("forward"):
-        stats = pair.stats(dense, block, index, group)
-    return {spec.key: pruner.prune(block, spec, weights, stats) for spec in group}
+        stats = pair.stats(dense, block, index, group, work.statistics(index, group))
+    layers = {}
+    for spec in group:
+        layers[spec.key] = pruner.prune(block, spec, weights, stats)
+        work.layer(spec)
+    return layers

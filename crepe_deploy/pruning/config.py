@@ -91,6 +91,14 @@ class PruneConfig:
         allocating = self.steps.allocate.needs if self.steps.allocate else frozenset()
         return bool(self.needs | allocating) or self.steps.beside_dense
 
+    @property
+    def title(self) -> str:
+        """What is done, in a few words: the recipe's name, the method and the steps."""
+        words = [f"{kind} {text.partition(':')[0]}" for kind, text in self.origin.steps.items()]
+        if self.origin.recipe is None:
+            return ", ".join([f"method {self.origin.method}", *words])
+        return f"recipe {self.origin.recipe} ({', '.join([self.origin.method, *words])})"
+
     def record(self) -> dict[str, Any]:
         """As JSON for the manifest: what was asked for, and every parameter that it came to."""
         parameters = vars(self.method)

@@ -26,7 +26,7 @@ from crepe_deploy.model.decoder import Head
 from crepe_deploy.model.proof import check_parity
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.phases import Phases
-from crepe_deploy.progress import Progress, silent
+from crepe_deploy.progress import Progress, part, silent
 from crepe_deploy.store.audit import check_pattern
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.companions import copy_companions
@@ -43,6 +43,7 @@ from .run_plan import RunPlan, plan_run
 from .steps.allocate import allocate, summary
 from .steps.repair import Repaired
 from .steps.rescale import Rescaled, rescale_head
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,19 @@ def prune(
 ) -> Manifest:
     """Prune `model` into the checkpoint folder `out`, which appears whole and verified or not at all.
 
-    calibration: needed by methods with statistics. step: called after each block.
+    calibration: needed by methods with statistics. step: told of weights read and pruned, many times in each block.
     Returns the manifest that was written. Raises InputError before any work that could be spared,
     NumericalError, DiskFullError, VerifyError, ParityError.
     """
     plan, phases = plan_run(model, out, config, calibration, overwrite=overwrite), Phases()
+    work = Work(plan, part(step, f"pruning to {config.pattern}, {config.title}"))
     with atomic_folder(out, overwrite=overwrite) as folder:
         with phases("embed"):
             streams = start_streams(plan)
         if config.steps.allocate is not None:
             with phases("allocate"):
-                plan = replace(plan, patterns=_allocated(plan, streams, _part(step, 0)))
-            step = _part(step, 1)
-        pruned = _prune_into(folder, plan, streams, step)
+                plan = replace(plan, patterns=_allocated(plan, streams, work.allocation()))
+        pruned = _prune_into(folder, plan, streams, work)
         phases.add(pruned.seconds)
         copy_companions(model.folder, folder)
         with phases("verify"):
@@ -107,11 +108,6 @@ def prune(
     return manifest
 
 
-def _part(step: Progress, index: int) -> Progress:
-    """The progress of the first or second of two walks over the blocks."""
-    return lambda done, total: step(index * total + done, 2 * total)
-
-
 def _allocated(plan: RunPlan, streams: Streams, step: Progress) -> dict[str, Pattern]:
     """Every tensor's own pattern."""
     assert plan.config.steps.allocate is not None
@@ -119,7 +115,7 @@ def _allocated(plan: RunPlan, streams: Streams, step: Progress) -> dict[str, Pat
     return allocate(plan.decoder, plan.targets, stream, plan.config.steps.allocate, plan.config.pattern, step)
 
 
-def _prune_into(folder: Path, plan: RunPlan, streams: Streams, step: Progress) -> Pruned:
+def _prune_into(folder: Path, plan: RunPlan, streams: Streams, work: Work) -> Pruned:
     """Write the pruned checkpoint's tensors into `folder`."""
     decoder, phases = plan.decoder, Phases()
     layers: dict[str, LayerResult] = {}
@@ -127,14 +123,14 @@ def _prune_into(folder: Path, plan: RunPlan, streams: Streams, step: Progress) -
     with CheckpointWriter(folder, _same_layout(decoder.reader)) as writer:
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
-                result = prune_block(plan, index, streams, weights)
+                result = prune_block(plan, index, streams, weights, work)
                 with phases("write"):
                     for name, tensor in weights.items():
                         writer.write(name, tensor)
             layers |= result.layers
             repaired += [] if result.repaired is None else [result.repaired]
             phases.add(result.seconds)
-            step(index + 1, len(decoder.blocks))
+            work.block(index)
         with decoder.head() as head:
             with phases("rescale"):
                 rescaled = _rescale(plan, streams, head)

@@ -20,7 +20,7 @@ from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.model.architecture import whole_model
 from crepe_deploy.model.decoder import COMPUTE_DTYPES
 from crepe_deploy.nearest import unknown
-from crepe_deploy.progress import Progress
+from crepe_deploy.progress import Progress, part, silent
 from crepe_deploy.store.stock import check_ids, third_party
 from crepe_deploy.texts import first_tokens, load_tokenizer, tokenize, wants_bos_each_window
 
@@ -256,13 +256,12 @@ def _check_same_vocabulary(model: Any, reference: Any) -> None:
 
 
 def _score_all(model: Any, reference: Any | None, windows: Windows, progress: Progress | None) -> list[_Scores]:
-    scores = []
+    scores, step = [], part(progress or silent, f"scoring {len(windows.sequences)} windows of text")
     for number, (ids, first) in enumerate(zip(windows.sequences, windows.first_scored, strict=True), start=1):
         scores.append(_score(model, reference, ids, first))
         if not torch.isfinite(scores[-1].nll + scores[-1].reference_nll + scores[-1].kl).all():
             raise NumericalError(f"window {number}: a model gives NaN or infinite likelihoods; its weights are damaged")
-        if progress is not None:
-            progress(number, len(windows.sequences))
+        step(number, len(windows.sequences))
     return scores
 
 

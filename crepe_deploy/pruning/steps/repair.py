@@ -10,7 +10,7 @@ them stays, the start among them: no block ends worse there than it began.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from crepe_deploy.model.calls import Call
+from crepe_deploy.progress import unheard
 
 from ..methods.base import check_range
 
@@ -57,11 +58,17 @@ class BlockRepair:
         check_range("windows", self.windows, 1)
 
     def __call__(
-        self, block: nn.Module, tuned: Mapping[str, Tensor], learnt: Sequence[Lesson], held: Sequence[Lesson]
+        self,
+        block: nn.Module,
+        tuned: Mapping[str, Tensor],
+        learnt: Sequence[Lesson],
+        held: Sequence[Lesson],
+        tick: Callable[[float], None] = unheard,
     ) -> Repaired:
         """Tune parameters of `block` in place on `learnt`, judged by `held`.
 
-        tuned: by their names in the block, as stored: they follow, their zeros stay.
+        tuned: by their names in the block, as stored: they follow, their zeros stay. tick: told the share of this that
+        each step was.
         """
         with _Masters(block, tuned) as masters:
             least = first = _error(block, held)
@@ -78,6 +85,7 @@ class BlockRepair:
                     if error < least:
                         least, kept = error, step
                         masters.keep()
+                tick(1 / self.steps)
         return Repaired(first, least, kept)
 
 
