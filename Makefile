@@ -9,7 +9,7 @@ SPEC   := pyproject.toml constraints.txt Makefile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test faults audit lint gate bench report assets browser clean
+.PHONY: setup demo test faults audit lint gate bench report docs docs-serve assets browser release-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.base
@@ -49,6 +49,17 @@ $(VENV)/.dev: $(VENV)/.vllm
 	@$(PIP) -e '.[gguf,heal,eval,bench,onnx,dev]'
 	@touch $@
 
+# The docs site in out/site, readable from the disk; a broken link or anchor fails the build.
+$(VENV)/.docs: $(VENV)/.base
+	@$(PIP) -e '.[gguf,docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "docs: out/site/index.html"
+
+docs-serve: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --strict
+
 assets: $(VENV)/.base
 	@$(BIN)/python -m crepe_deploy.bench.assets
 
@@ -73,10 +84,11 @@ test: $(VENV)/.dev assets browser
 # Malformed inputs, failing disks, kills and servers under load (docs/reliability.md): hours; goes on where it stopped.
 SEED   ?= 0
 INPUTS ?= 100000
+READERS ?= 5000
 FAULTS ?= 3000
 STORM  ?= 600
 faults: $(VENV)/.dev
-	@$(BIN)/python -m tests.faults --seed $(SEED) --inputs $(INPUTS) --faults $(FAULTS) --storm $(STORM) --jobs $(WORKERS) \
+	@$(BIN)/python -m tests.faults --seed $(SEED) --inputs $(INPUTS) --readers $(READERS) --faults $(FAULTS) --storm $(STORM) --jobs $(WORKERS) \
 	  --write bench/results/faults.json --table docs/reliability.md
 
 # The pinned versions against the advisory database; fails where that cannot be asked.
@@ -98,6 +110,10 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@rm -rf .types build && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target .types . 2>/dev/null
 	@rm -rf build && cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p crepe_deploy
+
+# sdist and wheel built, installed alone and run on a tiny model outside the repository (docs/release.md); no network.
+release-check: $(VENV)/.dev
+	@.ci/release-check $(BIN)/python
 
 # The measurements of bench/results/; about two hours on two cores, best with nothing else running. quality.json and
 # structural.json take hours more and go on where they stopped: their commands are in docs/quality*.md and structural.md.

@@ -33,87 +33,145 @@ EXIT_INTERRUPTED: Final = 130
 
 
 class CrepeError(Exception):
-    """Root of every error raised on purpose; `exit_code` is what the command line returns."""
+    """Root of every error raised on purpose; `exit_code` is what the command line returns.
+
+    Fix: read the line behind `error:`; it names what failed.
+    """
 
     exit_code: ClassVar[int] = 1
 
 
 class InputError(CrepeError):
-    """The caller gave something that cannot work."""
+    """The caller gave something that cannot work.
+
+    Fix: change what the line names; nothing was written.
+    """
 
     exit_code = 2
 
 
 class ConfigError(InputError):
-    """An option, a preset or a combination of options is invalid."""
+    """An option, a preset or a combination of options is invalid.
+
+    Fix: compare the option with the command's `--help`.
+    """
 
 
 class PatternError(InputError):
-    """A sparsity pattern is unknown or does not fit a tensor."""
+    """A sparsity pattern is unknown or does not fit a tensor.
+
+    Fix: take N:M with M up to 32 that divides the layer's inputs, or a fraction such as 0.5.
+    """
 
 
 class CheckpointError(InputError):
-    """A model folder or file is missing, damaged or unsafe."""
+    """A model folder or file is missing, damaged or unsafe.
+
+    Fix: fetch the model again, or name the folder that holds its config.json.
+    """
 
 
 class NoTokenizer(CheckpointError):
-    """A model folder has no tokenizer, or one that needs code from the checkpoint."""
+    """A model folder has no tokenizer, or one that needs code from the checkpoint.
+
+    Fix: put the model's tokenizer files into the folder.
+    """
 
 
 class UnsupportedModel(InputError):
-    """A model's structure is not handled; the message says what is missing."""
+    """A model's structure is not handled; the message says what is missing.
+
+    Fix: take a model that docs/architectures.md lists.
+    """
 
 
 class CalibrationError(InputError):
-    """Calibration or evaluation text is missing, unreadable or too short."""
+    """Calibration or evaluation text is missing, unreadable or too short.
+
+    Fix: give a longer text, or fewer or shorter windows (`--calib-samples`, `--calib-length`).
+    """
 
 
 class OutputError(InputError):
-    """An output path exists, equals the input or cannot be written."""
+    """An output path exists, equals the input or cannot be written.
+
+    Fix: take another `--out`, or `--overwrite` where crepe-deploy wrote what is there.
+    """
 
 
 class MissingExtra(InputError):
-    """An optional dependency is not installed; the message names the install command."""
+    """An optional dependency is not installed; the message names the install command.
+
+    Fix: run the pip command that the message names.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'crepe-deploy[{extra}]'")
 
 
 class NumericalError(CrepeError):
-    """A computation cannot be continued."""
+    """A computation cannot be continued.
+
+    Fix: compute in float32 (`--dtype float32`), calibrate on more or other text, or leave the layer out
+    (`--exclude`).
+    """
 
 
 class DiskFullError(CrepeError):
-    """The disk has no room for what must be written."""
+    """The disk has no room for what must be written.
+
+    Fix: make room, or name an `--out` on another disk.
+    """
 
 
 class ParityError(CrepeError):
-    """What was written does not compute what was meant."""
+    """What was written does not compute what was meant.
+
+    Fix: look into what is kept in `OUT.failed`, and report it; do not ship it.
+    """
 
 
 class VerifyError(CrepeError):
-    """A file differs from its manifest."""
+    """A file differs from its manifest.
+
+    Fix: fetch or export the folder again.
+    """
 
 
 class KernelError(CrepeError):
-    """A native kernel could not be built or run."""
+    """A native kernel could not be built or run.
+
+    Fix: see `crepe-deploy doctor`: it says which compiler or library is missing.
+    """
 
 
 class ServeError(CrepeError):
-    """A server did not start, answer or agree."""
+    """A server did not start, answer or agree.
+
+    Fix: read the end of the server's log behind the message; give vLLM less context (`--max-model-len`) or memory.
+    """
 
 
 class GateInvalid(CrepeError):
-    """What a regression gate was given cannot be compared: errors, mismatches, budgets below the noise."""
+    """What a regression gate was given cannot be compared: errors, mismatches, budgets below the noise.
+
+    Fix: measure again under one set of conditions, or widen budgets that lie below the noise.
+    """
 
 
 class GateFailed(CrepeError):
-    """A regression gate failed."""
+    """A regression gate failed.
+
+    Fix: the change is worse than the budget allows: look at the report.
+    """
 
     exit_code = 3
 
 
 class GateInconclusive(CrepeError):
-    """A regression gate could not decide."""
+    """A regression gate could not decide.
+
+    Fix: measure more rounds.
+    """
 
     exit_code = 4

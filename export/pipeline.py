@@ -27,7 +27,7 @@ from .registry import build, importers
 
 def export_checkpoint(
     source: Path, out: Path, format: str, *, overwrite: bool = False, step: Progress = silent,
-    options: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None, base_model: str | None = None,
 ) -> Manifest:  # fmt: skip
     """Export the checkpoint `source` into the folder `out`; returns the manifest that was written.
 
@@ -43,7 +43,7 @@ def export_checkpoint(
         as_ours(importers(), source, out) as pruned,
         kept_if_wrong(folder, out),
     ):
-        return run(exporter, pruned, folder, fresh=pruned != source, step=step)
+        return run(exporter, pruned, folder, fresh=pruned != source, step=step, base_model=base_model)
 
 
 @contextlib.contextmanager
@@ -68,12 +68,13 @@ def prune_and_export(
     step: Progress = silent,
     options: Mapping[str, str] | None = None,
     healing: Healing | None = None,
+    base_model: str | None = None,
 ) -> dict[str, Any]:
     """Prune `model` and write `out/FORMAT/` for each format and `out/report.json`; returns the report.
 
     options: as of `export_checkpoint`; each format is given those that it takes, and one that none of them takes is
-    refused. healing: what is done to the pruned checkpoint before it is exported. Raises what `prune`, `heal` and
-    `export_checkpoint` raise; what an export would refuse is refused before pruning.
+    refused. healing: what is done to the pruned checkpoint before it is exported. base_model: as of `run`. Raises what
+    `prune`, `heal` and `export_checkpoint` raise; what an export would refuse is refused before pruning.
     """
     exporters = build(formats, options)
     for exporter in exporters:
@@ -90,7 +91,7 @@ def prune_and_export(
             with disk_errors(target):
                 target.mkdir()
             with kept_if_wrong(target, out):
-                written = run(exporter, pruned, target, fresh=True)
+                written = run(exporter, pruned, target, fresh=True, base_model=base_model)
             exports[exporter.name] = _summary(exporter, written, out / exporter.name, target)
         with disk_errors(pruned):
             shutil.rmtree(pruned)

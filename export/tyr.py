@@ -26,13 +26,14 @@ _ELSEWHERE = ("config", "calibration", "versions", "parameters")
 class FolderWriter:
     """Writes what `structural.tyr.tyr` found as a folder; the fields are as `assemble` has them.
 
-    healing: what is done to the folder before it is given out.
+    healing: what is done to the folder before it is given out. base_model: the hub id of the parent, for the card.
     """
 
     widths: str
     layout: str = "plugin"
     remote_code: bool = False
     healing: Healing | None = None
+    base_model: str | None = None
 
     def check(self, model: Model) -> None:
         """Refuse what no widths could make fit. Raises ConfigError, UnsupportedModel."""
@@ -49,7 +50,7 @@ class FolderWriter:
         with atomic_folder(out, overwrite=overwrite) as folder:
             manifest = assemble(
                 result.model, result.plans, folder / "dense", layout=self.layout, remote_code=self.remote_code,
-                widths=cast(Literal["uniform", "per-layer"], self.widths), record=asdict(result.config),
+                widths=cast(Literal["uniform", "per-layer"], self.widths), record=self._record(result),
                 calibration=result.calibration.record(),
                 metrics={name: value for name, value in result.report.items() if name not in _ELSEWHERE},
             )  # fmt: skip
@@ -61,3 +62,6 @@ class FolderWriter:
             }
             write_json(folder / "report.json", {**result.report, **written})
         return written
+
+    def _record(self, result: TyrResult) -> dict[str, Any]:
+        return asdict(result.config) | ({"base_model": self.base_model} if self.base_model else {})

@@ -13,6 +13,7 @@ from .budgets import Budgets, Objective, Relative
 from .verdict import Check, Row, Status
 
 HostMismatch = Literal["refuse", "ratios"]
+BelowNoise = Literal["invalid", "warn"]
 Pair = tuple[Arm, Arm]  # baseline, candidate
 
 MIN_ROUNDS: Final = 5

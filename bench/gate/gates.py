@@ -12,7 +12,7 @@ from ..run.result import Run, load_run, save_run
 from ..run.statistics import noise_floor
 from .arms import COMMITS, PRUNED, Arm, arm
 from .budgets import TIME, Budgets, slowdown_budgets
-from .checks import HostMismatch, Pair
+from .checks import BelowNoise, HostMismatch, Pair
 from .judge import judge
 from .pytest_json import arm_of_file, arm_of_folder, is_pytest_json, parse_saved
 from .verdict import Verdict
@@ -24,10 +24,11 @@ ERRORS: dict[str, type[CrepeError]] = {"FAIL": GateFailed, "INCONCLUSIVE": GateI
 
 @dataclass(frozen=True)
 class Options:
-    """How two files are compared. `names`: only these candidates."""
+    """How two files are compared. `names`: only these candidates. below_noise: as of `relative.latencies`."""
 
     names: tuple[str, ...] = ()
     host_mismatch: HostMismatch = "refuse"
+    below_noise: BelowNoise = "invalid"
     looks: int = 1
 
 
@@ -62,10 +63,12 @@ def gate_commits(base: Run, new: Run, limits: Limits, options: Options | None = 
         pairs.append((arm(base, name, COMMITS), arm(new, name, COMMITS)))
     fresh = sorted(set(_usual(new)) - set(_usual(base)))
     notes = [f"not in the baseline run, so not gated: {', '.join(fresh)}"] if fresh else []
-    return judge(pairs, _budgets(limits, pairs), COMMITS, chosen.host_mismatch, chosen.looks, notes)
+    return judge(pairs, _budgets(limits, pairs), COMMITS, chosen.host_mismatch, chosen.looks, notes, chosen.below_noise)
 
 
-def gate_pruned(run: Run, names: Sequence[str], limits: Limits, looks: int = 1) -> Verdict:
+def gate_pruned(
+    run: Run, names: Sequence[str], limits: Limits, looks: int = 1, below_noise: BelowNoise = "invalid"
+) -> Verdict:
     """Pruned against dense: candidates of a run against its baseline, paired by round. Raises ConfigError."""
     if not names or run.baseline in names:
         raise ConfigError(f"name candidates other than the run's baseline '{run.baseline}'")
@@ -73,7 +76,7 @@ def gate_pruned(run: Run, names: Sequence[str], limits: Limits, looks: int = 1) 
         _require_samples(run, name)
     dense = arm(run, run.baseline, PRUNED)
     pairs = [(dense, arm(run, name, PRUNED)) for name in names]
-    return judge(pairs, _budgets(limits, pairs), PRUNED, looks=looks)
+    return judge(pairs, _budgets(limits, pairs), PRUNED, looks=looks, below_noise=below_noise)
 
 
 def calibrate(path: Path, name: str) -> dict[str, float]:
@@ -121,7 +124,7 @@ def _gate_benchmarks(base: Arm, new: Arm, limits: Limits, options: Options) -> V
     known = {key: cell for key, cell in new.cells.items() if key in base.cells}
     pair = (base, Arm(**(vars(new) | {"cells": known})))
     budgets = _budgets(limits, [pair])
-    return judge([pair], budgets, COMMITS, options.host_mismatch, options.looks, notes)
+    return judge([pair], budgets, COMMITS, options.host_mismatch, options.looks, notes, options.below_noise)
 
 
 def _budgets(limits: Limits, pairs: Sequence[Pair]) -> Budgets:

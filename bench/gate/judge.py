@@ -21,7 +21,7 @@ from ..run.statistics import LEVEL
 from . import checks, relative
 from .arms import COMMITS, Gate
 from .budgets import Budgets
-from .checks import HostMismatch, Pair
+from .checks import BelowNoise, HostMismatch, Pair
 from .verdict import SEVERITY, Row, Verdict
 
 
@@ -32,10 +32,11 @@ def judge(
     host_mismatch: HostMismatch = "refuse",
     looks: int = 1,
     notes: Sequence[str] = (),
+    below_noise: BelowNoise = "invalid",
 ) -> Verdict:
     """Judge pairs of (baseline, candidate) arms; `looks` shares the error level among that many planned looks.
 
-    `notes` are added to its own. Raises ValueError for no pairs.
+    `notes` are added to its own. below_noise: as of `relative.latencies`. Raises ValueError for no pairs.
     """
     if not pairs:
         raise ValueError("a verdict needs at least one pair of arms")
@@ -43,7 +44,7 @@ def judge(
     foreign = any(checks.differences(pair, "host") for pair in pairs)
     rows = [row for pair in pairs for row in checks.comparable(pair, host_mismatch)] or [
         *([] if foreign else checks.objectives(pairs, budgets, level)),
-        *relative.latencies(pairs, budgets.relative, gate, level, foreign=foreign),
+        *relative.latencies(pairs, budgets.relative, gate, level, foreign=foreign, below_noise=below_noise),
         *checks.memories(pairs, budgets, foreign=foreign),
         *checks.qualities(pairs, budgets, gate),
     ]

@@ -12,7 +12,7 @@ from ..run.result import Interval
 from ..run.statistics import LogMean, detectable, holm, log_mean, paired_log_mean
 from .arms import PRUNED, Cell, Gate, Key
 from .budgets import Relative
-from .checks import MIN_ROUNDS, Pair, matching, too_few, unmeasured
+from .checks import MIN_ROUNDS, BelowNoise, Pair, matching, too_few, unmeasured
 from .verdict import Comparison, Row, Status
 
 PAIRED: Final[Comparison] = "paired by round"
@@ -32,26 +32,33 @@ class _Asked:
     rounds: int
     measured: float
     noise: float | None
+    least: float | None = None
 
     @property
     def limit(self) -> float:
-        """The largest slow-down allowed: the budget, or what the absolute floor amounts to, whichever is more."""
+        """The largest slow-down allowed: the budget, what the absolute floor amounts to, or what can be told (`least`,
+        where the budget lies below the noise), whichever is more."""
         higher = self.pair[1].cells[self.key].better == "higher"
         before = self.measured * math.exp(self.estimate.mean if higher else -self.estimate.mean)
         share = self.budget.floor / before
         if higher:
             share = share / (1 - share) if share < 1 else math.inf
-        return max(1 + self.budget.max_slowdown, 1 + share if self.budget.floor else 0)
+        return max(1 + self.budget.max_slowdown, 1 + share if self.budget.floor else 0, 1 + (self.least or -1))
 
 
 def latencies(
-    pairs: Sequence[Pair], budgets: Sequence[Relative], gate: Gate, level: float, *, foreign: bool
-) -> list[Row]:
-    """Relative slow-downs. On two machines (`foreign`) only ratios to a control count."""
+    pairs: Sequence[Pair], budgets: Sequence[Relative], gate: Gate, level: float, *, foreign: bool,
+    below_noise: BelowNoise = "invalid",
+) -> list[Row]:  # fmt: skip
+    """Relative slow-downs. On two machines (`foreign`) only ratios to a control count.
+
+    below_noise: whether a budget that lies below the noise is INVALID, or held to what can be told ("warn"), where it
+    can fail and not pass.
+    """
     rows: list[Row] = []
     asked: dict[str, _Asked] = {}
     for index, pair in enumerate(pairs):
-        for item in _relative(pair, budgets, gate, foreign):
+        for item in _relative(pair, budgets, gate, foreign, below_noise):
             if isinstance(item, Row):
                 rows.append(item)
             else:
@@ -60,7 +67,9 @@ def latencies(
     return rows + [_latency(one, p_values[name], level) for name, one in asked.items()]
 
 
-def _relative(pair: Pair, budgets: Sequence[Relative], gate: Gate, foreign: bool) -> Iterator[Row | _Asked]:
+def _relative(
+    pair: Pair, budgets: Sequence[Relative], gate: Gate, foreign: bool, below_noise: BelowNoise
+) -> Iterator[Row | _Asked]:
     base, new = pair
     everywhere = dict.fromkeys([*base.cells, *new.cells])
     for budget in budgets:
@@ -69,10 +78,10 @@ def _relative(pair: Pair, budgets: Sequence[Relative], gate: Gate, foreign: bool
     for key in everywhere:
         meant = [budget for budget in budgets if matching([key], budget)]
         if meant:
-            yield _ask(pair, key, meant[-1], gate, foreign)
+            yield _ask(pair, key, meant[-1], gate, foreign, below_noise)
 
 
-def _ask(pair: Pair, key: Key, budget: Relative, gate: Gate, foreign: bool) -> Row | _Asked:
+def _ask(pair: Pair, key: Key, budget: Relative, gate: Gate, foreign: bool, below_noise: BelowNoise) -> Row | _Asked:
     new = pair[1]
 
     def refuse(reason: str, noise: float | None = None) -> Row:
@@ -89,18 +98,19 @@ def _ask(pair: Pair, key: Key, budget: Relative, gate: Gate, foreign: bool) -> R
     noise = _noise(pair, key, comparison)
     if foreign and comparison != RATIOS:
         return refuse("the runs come from two machines and have no common control here: measure both on one machine")
+    least = None
     if noise is not None and _below_noise(budget.max_slowdown, noise, gate):
-        return refuse(
-            f"the budget of {budget.max_slowdown:.2%} lies below the noise of {math.expm1(noise):.2%} between equal "
-            f"candidates; the least that makes sense is {_round_up(detectable(noise)):.2%}, or measure more rounds",
-            noise,
-        )
+        least = _round_up(detectable(noise))
+        if below_noise == "invalid":
+            return refuse(
+                f"{_under(budget, noise)}; the least that makes sense is {least:.2%}, or measure more rounds", noise
+            )
     try:
         estimate, rounds = slowdown(*cells, comparison)
     except ValueError as error:
         return refuse(f"no ratio can be taken: {error}")
     measured = math.exp(log_mean(list(cells[1].rounds.values())).mean)
-    return _Asked(pair, key, budget, comparison, estimate, rounds, measured, noise)
+    return _Asked(pair, key, budget, comparison, estimate, rounds, measured, noise, least)
 
 
 def slowdown(base: Cell, new: Cell, comparison: Comparison) -> tuple[LogMean, int]:
@@ -123,7 +133,7 @@ def _latency(asked: _Asked, p: float, level: float) -> Row:
     status: Status = "INCONCLUSIVE"
     if asked.rounds >= MIN_ROUNDS and value.high is not None:
         if value.high <= asked.limit:
-            status = "PASS"
+            status = "PASS" if asked.least is None else "INCONCLUSIVE"
         elif p <= (1 - level) / 2:
             status = "FAIL"
     if math.isinf(asked.limit):
@@ -144,7 +154,9 @@ def _latency(asked: _Asked, p: float, level: float) -> Row:
 def _latency_reason(asked: _Asked, value: Interval, status: Status) -> str:
     change = asked.limit - 1
     budget = f"{change:+.1%} in time allowed" if change >= 0 else f"{-change:.1%} less time demanded"
-    if asked.budget.floor and change > asked.budget.max_slowdown:
+    if asked.least is not None and asked.noise is not None:
+        budget = f"{_under(asked.budget, asked.noise)}, so {budget}, and passing says nothing: measure more rounds"
+    elif asked.budget.floor and change > asked.budget.max_slowdown:
         unit = asked.pair[1].cells[asked.key].unit
         budget += f", which is the floor of {asked.budget.floor:g} {unit}"
     if status == "INCONCLUSIVE" and value.low is not None and value.low > asked.limit:
@@ -170,6 +182,11 @@ def _below_noise(budget: float, noise: float, gate: Gate) -> bool:
     """Between commits no change is the rule, so a budget must exceed the noise. A demanded gain, and against dense
     "no slower", are decided by the interval alone."""
     return math.log1p(budget) < noise and (budget > 0 if gate == PRUNED else budget >= 0)
+
+
+def _under(budget: Relative, noise: float) -> str:
+    limit, width = budget.max_slowdown, math.expm1(noise)
+    return f"the budget of {limit:.2%} lies below the noise of {width:.2%} between equal candidates"
 
 
 def _round_up(value: float) -> float:

@@ -181,7 +181,7 @@ def _parse_point(text: str) -> dict[str, Any]:
 def _from_here(root: Path, path: Path) -> Path:
     try:
         place = (root / path).resolve()
-    except ValueError as cause:  # a NUL in the name
+    except (ValueError, OSError, RuntimeError) as cause:  # a NUL in the name, a link to itself
         raise ConfigError(f"{str(path)!r} is no path: {cause}") from cause
     here = Path.cwd().resolve()
     return place.relative_to(here) if place.is_relative_to(here) else place

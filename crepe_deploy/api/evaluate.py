@@ -34,7 +34,8 @@ def evaluate(
     model: str | Path, *, text: str | Path | None = None, text_field: str = "text", window: int = 2048,
     stride: int | None = None, max_tokens: int | None = None, bos: str = "auto", dtype: str = "auto",
     against: str | Path | None = None, tasks: str | Sequence[str] | None = None, task_dir: str | Path | None = None,
-    limit: int | None = None, seed: int = 0, progress: Progress | None = None, say: Say | None = None,
+    limit: int | None = None, seed: int = 0, update_card: bool = False, progress: Progress | None = None,
+    say: Say | None = None,
 ) -> Evaluation:  # fmt: skip
     """Measure a model on a text, on tasks, or both; paired with the model `against` on the same tokens.
 
@@ -42,7 +43,9 @@ def evaluate(
     or a `datasets` name. window, stride: in tokens; stride None is the window. max_tokens: only the text's first.
     bos: "auto", "none", "start" or "window". dtype: "auto", the checkpoint's, or bfloat16, float16, float32.
     tasks: names of lm-eval, a list or comma-separated; task_dir: local task files instead of the hub's. limit:
-    documents of each task. seed: of the bootstrap. progress: told windows done and in all.
+    documents of each task. seed: of the bootstrap. update_card: write the figures and their conditions into the model
+    card of the folder `model`, between marks, and the card's hash into its manifest. progress: told windows
+    done and in all.
     Perplexity is exp of the mean negative log-likelihood in nats over the predicted tokens; KL is KL(against || model)
     in nats; intervals are 95 % bootstraps over windows.
     Raises ConfigError (nothing to measure, models that cannot be compared), CheckpointError, CalibrationError,
@@ -50,6 +53,13 @@ def evaluate(
     """
     if text is None and tasks is None:
         raise ConfigError("nothing to measure: give --text FILE_OR_DATASET, --tasks NAMES, or both")
+    from crepe_deploy.exporting.frame.measured import check_card
+    from crepe_deploy.exporting.frame.measured import update_card as write_card
+
+    if update_card and not Path(model).is_dir():
+        raise ConfigError(f"--update-card writes into a folder, and {model} is none")
+    if update_card:
+        check_card(Path(model))
     folder = find_model(model, say=say).folder
     reference = None if against is None else find_model(against, say=say).folder
     quality = answers = None
@@ -62,4 +72,7 @@ def evaluate(
         names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
         local = None if task_dir is None else Path(task_dir)
         answers = zero_shot(folder, names, task_dir=local, limit=limit, against=reference)
-    return Evaluation(str(model), quality, answers)
+    evaluation = Evaluation(str(model), quality, answers)
+    if update_card:
+        write_card(folder, evaluation.to_dict())
+    return evaluation

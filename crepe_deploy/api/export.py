@@ -8,7 +8,7 @@ from crepe_deploy.progress import Progress, silent
 from crepe_deploy.store.checkpoint import require_folder
 from crepe_deploy.store.manifest import Manifest
 
-from .inputs import export_options
+from .inputs import check_base_model, export_options
 
 
 def default_out(source: str | Path, format: str) -> Path:
@@ -21,23 +21,26 @@ def default_out(source: str | Path, format: str) -> Path:
 
 def export(
     source: str | Path, out: str | Path | None = None, *, format: str = "dense", onnx_flavor: str | None = None,
-    precision: str | None = None, quantise: str | None = None, overwrite: bool = False,
-    progress: Progress | None = None,
+    precision: str | None = None, quantise: str | None = None, base_model: str | None = None,
+    overwrite: bool = False, progress: Progress | None = None,
 ) -> Manifest:  # fmt: skip
     """Write the pruned checkpoint folder `source` in another format into `out`, and return its manifest.
 
     out: default as `default_out`; appears whole and verified or not at all. format: "dense", "packed" (docs/format.md),
     "int8", "onnx", "gguf", or "deci" for widths per layer. onnx_flavor, precision: of an ONNX graph, "portable" or
     "genai", and "fp32", "fp16" or "int4". quantise: of a GGUF file, "auto" (as stored), "f32", "f16", "bf16", "q8_0",
-    "q5_0" or "q4_0". progress: told pieces of work done and in all.
+    "q5_0" or "q4_0". base_model: hub id of the parent, for the model card.
+    progress: told pieces of work done and in all.
     Raises ConfigError, CheckpointError, OutputError, UnsupportedModel, MissingExtra (exit code 2) before writing;
     VerifyError, ParityError, DiskFullError (1).
     """
     from crepe_deploy.exporting.pipeline import export_checkpoint
 
+    check_base_model(base_model)
     require_folder(Path(source))
     target = Path(out) if out is not None else default_out(source, format)
     options = export_options(onnx_flavor, precision, quantise)
     return export_checkpoint(
-        Path(source), target, format, overwrite=overwrite, step=progress or silent, options=options
-    )
+        Path(source), target, format, overwrite=overwrite, step=progress or silent, options=options,
+        base_model=base_model,
+    )  # fmt: skip

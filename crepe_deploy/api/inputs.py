@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,12 @@ def pattern_of(sparsity: Pattern | str | float, granularity: Granularity = "row"
     if isinstance(sparsity, NM | Unstructured):
         return sparsity
     return parse_pattern(str(sparsity), granularity)
+
+
+def check_base_model(base_model: str | None) -> None:
+    """Refuse for the card what is no hub id, owner/name. Raises ConfigError."""
+    if base_model is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base_model):
+        raise ConfigError(f"--base-model {base_model} is no hub id of the form owner/name")
 
 
 def export_options(onnx_flavor: str | None, precision: str | None, quantise: str | None = None) -> dict[str, str]:

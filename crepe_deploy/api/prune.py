@@ -17,7 +17,7 @@ from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
 from .heal import healing_of
-from .inputs import Calibration, Granularity, export_options, find_model, pattern_of, windows_of
+from .inputs import Calibration, Granularity, check_base_model, export_options, find_model, pattern_of, windows_of
 
 
 def prune(
@@ -67,20 +67,22 @@ def prune_and_export(
     reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
     seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
-    heal: float | None = None, revision: str | None = None, overwrite: bool = False, progress: Progress | None = None,
-    say: Say | None = None,
+    heal: float | None = None, base_model: str | None = None, revision: str | None = None, overwrite: bool = False,
+    progress: Progress | None = None, say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune `model` and write OUT/FORMAT/ for each format; returns the report that is OUT/report.json.
 
     format: one or more of "dense", "packed", "int8", "onnx" and "gguf", a list or comma-separated. onnx_flavor,
     precision, quantise: as in `export`. heal: minutes for which the pruned model is trained on the calibration text
-    before it is exported, as by `heal`. The rest, and what is raised, as in `prune`. The report names the source, what
-    was resolved (method, parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on
+    before it is exported, as by `heal`. base_model: hub id of the parent, for the model cards.
+    The rest, and what is raised, as in `prune`. The report names the source, what was resolved
+    (method, parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on
     disk), `seconds` by phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
     """
     from crepe_deploy.exporting.pipeline import prune_and_export as run
     from crepe_deploy.exporting.registry import check_formats
 
+    check_base_model(base_model)
     formats = check_formats([name.strip() for name in format.split(",")] if isinstance(format, str) else list(format))
     config = prune_config(
         method, pattern_of(sparsity, granularity), preset=preset, params=params, recipe=recipe, feed=feed,
@@ -93,6 +95,7 @@ def prune_and_export(
         source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
         options=export_options(onnx_flavor, precision, quantise),
         healing=healing_of(source, heal, calib, calib_field, seed, lambda _: nullcontext(progress or silent), say),
+        base_model=base_model,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from crepe_deploy.structural.local import DEFAULT_VARIANT
 from crepe_deploy.structural.tyr import tyr as prune_structurally
 
 from .heal import healing_of
-from .inputs import Calibration, find_model, windows_of
+from .inputs import Calibration, check_base_model, find_model, windows_of
 
 
 def tyr(
@@ -23,9 +23,9 @@ def tyr(
     attention_share: float | str | None = None, accumulation: str = "expectation", variant: str | None = None,
     fitness: Literal["logits", "hidden"] = "logits", top_k: int = 1024, refit: bool | None = None,
     finish: Literal["paired", "single", "supernet"] = "single", layout: Literal["plugin", "deci"] = "plugin",
-    remote_code: bool = False, heal: float | None = None, seed: int = 0, dtype: str = "auto",
-    revision: str | None = None, resume: bool = False,
-    overwrite: bool = False, show: Show | None = None, say: Say | None = None,
+    remote_code: bool = False, base_model: str | None = None, heal: float | None = None, seed: int = 0,
+    dtype: str = "auto", revision: str | None = None, resume: bool = False, overwrite: bool = False,
+    show: Show | None = None, say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Remove attention units and FFN neurons from `model`; OUT/dense/ is a physically smaller checkpoint.
 
@@ -34,6 +34,7 @@ def tyr(
     embeddings, norms and lm_head stay. method: "tyr" searches the widths, the others are baselines. widths: "uniform"
     is one width for all layers, a plain checkpoint. The rest: `structural.config.TyrConfig` and docs/tyr.md.
     heal: minutes for which the smaller model is trained on the calibration text, as `heal` does.
+    base_model: hub id of the parent, for the card.
     layout, remote_code: of the folder, docs/structural-serving.md. resume: go on with OUT.work, which a stopped run
     leaves; on the command line that is exit code 75. show: wraps a label for each long step and yields its progress.
     Returns the report that is written to OUT/report.json, the path `out` besides. Seconds and bytes unless named.
@@ -43,6 +44,7 @@ def tyr(
     """
     from crepe_deploy.exporting.tyr import FolderWriter
 
+    check_base_model(base_model)
     config = TyrConfig(
         sparsity=sparsity, method=method, widths=widths, iterations=iterations, generations=generations,
         offspring=offspring, multiple=ffn_multiple, attention=attention, attention_share=attention_share,
@@ -55,5 +57,5 @@ def tyr(
     healing = healing_of(source, heal, calib, calib_field, seed, show, say)
     return prune_structurally(
         source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
-        write=FolderWriter(widths, layout, remote_code, healing),
+        write=FolderWriter(widths, layout, remote_code, healing, base_model),
     )  # fmt: skip

@@ -15,6 +15,7 @@ Examples:
   crepe-deploy eval out/dense --text wiki.test.txt
   crepe-deploy eval out/packed --text wiki.test.txt --window 1024 --against models/llama
   crepe-deploy eval out/dense --tasks arc_easy,hellaswag --limit 200 --json
+  crepe-deploy eval out/packed --text wiki.test.txt --against models/llama --update-card
 """
 
 
@@ -32,6 +33,7 @@ Examples:
 @click.option("--task-dir", type=click.Path(path_type=Path), default=None, help="Local task files, for offline use.")
 @click.option("--limit", type=Count(1), default=None, help="Documents of each task.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--update-card", is_flag=True, help="Write what was measured into the model card of the folder MODEL.")
 @json_option
 def eval_command(model: str, as_json: bool, **options: Any) -> None:
     """Measure MODEL: perplexity, KL to a dense model, zero-shot accuracy; each with its convention."""

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .options import (
+    base_model_option,
     format_option,
     json_option,
     onnx_options,
@@ -37,6 +38,7 @@ Examples:
 @format_option("One of:")
 @onnx_options
 @quantise_option
+@base_model_option
 @overwrite_option
 @json_option
 def export_command(source: Path, out: Path | None, format: str, as_json: bool, **options: Any) -> None:

@@ -98,6 +98,9 @@ def calibration_options(*, samples: int, length: int, required: bool = False) ->
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+base_model_option = click.option(
+    "--base-model", default=None, metavar="OWNER/NAME", help="Hub id of the parent, for the model card."
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
 revision_option = click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")

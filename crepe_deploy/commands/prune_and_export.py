@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from .options import (
+    base_model_option,
     format_option,
     heal_option,
     healed_line,
@@ -34,6 +35,7 @@ Examples:
 @onnx_options
 @quantise_option
 @heal_option
+@base_model_option
 def prune_and_export_command(as_json: bool, **options: Any) -> None:
     """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
     prepare_libraries()

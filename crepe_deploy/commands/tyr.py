@@ -11,6 +11,7 @@ from .options import (
     SEED,
     Count,
     Number,
+    base_model_option,
     calibration_options,
     heal_option,
     healed_line,
@@ -87,6 +88,7 @@ tyr_options = options(
     click.option("--dtype", default="auto", show_default=True, help="To compute in: auto, bfloat16, float16, float32."),
     revision_option,
     click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run."),
+    base_model_option,
     overwrite_option,
     json_option,
 )  # fmt: skip

@@ -66,6 +66,10 @@ def heal(
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ConfigError(
+            f"healing runs in processes that each hold the whole model: configure accelerate without {kind}"
+        )
     main = accelerator.is_main_process
     job = prepare(folder, dense, config, texts, field, accelerator.num_processes)
     accelerator.wait_for_everyone()

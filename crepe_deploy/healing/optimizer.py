@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .zeros import local
-
 
 class Masters:
     """Keeps what is trained in float32, steps there, and rounds into the model. parameters: by name.
@@ -18,7 +16,7 @@ class Masters:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = dict(parameters)
-        self._masters = {name: nn.Parameter(local(one.detach()).float()) for name, one in self._parameters.items()}
+        self._masters = {name: nn.Parameter(one.detach().float()) for name, one in self._parameters.items()}
         self._adam = torch.optim.AdamW(self._masters.values(), weight_decay=0.0, fused=True)
         self._adam.state.update({
             master: {"step": torch.zeros((), device=master.device)}
@@ -31,7 +29,7 @@ class Masters:
         """One step at this learning rate, and the gradients gone."""
         for name, parameter in self._parameters.items():
             assert parameter.grad is not None, name
-            self._masters[name].grad = local(parameter.grad).float()
+            self._masters[name].grad = parameter.grad.float()
             parameter.grad = None
         for group in self._adam.param_groups:
             group["lr"] = rate
@@ -40,7 +38,7 @@ class Masters:
         self._round()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that a stopped run goes on from, by name; of this process, where several share them."""
+        """Every tensor that a stopped run goes on from, by name."""
         for name, master in self._masters.items():
             yield f"master.{name}", master.data
             yield f"first.{name}", self._adam.state[master]["exp_avg"]
@@ -55,4 +53,4 @@ class Masters:
 
     def _round(self) -> None:
         for name, parameter in self._parameters.items():
-            local(parameter.data).copy_(self._masters[name])
+            parameter.data.copy_(self._masters[name])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from crepe_deploy.errors import UnsupportedModel
 from crepe_deploy.model.architecture import whole_model
@@ -88,12 +87,12 @@ class Student:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What is trained as it would be written, by checkpoint name, one at a time; all processes together."""
+        """What is trained as it would be written, by checkpoint name, one at a time."""
         for name, key in (*self.trained.norms.items(), *self.trained.kept.items()):
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
             tensor = merged(module) if leaf == "weight" else None
-            yield key, whole(module.get_parameter(leaf).detach() if tensor is None else tensor)
+            yield key, module.get_parameter(leaf).detach() if tensor is None else tensor
 
 
 def compute_dtype(decoder: Decoder, config: HealConfig) -> str:
@@ -101,11 +100,6 @@ def compute_dtype(decoder: Decoder, config: HealConfig) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "float32" if decoder.dtype == COMPUTE_DTYPES["float32"] else "bfloat16"
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that several processes share, on the CPU; any other as it is, there."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -193,14 +193,10 @@ class Trainer:
     def _keep(self, state: State, masters: Masters, held: HeldZeros) -> None:
         """Write the state, and the weights where they are the best so far; then the line that makes both count."""
         held.prove()
-        weights = self.student.weights() if state.best_step == state.step else None
-        if self.journal is None:  # another process writes; what is shared is gathered by all
-            for _ in weights or ():
-                pass
-        else:
+        if self.journal is not None:  # else another process writes
             save(self.work, state.name, masters.state(), planned(masters.state()))
-            if weights is not None:
-                save(self.work, state.best_name, weights, self.plan)
+            if state.best_step == state.step:
+                save(self.work, state.best_name, self.student.weights(), self.plan)
             self.journal.add(STATE, str(state.step), asdict(state))
             keep_only(self.work, [state.name, state.best_name])
         self.accelerator.wait_for_everyone()

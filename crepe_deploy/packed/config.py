@@ -63,8 +63,10 @@ class PackedConfig:
         return {**head, "ignore": list(self.ignore)}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> PackedConfig:
+    def from_dict(cls, content: Any) -> PackedConfig:
         """Read what `to_dict` wrote. Raises CheckpointError for another method, a newer version or a wrong entry."""
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"quantization_config is {content!r:.60}, no object")
         method, version, ignore = (content.get(key) for key in ("quant_method", "version", "ignore"))
         if method != QUANT_METHOD:
             raise CheckpointError(f"quantization_config: quant_method is '{method}', not '{QUANT_METHOD}'")

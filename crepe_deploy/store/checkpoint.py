@@ -163,6 +163,8 @@ def _safe_shard(root: Path, name: str) -> Path:
     path = root / name
     if Path(name).name != name or name in {"", ".", ".."}:
         raise CheckpointError(f"{root / INDEX_NAME}: file name '{name}' points outside the folder; refused")
+    if len(name.encode(errors="replace")) > 255:
+        raise CheckpointError(f"{root / INDEX_NAME}: '{name:.40}...' is too long for the name of a file")
     require_inside(root, path)
     if not path.is_file():
         raise CheckpointError(f"{path}: this shard is missing; download the model again")

@@ -24,6 +24,7 @@ from ...store.files import disk_errors, write_json
 from ...store.manifest import LINEAGE, Manifest, TensorRecord
 from ...store.readback import ReadBack, check_fingerprint
 from ...structural.check import is_structural
+from ..frame import usage
 from ..frame.card import CARD_NAME
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from ..frame.greedy import GREEDY_TOKENS, greedy_of
@@ -48,7 +49,8 @@ class Dense(Exporter[DensePlan]):
     reads: ClassVar[tuple[str, ...]] = ("dense", "packed")
     words: ClassVar[Words] = Words(
         "The zeros are stored explicitly: every Hugging Face reader loads this folder unchanged, and none of them is "
-        "smaller or faster for it. Export with `--format packed` for a smaller file."
+        "smaller or faster for it. Export with `--format packed` for a smaller file.",
+        use=usage.PLAIN,
     )
 
     def plan(self, source: Source, weights: Path) -> DensePlan:

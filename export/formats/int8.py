@@ -24,6 +24,7 @@ from ...store.files import write_json
 from ...store.manifest import TensorRecord
 from ...store.readback import prove_written
 from ...store.writing import CheckpointWriter, Planned
+from ..frame import usage
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from .packed import dense_modules
 
@@ -63,6 +64,7 @@ class Int8(Exporter[Int8Plan]):
         tags=("int8",),
         done="quantised to int8",
         layers="quantised",
+        use=usage.INT8,
     )
 
     def check_pruning(self, model: Path, pattern: Pattern) -> None:

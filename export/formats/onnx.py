@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Final
 from ...model.architecture import load_config
 from ...pattern import Pattern
 from ...store.checkpoint import CheckpointReader
+from ..frame import usage
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from ..frame.greedy import greedy_of
 from ..onnx.checks import finish_graph
@@ -55,7 +56,9 @@ class Onnx(Exporter[OnnxPlan]):
     words: ClassVar[Words] = Words(
         "An ONNX graph that was compared with its checkpoint, prefill and decoding. ONNX Runtime multiplies by stored "
         "zeros like by any other value, on CPU and CUDA: pruning made this folder neither smaller nor faster there. "
-        "`manifest.json` says what the graph takes as padding, and for 2:4 which settings of TensorRT use the pattern."
+        "`manifest.json` says what the graph takes as padding, and for 2:4 which settings of TensorRT use the pattern.",
+        use=usage.ONNX,
+        library="onnx",
     )
 
     def check(self) -> None:

@@ -37,6 +37,7 @@ from ...store.folders import scratch_folder
 from ...store.manifest import Manifest, TensorRecord
 from ...store.readback import prove_written
 from ...store.writing import CheckpointWriter, Planned
+from ..frame import usage
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from ..frame.foreign import counted
 from ..frame.greedy import GREEDY_TOKENS, greedy_of
@@ -66,7 +67,8 @@ class Packed(Exporter[PackedPlan]):
         "transformers (after `import crepe_deploy`) and vLLM (by itself, once crepe-deploy is installed) run it from "
         "the packed weights on CPUs and NVIDIA GPUs; no GPU speed has been measured, so none is claimed. Readers "
         "without crepe-deploy refuse it. `crepe-deploy export --format dense` gives the "
-        "plain folder back, bit by bit."
+        "plain folder back, bit by bit.",
+        use=usage.OURS,
     )
 
     needs_manifest: ClassVar[bool] = False

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from ...project import install_address, project_url
 from ...store.files import disk_errors
 from ...store.manifest import Manifest
 from .exporter import Words
@@ -25,7 +26,8 @@ def card_text(manifest: Manifest, words: Words) -> str:
     source = manifest.source
     front = ["---", _front_matter(manifest, words) + "---", ""]
     rows = {
-        "base model": source.id + (f" @ {source.revision}" if source.revision else ""),
+        "base model": (base_model(manifest) or Path(source.id).name)
+        + (f" @ {source.revision}" if source.revision else ""),
         "licence": source.license or "not stated by the base model; its terms apply",
         **_pruning(manifest),
         **_healing(manifest.config.get("healed")),
@@ -35,9 +37,29 @@ def card_text(manifest: Manifest, words: Words) -> str:
         **source.notes,
     }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    title = f"# {', '.join([Path(source.id).name, *_done(manifest, words)])}"
-    closing = ["", words.truth, "", "`manifest.json` holds every tensor's counts and hashes."]
-    return "\n".join([*front, title, "", *table, *closing]) + "\n"
+    title = f"# {', '.join([Path(base_model(manifest) or source.id).name, *_done(manifest, words)])}"
+    closing = ["", words.truth, "", *_use(words), "`manifest.json` holds every tensor's counts and hashes."]
+    return "\n".join([*front, title, "", *table, *closing, "", _links()]) + "\n"
+
+
+def base_model(manifest: Manifest) -> str | None:
+    """The hub id of the parent: as given by `--base-model`, or where the model was fetched from."""
+    given: str | None = manifest.config.get("base_model")
+    return given or (manifest.source.id if manifest.source.kind == "hub" else None)
+
+
+def _use(words: Words) -> list[str]:
+    if not words.use:
+        return []
+    address = install_address()
+    text = words.use.replace("INSTALL_ONNX", f"crepe-deploy[onnx] @ {address}")
+    text = text.replace("INSTALL", f"crepe-deploy @ {address}")
+    return ["## How to load and serve", "", "`MODEL` is this folder, or its id on the hub.", "", text, ""]
+
+
+def _links() -> str:
+    labels = ("Repository", "Documentation", "Issues")
+    return "crepe-deploy: " + ", ".join(f"[{label.lower()}]({project_url(label)})" for label in labels)
 
 
 def _done(manifest: Manifest, words: Words) -> list[str]:
@@ -110,9 +132,13 @@ def _mixed(metrics: dict[str, Any]) -> str:
 
 def _front_matter(manifest: Manifest, words: Words) -> str:
     tags = ["pruned", "sparse"] if manifest.tensors else ["pruned"] if "structural" in manifest.config else []
-    content: dict[str, Any] = {"library_name": "transformers", "tags": [*tags, *words.tags, "crepe-deploy"]}
-    if manifest.source.kind == "hub":
-        content["base_model"] = manifest.source.id
+    content: dict[str, Any] = {
+        "library_name": words.library,
+        "pipeline_tag": "text-generation",
+        "tags": [*tags, *words.tags, "crepe-deploy"],
+    }
+    if parent := base_model(manifest):
+        content["base_model"] = parent
     if manifest.source.license:
         names = manifest.source.license.split(", ")
         content["license"] = names if len(names) > 1 else names[0]

@@ -39,13 +39,17 @@ class Words:
     """What the model card says of a format.
 
     truth: where it is smaller or faster, and where not. tags: for the front matter. done: what the export did to the
-    model, for the title. layers: which layers `weight_bytes_over_dense` is about.
+    model, for the title. layers: which layers `weight_bytes_over_dense` is about. use: Markdown, how to load and serve
+    it, `MODEL` standing for the folder or its hub id and `INSTALL` for what pip installs of crepe-deploy. library: of
+    the front matter.
     """
 
     truth: str
     tags: tuple[str, ...] = ()
     done: str | None = None
     layers: str = "packed"
+    use: str = ""
+    library: str = "transformers"
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,13 @@ _CHANGED: Final = (
 
 
 def run(
-    exporter: Exporter[Any], folder: Path, target: Path, *, fresh: bool = False, step: Progress = silent
-) -> Manifest:
+    exporter: Exporter[Any], folder: Path, target: Path, *, fresh: bool = False, step: Progress = silent,
+    base_model: str | None = None,
+) -> Manifest:  # fmt: skip
     """Export the checkpoint `folder` into the existing, empty `target`; returns the manifest that was written.
 
-    fresh: as in `Source`. step: told of every piece of work done. Raises VerifyError when the source differs from its
+    fresh: as in `Source`. step: told of every piece of work done. base_model: the hub id of the
+    parent, for the card; None: as the source has it. Raises VerifyError when the source differs from its
     manifest, InputError for what the format does not take, DiskFullError, CheckpointError, ParityError.
     """
     source = read_source(exporter, folder, fresh=fresh)
@@ -55,7 +57,7 @@ def run(
         "stage": "export",
         "format": exporter.name,
         "parent": source.parent,
-        "config": {**parent.config, **written.config},
+        "config": {**parent.config, **written.config, **({"base_model": base_model} if base_model else {})},
         "tensors": dict(parent.tensors if written.tensors is None else written.tensors),
         "metrics": {**kept, **written.metrics, "size": dict(size)},
     }

@@ -27,6 +27,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inputs", type=int, default=0, help="malformed inputs")
+    parser.add_argument(
+        "--readers", type=int, default=0, metavar="N", help="malformed inputs for each reader, called alone"
+    )
     parser.add_argument("--faults", type=int, default=0, help="file events struck")
     parser.add_argument("--storm", type=float, default=0, metavar="SECONDS", help="servers under load")
     parser.add_argument("--jobs", type=int, default=2)

@@ -252,6 +252,9 @@ _BUDGETS = """relative:
 memory: {weights: 0.0, peak: 0.05}
 quality: {perplexity_ratio: 1.005}
 """
+_REQUEST = """{"model": "m", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": true,
+ "stream_options": {"include_usage": true}, "temperature": 0.5, "top_p": 0.9, "seed": 1, "n": 1, "stop": null}
+"""
 _MODELS: dict[str, Callable[[Path], None]] = {
     "model": _model, "sharded": _sharded, "tied": lambda place: _model(place, tie_word_embeddings=True),
     "deep": lambda place: _model(place, num_hidden_layers=8),
@@ -265,6 +268,7 @@ _FILES: dict[str, Callable[[Path], object]] = {
     "benchmark.json": _pytest_benchmark,
     "suite.yaml": lambda place: place.write_text(_SUITE),
     "recipe.yaml": lambda place: place.write_text(_RECIPE),
+    "request.json": lambda place: place.write_text(_REQUEST),
     "budgets.yaml": lambda place: place.write_text(_BUDGETS),
 }
 

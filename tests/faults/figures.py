@@ -24,7 +24,9 @@ def gather(options: argparse.Namespace, seconds: float, storm: dict[str, Any] | 
         inputs.add(line)
     for line in _lines(options.out, "faults"):
         faults.add(line)
-    asked = f"--seed {options.seed} --inputs {options.inputs} --faults {options.faults} --storm {options.storm:g}"
+    alone = _readers(options.out)
+    counts = {"inputs": options.inputs, "readers": options.readers, "faults": options.faults, "storm": options.storm}
+    asked = " ".join(f"--{name} {count:.0f}" for name, count in {"seed": options.seed, **counts}.items())
     return {
         "command": f"python -m tests.faults {asked} --jobs {options.jobs}",
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, {platform.machine()}",
@@ -33,8 +35,9 @@ def gather(options: argparse.Namespace, seconds: float, storm: dict[str, Any] | 
         "hours": round((inputs.seconds + faults.seconds) / 3600, 2),
         "storm": storm,
         "inputs": inputs.summary(),
+        "readers": alone.summary(),
         "faults": faults.summary(),
-        "defects": {**inputs.defects, **faults.defects},
+        "defects": {**inputs.defects, **alone.defects, **faults.defects},
     }
 
 
@@ -76,6 +79,40 @@ class Counted:
         }
 
 
+class Alone:
+    """Counts over readers that were called alone."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, Counter[str]] = {}
+        self.messages: set[str] = set()
+        self.defects: dict[str, dict[str, Any]] = {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Count what one worker gave one reader."""
+        name = record["reader"]
+        self.outcomes.setdefault(name, Counter()).update(record["outcomes"])
+        self.messages.update(f"{name}: {message}" for message in record["messages"])
+        for line in record["defects"]:
+            key = f"reader {name}: {signature(line['details'])}"
+            first = {**line, "kind": name, "argv": []}
+            self.defects.setdefault(key, {"times": 0, "first": first})["times"] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """What is written of them."""
+        return {
+            "number": sum(sum(counts.values()) for counts in self.outcomes.values()),
+            "outcomes": {name: dict(sorted(counts.items())) for name, counts in sorted(self.outcomes.items())},
+            "distinct_messages": len(self.messages),
+        }
+
+
+def _readers(folder: Path) -> Alone:
+    alone = Alone()
+    for place in sorted(folder.glob("reader-*.json")):
+        alone.add(json.loads(place.read_text()))
+    return alone
+
+
 def signature(details: str) -> str:
     """What tells one traceback from another: the error's type and the last frame of ours."""
     frames = _FRAME.findall(details)
@@ -97,7 +134,11 @@ def lines(summary: dict[str, Any]) -> list[str]:
         said.append(
             f"{entry['times']} x {key}; {first['kind']} {first['index']}: {first['what']} {' '.join(first['argv'][:6])}"
         )
-    return [*said, f"{summary['seconds']} s, {len(summary['defects'])} distinct defects"]
+    return [
+        *said,
+        f"readers: {summary['readers']['number']}",
+        f"{summary['seconds']} s, {len(summary['defects'])} distinct defects",
+    ]
 
 
 def _lines(folder: Path, name: str) -> Iterator[dict[str, Any]]:

@@ -17,17 +17,20 @@ def write_table(place: Path, summary: dict[str, Any]) -> None:
 
 def table(summary: dict[str, Any]) -> list[str]:
     """What was thrown, what came back, what was found."""
-    inputs, faults, storm = summary["inputs"], summary["faults"], summary["storm"]
+    inputs, faults, storm, readers = (summary[name] for name in ("inputs", "faults", "storm", "readers"))
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     found = summary["defects"]
+    defects = f"**{sum(entry['times'] for entry in found.values()):,} defects**"
     said = [
-        f"`{summary['command']}`, {summary['machine']}; {versions}. {inputs['number']:,} inputs, {faults['number']:,} "
-        f"faults, {summary['hours']} processor hours; **{sum(entry['times'] for entry in found.values()):,} defects**"
+        f"`{summary['command']}`, {summary['machine']}; {versions}. {inputs['number']:,} inputs of "
+        f"commands, {readers['number']:,} of readers called alone, {faults['number']:,} faults, "
+        f"{summary['hours']} processor hours; {defects}"
         + (f" of {len(found)} kinds, named in `bench/results/faults.json`." if found else "."),
         "",
         *_counts("inputs by kind", inputs["kinds"]),
         *_counts("inputs by command", inputs["commands"]),
         *_counts("exit codes", inputs["codes"]),
+        *_readers(readers),
         *_counts("faults by kind", faults["kinds"]),
         *_counts("faults by command", faults["commands"]),
         *_counts("exit codes after a fault (-9: SIGKILL itself)", faults["codes"]),
@@ -45,6 +48,17 @@ def table(summary: dict[str, Any]) -> list[str]:
         requests = ", ".join(f"{name} {number:,}" for name, number in sorted(storm["requests"].items()))
         said += [f"- servers: {storm['seconds']:.0f} s, {storm['starts']} starts; kills: {kills}; requests: {requests}"]
     return said
+
+
+def _readers(summary: dict[str, Any]) -> list[str]:
+    if not summary["number"]:
+        return []
+    rows = [
+        f"| {name} | {sum(counts.values()):,} | {counts.get('refused', 0):,} | {counts.get('read', 0):,} | "
+        f"{counts.get('defect', 0):,} |"
+        for name, counts in summary["outcomes"].items()
+    ]
+    return ["| reader called alone | inputs | refused | read | defects |", "|---|---:|---:|---:|---:|", *rows, ""]
 
 
 def _counts(name: str, counts: dict[str, int]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import cases, faults, run, server
+from . import cases, faults, readers, run, server
 from .corpus import CALIBRATION, Corpus
 
 
@@ -62,6 +62,10 @@ def work(options: argparse.Namespace) -> int:
             options.inputs,
             lambda index: run.attempt(options.seed, index, corpus, place / "run").line(),
         )
+        if options.readers:
+            readers.work(
+                options.seed, options.readers, options.worker, options.jobs, corpus, place / "reader", options.out
+            )
         if options.faults:
             bench = faults.Bench(corpus, place)
             planned = faults.plan(bench, options.seed, options.faults)

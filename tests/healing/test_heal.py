@@ -303,7 +303,7 @@ def test_the_command_says_what_it_did(room: Path, tmp_path: Path, capsys: pytest
 
 def test_pruning_and_healing_in_one_command(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["prune-and-export", str(room / "dense"), "--method", "magnitude", "--calib", str(room / "text.txt"),
-               "--format", "dense,packed", "--heal", "0.05", "--out", str(tmp_path / "out")]  # fmt: skip
+               "--format", "dense,packed", "--heal", "0.1", "--out", str(tmp_path / "out")]  # fmt: skip
     assert run(command) == 0
     assert "held-out KL to the dense model" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -319,7 +319,7 @@ def test_pruning_and_healing_in_one_command(room: Path, tmp_path: Path, capsys: 
 
 def test_tyr_heals_what_it_made_smaller(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["tyr", str(room / "dense"), "--calib", str(room / "text.txt"), "--calib-length", "32", *QUICK_TYR,
-               "--heal", "0.05", "--out", str(tmp_path / "out")]  # fmt: skip
+               "--heal", "0.1", "--out", str(tmp_path / "out")]  # fmt: skip
     assert run(command) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert verify(tmp_path / "out" / "dense").config["healed"] == report["healed"]

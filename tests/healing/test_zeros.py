@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,11 @@ def test_a_training_that_failed_leaves_nothing_held() -> None:
     assert callback.zeros == {"2.weight": 32}
     train(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert (model.get_parameter("2.weight") != 0).all()
+
+
+def test_zeros_of_weights_that_processes_share() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+               "--rdzv_endpoint", "localhost:0", str(Path(__file__).parent / "sharded.py")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held 16") == 2

@@ -101,6 +101,16 @@ def test_a_budget_below_the_noise_is_invalid_and_says_what_would_make_sense() ->
     assert pruned_gate(slower(1.0), TPOT, noise={"p/tpot_s": 0.02}).status == "PASS"
 
 
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "INCONCLUSIVE"), (1.1, "INCONCLUSIVE"), (1.3, "FAIL")])
+def test_a_budget_below_the_noise_may_warn_and_then_fails_what_can_be_told(factor: float, status: str) -> None:
+    measured = run([candidate("dense", DENSE), candidate("packed", slower(factor))], noise={"p/tpot_s": 0.08})
+    verdict = gate_pruned(measured, ["packed"], TPOT, below_noise="warn")
+    row = only(verdict, metric="tpot_s")
+    assert (verdict.status, row.limit) == (status, pytest.approx(1.122))
+    assert "budget of 5.00% lies below the noise of 8.33%" in row.reason
+    assert gate_pruned(measured, ["packed"], TPOT, below_noise="invalid").status == "INVALID"
+
+
 def test_noise_does_not_forbid_to_demand_no_slowdown_of_a_pruned_model() -> None:
     limits = budgets(relative=[{"metric": "tpot_s", "max_slowdown": 0.0}])
     assert pruned_gate(slower(0.7), limits, noise={"p/tpot_s": 0.08}).status == "PASS"
