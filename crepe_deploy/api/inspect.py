@@ -21,8 +21,9 @@ class TensorRow(TypedDict):
     """One tensor as counted.
 
     pattern: the one that its manifest records where the count confirms it, else the finest N:M that every group of the
-    input dimension holds, or None. sparsity: zeros over entries. axis: of an ONNX initialiser, the one reduced.
-    packed: the weight is stored without its zeros; shape and counts are the dense weight's.
+    input dimension holds, or None. pattern_from: "manifest", or "zeros" where it comes from counting alone. sparsity:
+    zeros over entries. axis: of an ONNX initialiser, the one reduced. packed: the weight is stored without its zeros;
+    shape and counts are the dense weight's.
     """
 
     name: str
@@ -31,6 +32,7 @@ class TensorRow(TypedDict):
     zeros: int
     sparsity: float
     pattern: str | None
+    pattern_from: str | None
     axis: NotRequired[int | None]
     packed: NotRequired[bool]
 

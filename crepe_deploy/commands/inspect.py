@@ -34,10 +34,11 @@ def inspect_command(folder: str, revision: str | None, as_json: bool) -> None:
 
 
 def tensor_lines(tensors: list[TensorRow]) -> list[str]:
-    """What `inspect` counted, one line a tensor."""
+    """What `inspect` counted, one line a tensor; 'counted' where no manifest confirms its pattern."""
     return [
         f"{tensor['sparsity']:8.2%}  {tensor['pattern'] or '-':>6}  {tensor['dtype']:>9}  "
         f"{tensor['shape']!s:>16}  {tensor['name']}{'  packed' if tensor.get('packed') else ''}"
+        f"{'  counted' if tensor['pattern_from'] == 'zeros' else ''}"
         for tensor in tensors
     ]
 

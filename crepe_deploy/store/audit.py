@@ -23,7 +23,7 @@ class TensorAudit:
     """One tensor as counted.
 
     pattern: the one its manifest records, where the count confirms it; otherwise the finest N:M that every group of
-    the input dimension holds, or None.
+    the input dimension holds, or None. pattern_from: "manifest", or "zeros" for one that comes from counting alone.
     """
 
     name: str
@@ -32,6 +32,7 @@ class TensorAudit:
     zeros: int
     sparsity: float
     pattern: str | None
+    pattern_from: str | None = None
 
 
 def count_zeros(tensor: Tensor) -> int:
@@ -86,21 +87,31 @@ def recorded(root: Path) -> dict[str, TensorRecord]:
 def audit(name: str, tensor: Tensor, record: TensorRecord | None) -> TensorAudit:
     """Count one tensor, dense, in the shape of its file."""
     zeros = count_zeros(tensor)
+    pattern, origin = _pattern(tensor, record)
     return TensorAudit(
         name=name,
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
         zeros=zeros,
         sparsity=zeros / max(tensor.numel(), 1),
-        pattern=_counted_pattern(tensor, record),
+        pattern=pattern,
+        pattern_from=origin,
     )
 
 
-def _counted_pattern(tensor: Tensor, record: TensorRecord | None) -> str | None:
+def named_pattern(weight: Tensor, stated: str | None) -> tuple[str | None, str | None]:
+    """The pattern of weight (out, in), and where it comes from: the one stated, where it holds, or the one counted."""
+    if stated is not None and holds(weight, parse_record(stated)):
+        return stated, "manifest"
+    counted = held_pattern(weight)
+    return counted, "zeros" if counted else None
+
+
+def _pattern(tensor: Tensor, record: TensorRecord | None) -> tuple[str | None, str | None]:
     if tensor.ndim != 2 or not tensor.numel():
-        return None
+        return None, None
     weight = tensor.T.contiguous() if record is not None and record.transposed else tensor
-    if record is not None and holds(weight, parse_record(record.pattern)):
-        return record.pattern
-    counted = weight.is_floating_point() and weight.dtype.itemsize > 1
-    return held_pattern(weight) if counted else None
+    if weight.is_floating_point() and weight.dtype.itemsize > 1:
+        return named_pattern(weight, None if record is None else record.pattern)
+    held = record is not None and holds(weight, parse_record(record.pattern))
+    return (record.pattern, "manifest") if record is not None and held else (None, None)

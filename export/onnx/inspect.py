@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, MissingExtra
 from ...serve.ort import GRAPH_NAME, is_onnx
-from ...store.audit import TensorAudit, count_zeros, held_pattern
+from ...store.audit import TensorAudit, count_zeros, named_pattern, recorded
 from ...store.checkpoint import require_inside
 from ...store.reading import read_bytes
 
@@ -21,6 +22,7 @@ __all__ = ["GRAPH_NAME", "inspect_onnx", "is_onnx", "load_graph", "matrices"]
 
 GRAPH_BYTES: Final = 1 << 31  # more than protobuf holds
 INT4_ZERO: Final = 8  # the code of zero in a symmetric MatMulNBits weight
+BLOCK: Final = re.compile(r"(^|\.)layers\.\d+\.")  # a name inside a decoder block
 _MATRIX_OPS: Final = ("MatMul", "Gemm", "MatMulNBits")
 _DTYPES: Final = {"FLOAT": "float32", "FLOAT16": "float16", "UINT8": "uint8"}
 
@@ -29,16 +31,26 @@ def inspect_onnx(folder: Path) -> list[dict[str, Any]]:
     """One row for every matrix weight and table of the graph, as `audit.inspect_folder` gives, `axis` besides.
 
     axis: of the stored initialiser that the product reduces, along which a pattern must hold; None where none does.
-    Raises CheckpointError, MissingExtra.
+    The manifest's pattern goes before the counted one; a genai graph has names of its own, so the blocks' matrices are
+    asked for the one that all were pruned to. Raises CheckpointError, MissingExtra.
     """
+    records = recorded(folder)
+    patterns = {record.pattern for record in records.values()}
+    shared = next(iter(patterns)) if len(patterns) == 1 else None
+    rows = []
     try:
-        return [{**vars(audit), "axis": axis} for audit, axis, _ in matrices(folder)]
+        for audit, axis, weight in matrices(folder):
+            inside = shared if BLOCK.search(audit.name) else None
+            stated = records[audit.name].pattern if audit.name in records else inside
+            pattern, origin = named_pattern(weight, stated) if axis is not None else (None, None)
+            rows.append({**vars(audit), "pattern": pattern, "pattern_from": origin, "axis": axis})
+        return rows
     except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / GRAPH_NAME} is damaged, or no graph of a model: {error}") from error
 
 
 def matrices(folder: Path) -> Iterator[tuple[TensorAudit, int | None, Tensor]]:
-    """Audit, reduction axis and weight (out, in) of each large initialiser, one in memory at a time.
+    """Audit (of no pattern), reduction axis and weight (out, in) of each large initialiser, one in memory at a time.
 
     A 4-bit weight is given as codes less their zero, so that zeros are zeros. Raises CheckpointError, MissingExtra.
     """
@@ -56,9 +68,8 @@ def matrices(folder: Path) -> Iterator[tuple[TensorAudit, int | None, Tensor]]:
             weight = torch.from_numpy(stored.T if axis == 0 else stored).contiguous()
             kind = _DTYPES.get(_element(tensor), _element(tensor).lower())
         zeros = count_zeros(weight)
-        pattern = held_pattern(weight) if axis is not None else None
         shape = tuple(int(extent) for extent in tensor.dims)
-        yield TensorAudit(tensor.name, shape, kind, zeros, zeros / max(weight.numel(), 1), pattern), axis, weight
+        yield TensorAudit(tensor.name, shape, kind, zeros, zeros / max(weight.numel(), 1), None), axis, weight
 
 
 def load_graph(folder: Path) -> Any:

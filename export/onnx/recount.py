@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +9,7 @@ from ...errors import VerifyError
 from ...pattern import NM, parse_record
 from ...store.audit import holds
 from ...store.manifest import Manifest
-from .inspect import matrices
+from .inspect import BLOCK, matrices
 
 GAIN: Final = (
     "none on CPU or CUDA: ONNX Runtime multiplies by stored zeros like by any other value; no smaller, no faster"
@@ -22,7 +21,6 @@ TENSORRT: Final = {
     "onnxruntime_provider_option": "trt_sparsity_enable=1",
     "tested": "no: stated from their documentation",
 }
-_BLOCK: Final = re.compile(r"(^|\.)layers\.\d+\.")
 
 
 def recount(folder: Path, parent: Manifest, flavor: str, precision: str) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def _by_block(folder: Path, parent: Manifest, *, exact: bool) -> dict[str, Any]:
     shared = parse_record(patterns.pop()) if len(patterns) == 1 else None
     zeros, held, total, axes = 0, 0, 0, set()
     for audit, axis, weight in matrices(folder):
-        if axis is None or not _BLOCK.search(audit.name):
+        if axis is None or not BLOCK.search(audit.name):
             continue
         zeros, total = zeros + audit.zeros, total + 1
         axes.add(axis)

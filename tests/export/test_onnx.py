@@ -17,16 +17,18 @@ from crepe_deploy.exporting.onnx.checks import graph_metadata
 from crepe_deploy.exporting.onnx.inspect import inspect_onnx
 from crepe_deploy.exporting.onnx.portable import build_portable, write_graph
 from crepe_deploy.exporting.onnx.recount import recount
-from crepe_deploy.exporting.pipeline import export_checkpoint
+from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from crepe_deploy.cli import cli
 from crepe_deploy.errors import CheckpointError, ParityError, UnsupportedModel, VerifyError
 from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.store.manifest import sha256_file, verify
+from crepe_deploy.store.sources import resolve_model
 from tests.onnx_models import CONFIGS, pruned_model
-from tests.pico import make_pico
+from tests.pico import make_pico, make_pico_llama
 
 
 def as_portable(source: Path, out: Path, precision: str = "fp32") -> dict[str, Any]:
@@ -120,6 +122,20 @@ def test_inspect_counts_what_the_graph_stores(portable: tuple[Path, Path]) -> No
         assert (rows[name]["zeros"], rows[name]["pattern"], rows[name]["axis"]) == (record.zeros, "2:4", 0)
         assert rows[name]["shape"] == record.shape[::-1]
     assert rows["model.embed_tokens.weight"]["pattern"] is None
+
+
+@pytest.mark.parametrize("flavor", ["portable", "genai"])
+def test_inspect_names_the_pattern_of_the_manifest(tmp_path: Path, flavor: str) -> None:
+    """Counting alone finds 7:8 or 12:16 in many a matrix of 16:32."""
+    model = make_pico_llama(tmp_path / "model", torch.bfloat16)
+    config, options = prune_config("magnitude", "16:32"), {"flavor": flavor}
+    prune_and_export(resolve_model(str(model)), tmp_path / "out", config, None, formats=("onnx",), options=options)
+    folder = tmp_path / "out" / "onnx"
+    blocks = [row for row in inspect_onnx(folder) if "layers." in row["name"] and row["axis"] is not None]
+    assert {(row["pattern"], row["pattern_from"]) for row in blocks} == {("16:32", "manifest")}
+    (folder / "manifest.json").unlink()
+    counted = {(row["pattern"], row["pattern_from"]) for row in inspect_onnx(folder) if row["pattern"]}
+    assert ("16:32", "manifest") not in counted and {origin for _, origin in counted} == {"zeros"}
 
 
 def test_a_lost_zero_is_noticed(portable: tuple[Path, Path], tmp_path: Path) -> None:
