@@ -100,6 +100,8 @@ def run(arguments: Sequence[str]) -> int:
     add_outer_commands()
     typed = shlex.join(["crepe-deploy", *arguments])
     try:
+        if odd := next((one for one in arguments if not _is_utf8(one)), None):
+            raise InputError(f"{odd!r:.80} is not UTF-8, which everything that is written here is: rename it")
         return int(cli(list(arguments), prog_name="crepe-deploy", standalone_mode=False, obj=typed) or 0)
     except CrepeError as error:
         say(f"error: {error}")
@@ -119,6 +121,11 @@ def run(arguments: Sequence[str]) -> int:
             return InputError.exit_code
         report_unexpected(error, typed, debug="--debug" in arguments[:1])
         return CrepeError.exit_code
+
+
+def _is_utf8(argument: str) -> bool:
+    """Whether an argument was UTF-8; Python keeps bytes that were not as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in argument)
 
 
 def report_unexpected(error: Exception, typed: str, *, debug: bool) -> None:

@@ -77,7 +77,9 @@ class _Search:
 
 
 def journal_path(out: Path) -> Path:
-    """Where the journal of a search for the preset `out` lies."""
+    """Where the journal of a search for the preset `out` lies. Raises OutputError where `out` has no name."""
+    if not out.name:
+        raise OutputError(f"{out} is a folder: give the name of a file")
     return out.with_name(out.name + ".journal")
 
 
