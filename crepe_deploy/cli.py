@@ -104,6 +104,8 @@ def run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     typed = shlex.join(["crepe-deploy", *arguments])
     try:
+        if odd := next((one for one in arguments if not _is_utf8(one)), None):
+            raise InputError(f"{odd!r:.80} is not UTF-8, which everything that is written here is: rename it")
         return int(cli(list(arguments), prog_name="crepe-deploy", standalone_mode=False, obj=typed) or 0)
     except CrepeError as error:
         line = str(error) if isinstance(error, Stopped) else f"error: {error}"
@@ -122,6 +124,11 @@ def run(arguments: Sequence[str]) -> int:
             reason = f"{error.filename!s:.80}... is too long for the name of a file: give a shorter one"
             return fail(InputError(), reason, InputError.exit_code, as_json=as_json)
         return report_unexpected(error, typed, debug="--debug" in arguments[:1], as_json=as_json)
+
+
+def _is_utf8(argument: str) -> bool:
+    """Whether an argument was UTF-8; Python keeps bytes that were not as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in argument)
 
 
 def fail(

@@ -8,6 +8,7 @@ from .errors import ConfigError
 
 MOST_SEED: Final = 2**64 - 1
 MOST: Final = 2**31 - 1  # of counts: what a C int holds
+MOST_WHOLE: Final = 2**53  # of other whole numbers: what a float holds exactly
 
 
 def check_seed(seed: int) -> None:

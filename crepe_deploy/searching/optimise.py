@@ -105,7 +105,7 @@ def _optimiser(space: Space, axes: list[Axis], start: Setting, seed: int) -> Any
         sigma=SIGMA,
         bounds=np.array([[0.0, 1.0] for _ in axes]),
         steps=np.array([axis.step / (axis.high - axis.low) for axis in axes]),
-        seed=seed,
+        seed=seed % (1 << 32),  # what numpy takes
         population_size=POPULATION,
     )
 

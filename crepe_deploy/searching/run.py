@@ -17,10 +17,10 @@ from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.pruning.recipe import Preset
 from crepe_deploy.pruning.targets import choose_targets
 from crepe_deploy.store.files import check_output_file, write_json
-from crepe_deploy.store.folders import temporary_folder
 from crepe_deploy.store.journal import open_journal
 from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model, describe_source
+from crepe_deploy.store.temporary import temporary_folder
 from crepe_deploy.texts import CalibrationSet
 
 from .evaluate import Evaluator
@@ -78,7 +78,9 @@ class _Search:
 
 
 def journal_path(out: Path) -> Path:
-    """Where the journal of a search for the preset `out` lies."""
+    """Where the journal of a search for the preset `out` lies. Raises OutputError where `out` has no name."""
+    if not out.name:
+        raise OutputError(f"{out} is a folder: give the name of a file")
     return out.with_name(out.name + ".journal")
 
 

@@ -16,14 +16,13 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from crepe_deploy.errors import OutputError
 
-from .files import abandoned, disk_errors
+from .files import disk_errors
 
 # Folders beside OUT that belong to the run that writes it.
 DERIVED: Final = (".partial", ".old", ".work", ".failed", ".unpacked")
@@ -40,11 +39,11 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = (), o
     That is one that exists (unless `overwrite`, and then where this tool did not write all of it), equals an input,
     lies around or inside one, or whose working folders would. own: as of `foreign`.
     """
-    place = out.resolve()
+    place = resolved(out)
     if not place.name:
         raise OutputError(f"output {out} is the root of the file system: choose a folder")
     for path in inputs:
-        source = path.resolve()
+        source = resolved(path)
         for name in (place, *(place.with_name(place.name + suffix) for suffix in DERIVED)):
             if name == source or source.is_relative_to(name) or name.is_relative_to(source):
                 what = f"output {out}" if name == place else f"{name}, which a run for output {out} works in,"
@@ -55,6 +54,14 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = (), o
         _check_existing(out, overwrite, own)
     if not os.access(next(parent for parent in place.parents if parent.exists()), os.W_OK):
         raise OutputError(f"{out} cannot be created: its parent folder is not writable")
+
+
+def resolved(path: Path) -> Path:
+    """A path without its links. Raises OutputError where they lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{path} cannot be looked for: {error}") from error
 
 
 def _check_existing(out: Path, overwrite: bool, own: tuple[str, ...]) -> None:
@@ -151,43 +158,6 @@ def scratch_folder(place: Path) -> Iterator[Path]:
             claim.recover()
 
 
-@contextlib.contextmanager
-def temporary_folder(purpose: str) -> Iterator[Path]:
-    """Yield a new folder in the system's place for temporary ones, removed at the end.
-
-    Those of this user's killed processes go first; a living one holds a lock. Raises OutputError, DiskFullError.
-    """
-    prefix = f"crepe-deploy-{purpose}-"
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        if abandoned(left.name):
-            _remove_unlocked(left)
-    with disk_errors(Path(tempfile.gettempdir())):
-        made = tempfile.TemporaryDirectory(prefix=prefix, suffix=f"-{os.getpid()}", ignore_cleanup_errors=True)
-    with made as name:
-        with disk_errors(Path(name)):
-            handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield Path(name)
-        finally:
-            os.close(handle)
-
-
-def _remove_unlocked(folder: Path) -> None:
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return  # another user's, a link, or gone by now
-    try:
-        if os.fstat(handle).st_uid == os.getuid():
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        return  # it lives, where process numbers mean others than here
-    finally:
-        os.close(handle)
-
-
 def free_name(place: Path) -> Path:
     """`place`, or with -2, -3, ... behind it the first name that nothing bears yet."""
     numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(2))
@@ -247,6 +217,8 @@ class Claim:
 
     def publish(self, partial: Path) -> None:
         """Rename `partial` to the output, an older one first aside to `OUT.old`; `recover` finishes what is cut off."""
+        for record in partial.rglob(".*.crepe-deploy"):  # of a claim inside that could not remove it
+            record.unlink()
         old = self.out.with_name(self.out.name + ".old")
         if self.out.exists():
             if old.exists() or old.is_symlink():

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,14 +17,13 @@ from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, Missin
 from crepe_deploy.nearest import unknown
 
 from .files import disk_errors, write_json
+from .gguf_header import check_header
 from .gguf_rope import rope_scaling
 from .gguf_split import check_parts, join, parts_of
 from .manifest import sha256_file
 from .stock import CLOSED, third_party
+from .temporary import held
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-HEADER_BYTES = 24
 PROVENANCE = "gguf_source.json"
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -52,7 +50,7 @@ def check_gguf(path: Path) -> GgufInfo:
     """
     parts = parts_of(path)
     for part in parts:
-        _check_magic(part)
+        check_header(part)
     _need("gguf")
     readers = [_checked_reader(part) for part in parts]
     check_parts(parts, readers)
@@ -142,6 +140,7 @@ def convert_gguf(path: Path, out_dir: Path, dtype: str = "bfloat16") -> dict[str
     try:
         with disk_errors(partial):
             partial.mkdir(parents=True)
+        with held(partial), disk_errors(partial):
             whole = path
             if len(parts) > 1:
                 whole = partial / "joined.gguf"
@@ -164,21 +163,6 @@ def hash_gguf(path: Path) -> str:
     if len(parts) == 1:
         return sha256_file(path)
     return hashlib.sha256("".join(map(sha256_file, parts)).encode()).hexdigest()
-
-
-def _check_magic(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEADER_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    if head[:4] != MAGIC:
-        raise CheckpointError(f"{path} is not a GGUF file: it starts with {head[:4]!r} instead of {MAGIC!r}")
-    if len(head) < HEADER_BYTES:
-        raise CheckpointError(f"{path} is truncated: {len(head)} bytes, less than a GGUF header ({HEADER_BYTES})")
-    version = struct.unpack("<I", head[4:8])[0]
-    if version not in VERSIONS:
-        raise CheckpointError(f"{path} is GGUF version {version}; versions {VERSIONS[0]} to {VERSIONS[-1]} are read")
 
 
 def named(names: Iterable[str], most: int = 5) -> str:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from crepe_deploy.errors import ConfigError, OutputError
+from crepe_deploy.limits import MOST_WHOLE
 
 from .files import disk_errors, write_text
 from .reading import parse_json, read_bytes
 
 VERSION = 1
-LARGEST = 1e30
+LARGEST = {int: MOST_WHOLE, float: 1e30}
 
 
 class Journal:
@@ -64,7 +65,7 @@ def numbers(value: Any, count: int | None = None) -> bool:
     return (
         isinstance(value, list)
         and (count is None or len(value) == count)
-        and all(type(one) in (int, float) and abs(one) <= LARGEST for one in value)
+        and all(type(one) in LARGEST and abs(one) <= LARGEST[type(one)] for one in value)
     )
 
 

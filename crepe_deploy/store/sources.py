@@ -13,6 +13,7 @@ from crepe_deploy.machine import cache_dir
 from .checkpoint import shard_paths
 from .manifest import Source, sha256_file
 from .reading import read_front_matter
+from .temporary import remove_abandoned
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -79,6 +80,7 @@ def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:
         raise CheckpointError(f"{path} is missing")
     digest = hash_gguf(path)
     folder = cache_dir() / _GGUF_CACHE / digest
+    remove_abandoned(folder.parent, "[0-9a-f]" * 64 + ".partial-*")
     if not folder.is_dir():
         say(f"dequantising {path.name} (once; kept in {folder})")
         convert_gguf(path, folder)

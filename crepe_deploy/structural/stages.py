@@ -109,7 +109,8 @@ def _search(run: Run, budget: Budget) -> tuple[Widths, dict[str, Any]]:
     for iteration in range(config.iterations):
         store = run.store(f"iteration-{iteration}")
         rules = Rules(config.generations, config.offspring, len(run.search_tokens), config.seed)
-        unfinished = run.journal.get("generation", f"{iteration}.{config.generations}") is None
+        keys = (f"{iteration}.{generation}" for generation in range(config.generations + 1))
+        unfinished = any(run.journal.get("generation", key) is None for key in keys)  # a damaged journal may lack any
         if unfinished or (iteration == config.iterations - 1 and config.finish == "supernet"):
             if iteration:
                 run.store(f"iteration-{iteration - 1}").remove()

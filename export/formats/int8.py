@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, ParityError, UnsupportedModel
+from ...errors import ConfigError, ParityError, UnsupportedModel, VerifyError
 from ...model.decoder import Decoder
 from ...pattern import Pattern
 from ...store.checkpoint import CheckpointReader, read_config
@@ -81,6 +81,8 @@ class Int8(Exporter[Int8Plan]):
     def plan(self, source: Source, weights: Path) -> Int8Plan:
         decoder = Decoder(weights)
         chosen = int8_tensors(decoder)
+        if strange := sorted(source.manifest.tensors.keys() - set(chosen)):
+            raise VerifyError(f"manifest.json names the pruned tensor '{strange[0]}', which is no linear layer here")
         return Int8Plan(source, decoder, _plan(decoder.reader, set(chosen)), chosen)
 
     def room(self, plan: Int8Plan) -> int:

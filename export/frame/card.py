@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from ...errors import VerifyError
 from ...project import install_address, project_url
 from ...store.files import disk_errors
 from ...store.manifest import Manifest
@@ -19,6 +20,17 @@ def write_card(folder: Path, manifest: Manifest, words: Words) -> None:
     """Write `README.md` from the manifest: base model, inherited licence, method, pattern and counted numbers."""
     with disk_errors(folder):
         (folder / CARD_NAME).write_text(card_text(manifest, words), encoding="utf-8")
+
+
+def check_record(manifest: Manifest) -> None:
+    """Raise VerifyError where a manifest, edited by hand, lacks what its card would say."""
+    try:
+        card_text(manifest, Words(""))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise VerifyError(
+            f"manifest.json is not as crepe-deploy wrote it: {type(error).__name__} {error}; take the folder as it was "
+            "written, or prune again"
+        ) from error
 
 
 def card_text(manifest: Manifest, words: Words) -> str:

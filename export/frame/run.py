@@ -20,7 +20,7 @@ from ...store.manifest import (
     verify,
 )
 from ...store.stock import check_tokenizer
-from .card import write_card
+from .card import check_record, write_card
 from .exporter import Exporter, Source, Words
 
 _CHANGED: Final = (
@@ -75,6 +75,7 @@ def read_source(exporter: Exporter[Any], folder: Path, *, fresh: bool) -> Source
         if exporter.needs_manifest:
             raise
         raise VerifyError(f"{error}{_CHANGED}") from error
+    check_record(manifest)
     source = Source(folder, manifest, sha256_file(folder / MANIFEST_NAME), fresh)
     exporter.check_source(source)
     return source

@@ -205,6 +205,7 @@ def test_damaged_models(
         (["--calib-samples", "0"], "calib-samples"),
         (["--calib-samples", "100000"], "short"),
         (["--nonsense"], "nonsense"),
+        (["--exclude", "\udcff"], "not UTF-8"),
     ],
 )
 def test_bad_options(

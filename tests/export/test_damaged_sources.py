@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from crepe_deploy.exporting.frame.card import card_text
+from crepe_deploy.exporting.frame.run import read_source
+from crepe_deploy.exporting.registry import exporter_class
 from safetensors.torch import load_file, save_file
 
 from crepe_deploy.cli import run
 from crepe_deploy.store.manifest import hash_folder, load_manifest, save_manifest
+from tests.mutations import mutations, refusal
 from tests.pico import make_pico_llama
 
 Weights = dict[str, torch.Tensor]
@@ -117,3 +121,28 @@ def test_weights_of_a_graph_lie_in_its_folder(
         data.write_bytes(bytes(100))
     assert run(["inspect", str(folder)]) == 2
     assert "model.onnx.data" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> Path:
+    model = make_pico_llama(tmp_path / "m")
+    assert run(["prune", str(model), "--method", "magnitude", "--out", str(tmp_path / "pruned")]) == 0
+    return tmp_path / "pruned"
+
+
+def test_a_manifest_spoilt_anywhere_is_refused_or_gives_a_card(pruned: Path) -> None:
+    good = json.loads((pruned / "manifest.json").read_text())
+    good["tensors"] = dict([*good["tensors"].items()][:1])
+    exporter = exporter_class("dense")()
+    for change, document in mutations(good, (None, "x", -1, 2**64, 0.5, [], {"x": None})):
+        (pruned / "manifest.json").write_text(json.dumps(document))
+        refusal(change, lambda: card_text(read_source(exporter, pruned, fresh=False).manifest, exporter.words))
+
+
+def test_a_pruned_tensor_that_the_weights_do_not_hold_is_named(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (pruned / "manifest.json").read_text()
+    (pruned / "manifest.json").write_text(text.replace("layers.1.mlp.gate_proj", "layers.1.ml//p.gate_proj"))
+    assert run(["export", str(pruned), "--format", "int8", "--out", str(tmp_path / "out")]) in (1, 2)
+    assert "ml//p.gate_proj" in (said := capsys.readouterr().err) and "unexpected" not in said

@@ -50,9 +50,14 @@ def attempt(seed: int, index: int, corpus: Corpus, place: Path, keep: bool = Fal
     before, cwd = fingerprint(case.root), set(fingerprint(place / "cwd"))
     outcome = run_in_child(case.argv, place, nobody=True)
     after = fingerprint(case.root)
-    changed = {str(case.root / name) for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    if changed - set(case.argv if case.argv[:1] == ["gate"] else ()):  # gate writes its comment where it is told to
-        outcome.defects.append("input changed")
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    outs = [value for option, value in zip(case.argv, case.argv[1:], strict=False) if option == "--out"]
+    for name in changed:
+        path = case.root / name
+        made = name not in before and any(path.is_relative_to(out) for out in outs)  # where it was told to make it
+        if not made and not (case.argv[:1] == ["gate"] and str(path) in case.argv):  # as its comment
+            outcome.defects.append("input changed")
+            break
     judge_leftovers(outcome, place, cwd)
     if not keep:
         clear(place)
@@ -64,12 +69,18 @@ def judge_leftovers(outcome: Outcome, place: Path, before: set[str]) -> None:
     left = [name for name in fingerprint(place / "tmp") if not name.startswith("crepe-deploy-")]
     made = sorted(set(fingerprint(place / "cwd")) - before)
     if outcome.code in (1, 2, 130, EXIT_RESUMABLE):
-        left += [name for name in made if not KEPT.fullmatch(name)]
+        asked = {str(place) for name in outcome.argv if outcome.argv[0] == "gate" for place in _and_above(name)}
+        left += [name for name in made if not KEPT.fullmatch(name) and name not in asked]
     else:
         working = [name for name in made if re.search(r"\.(partial|old|work|unpacked|crepe-deploy)(/|$)", name)]
         left += [name for name in working if name.split("/")[0] not in outcome.argv]
     if left and not outcome.hung:
         outcome.defects.append(f"left {left[0]}" if len(left) == 1 else f"left {left[0]} and {len(left) - 1} more")
+
+
+def _and_above(name: str) -> tuple[Path, ...]:
+    """A file that `gate` was told to write, which stays whatever the verdict, and the folders made for it."""
+    return (Path(name), *Path(name).parents)
 
 
 def own(place: Path) -> None:

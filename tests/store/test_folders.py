@@ -21,8 +21,8 @@ from crepe_deploy.store.folders import (
     foreign,
     free_name,
     scratch_folder,
-    temporary_folder,
 )
+from crepe_deploy.store.temporary import temporary_folder
 from tests.faults.strikes import environment
 
 
@@ -221,6 +221,21 @@ def test_a_scratch_folder_of_a_killed_run_goes_with_the_next(tmp_path: Path) -> 
     with scratch_folder(place) as folder:
         assert folder.is_dir()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_left_inside_is_not_published(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / ".pruned.crepe-deploy").write_text("{}")  # where its unlink failed
+        (folder / "weights").write_text("x")
+    assert tree(tmp_path) == {"out/weights": "x"}
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_links_in_a_circle_are_refused(tmp_path: Path, below: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for out, inputs in ((tmp_path / "loop" / below, ()), (tmp_path / "out", (tmp_path / "loop" / below,))):
+        with pytest.raises(OutputError, match="loop"):
+            check_output(out, overwrite=False, inputs=inputs)
 
 
 def test_what_is_kept_for_a_look_takes_a_name_that_is_free(tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +99,51 @@ def test_what_older_versions_kept_is_not_used(pico: Path, tmp_path: Path, monkey
     old = sources.cache_dir() / "gguf" / sources.sha256_file(path)
     old.mkdir(parents=True)
     assert resolve_model(str(path)).folder != old
+
+
+def _header(fields: bytes, count: int = 1, tensors: int = 1) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, count) + fields
+
+
+def _field(kind: int, rest: bytes) -> bytes:
+    return struct.pack("<Q", 1) + b"x" + struct.pack("<I", kind) + rest
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _header(_field(9, struct.pack("<IQ", 8, 2**40))),
+        _header(_field(9, struct.pack("<IQ", 0, 2**62))),
+        _header(_field(9, struct.pack("<IQ", 9, 2**21) * 5)),
+        _header(_field(9, struct.pack("<IQ", 9, 1) * 50)),
+        _header(_field(8, struct.pack("<Q", 2**63))),
+        _header(_field(13, b"")),
+        _header(b"", 2**64 - 1),
+        _header(b"", 0, 2**64 - 1),
+        _header(struct.pack("<Q", 1) + b"t" + struct.pack("<I", 2**32 - 1), 0),
+    ],
+)
+def test_counts_that_a_file_does_not_hold_are_refused_before_anything_is_made_of_them(
+    tmp_path: Path, data: bytes
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"is damaged or truncated"):
+        check_gguf(tmp_path / "m.gguf")
+
+
+def test_conversions_that_were_killed_go_with_the_next_one(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "pico.gguf", pico)
+    place = resolve_model(str(path)).folder.parent
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in (f"{'a' * 64}.partial-{ended.pid}", f"{'b' * 64}.partial-{os.getpid()}", f"mine.partial-{ended.pid}"):
+        (place / name).mkdir()
+    resolve_model(str(path))
+    left = {one.name for one in place.iterdir()} - {sources.sha256_file(path)}
+    assert left == {f"{'b' * 64}.partial-{os.getpid()}", f"mine.partial-{ended.pid}"}
 
 
 def _freqs(factors: list[float]) -> Callable[[gguf.GGUFWriter], None]:

@@ -14,6 +14,7 @@ import pytest
 
 from crepe_deploy.errors import ConfigError, OutputError
 from crepe_deploy.searching.evaluate import Evaluator
+from crepe_deploy.searching.hybrid import spearman
 from crepe_deploy.searching.losses import Losses
 from crepe_deploy.searching.proxies import PROXIES
 from crepe_deploy.store.journal import open_journal
@@ -105,7 +106,7 @@ def resume_search(path: Path) -> None:
     evaluator._in_threads = lambda settings: [{} for _ in settings]  # type: ignore[method-assign]
     evaluator._measure = lambda settings, label: [Losses([0.1], [0.1]) for _ in settings]  # type: ignore[method-assign]
     for row in evaluator.proxies([setting]):  # type: ignore[list-item]
-        sum(row.values())
+        spearman(list(row.values()), range(len(row)))
     for losses in evaluator.losses([setting]):  # type: ignore[list-item]
         math.exp(losses.mean_nll)
 

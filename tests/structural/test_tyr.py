@@ -263,6 +263,23 @@ def test_a_level_damaged_between_stop_and_resume_is_named_and_rebuilt(
     assert weights_of(out / "dense") == weights_of(whole / "dense")
 
 
+def test_a_journal_that_lacks_any_line_is_made_whole_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert command(capsys, pico, text, whole)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(evolve, "staged", Stop(evolve.staged, 4))
+        assert command(capsys, pico, text, out)[0] == EXIT_RESUMABLE
+    journal = next(out.with_name("out.work").glob("*journal*"))
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for line in lines if '"0.1"' not in line))
+    assert len(journal.read_text().splitlines()) == len(lines) - 1
+    code, _, err = command(capsys, pico, text, out, "--resume")
+    assert code == 0, err
+    assert weights_of(out / "dense") == weights_of(whole / "dense")
+
+
 def test_the_seed_decides(capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path) -> None:
     results = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):

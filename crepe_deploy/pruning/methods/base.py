@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from crepe_deploy.errors import ConfigError
+from crepe_deploy.limits import MOST_WHOLE
 from crepe_deploy.model.stats import Need, Stats
 from crepe_deploy.pattern import Pattern
 
@@ -57,7 +58,7 @@ class SolveMethod(Protocol):
 
 def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
     """Raise ConfigError unless the hyperparameter `value` is a finite number with low <= value <= high."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = (type(value) is int and abs(value) <= MOST_WHOLE) or (isinstance(value, float) and math.isfinite(value))
     if not number or not low <= value <= high:  # type: ignore[operator]  # `number` narrows no type
         limits = f">= {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise ConfigError(f"{name} is {value!r}; it must be a number {limits}")

@@ -49,6 +49,8 @@ def test_unknown_names_list_the_known() -> None:
         ("ria", {"exponent": "1"}),
         ("ria", {"exponent": True}),
         ("ria", {"exponent": None}),
+        ("ria", {"exponent": 10**20}),
+        ("crepe", {"beta": 2**63}),
         ("crepe", {"alpha": -1}),
         ("crepe", {"beta": float("inf")}),
         ("crepe", {"gamma": -0.3}),
