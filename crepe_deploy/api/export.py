@@ -7,6 +7,7 @@ from pathlib import Path
 from crepe_deploy.progress import Progress, Say, silent
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.manifest import Manifest
+from crepe_deploy.store.sources import is_model_name
 
 from .inputs import check_base_model, export_options, find_model
 
@@ -14,7 +15,7 @@ from .inputs import check_base_model, export_options, find_model
 def default_out(source: str | Path, format: str) -> Path:
     """SOURCE/../FORMAT; of a hub id, a GGUF file or a snapshot in the hub's cache ./NAME-FORMAT."""
     folder = Path(source).resolve()
-    if folder.suffix == ".gguf" or not folder.exists():
+    if is_model_name(str(source)):
         return Path(f"{folder.name.removesuffix('.gguf')}-{format}")
     if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
         return Path(f"{folder.parent.parent.name.rpartition('--')[2]}-{format}")

@@ -19,7 +19,7 @@ PLAIN = {
     **dict.fromkeys(("verify", "export_dense", "export_onnx", "export_deci"), "did not write this folder"),
     "export_packed": "none of its tensors is pruned",
 }
-NO_FOLDER = dict.fromkeys(("inspect", "verify", "export"), "is not a model folder")
+GGUF = {**PLAIN, "verify": "is not a model folder"}  # of others, dequantised: pruned by nobody
 
 
 @case(**PLAIN)
@@ -28,14 +28,14 @@ def plain(root: Path) -> Path:
     return make_pico_llama(root / "plain")
 
 
-@case(**NO_FOLDER)
+@case(**GGUF)
 def gguf_in_parts(root: Path) -> Path:
     """A split GGUF, all of its parts, the second given."""
     first = write_gguf(root / "m.gguf", make_pico_llama(root / "pico"), parts=3)
     return first.with_name(first.name.replace("00001-of", "00002-of"))
 
 
-@case(**{**NO_FOLDER, "plan": "beside it", "eval": "beside it", "prune": "beside it"})
+@case(**dict.fromkeys(("inspect", "plan", "eval", "prune", "export"), "beside it"), verify="is not a model folder")
 def gguf_part(root: Path) -> Path:
     """One part of a split GGUF, alone."""
     first = write_gguf(root / "m.gguf", make_pico_llama(root / "pico"), parts=3)
@@ -44,7 +44,7 @@ def gguf_part(root: Path) -> Path:
     return first
 
 
-@case(**{**NO_FOLDER, "plan": "lacks weights", "eval": "lacks weights", "prune": "lacks weights"})
+@case(**dict.fromkeys(("inspect", "plan", "eval", "prune", "export"), "lacks weights"), verify="is not a model folder")
 def gguf_without_a_tensor(root: Path) -> Path:
     """A whole GGUF that lacks one matrix."""
     pico = make_pico_llama(root / "pico")
