@@ -106,9 +106,8 @@ def _beside_dense(
             pair.dense.advance(dense, index)
     if repair is not None and targets:
         with pruner.phases("repair"):
-            repaired = repair(
-                block, _tuned(plan, index, weights), *(_lessons(pair, index) for pair in pairs), work.repair(index)
-            )
+            learnt, held = (_lessons(pair, index) for pair in pairs)
+            repaired = repair(block, _tuned(plan, index, weights), learnt, held, work.repair(index))
             for pair in pairs:
                 pair.pruned.outputs = []  # what its parts put out before
     with pruner.phases("forward"):
