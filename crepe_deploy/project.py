@@ -11,8 +11,9 @@ DISTRIBUTION: Final = "crepe-deploy"
 
 def project_url(label: str) -> str:
     """The address under "Repository", "Documentation", "Issues" or "Changelog". Raises KeyError for another label."""
-    entries = importlib.metadata.metadata(DISTRIBUTION).get_all("Project-URL") or []
-    return {name: address for name, _, address in (entry.partition(", ") for entry in entries)}[label]
+    entries: list[str] = importlib.metadata.metadata(DISTRIBUTION).get_all("Project-URL") or []
+    addresses = {name: address for name, _, address in (entry.partition(", ") for entry in entries)}
+    return addresses[label]
 
 
 def install_address() -> str:

@@ -16,7 +16,8 @@ _BETWEEN_TOKENS: Final = ("tpot_s", "itl_", "decode_tokens")  # of which a singl
 
 def disagreements(scenario: Scenario, budgets: Budgets) -> list[str]:
     """Why a gate of this scenario's runs by these budgets could not decide, in words; empty where it can."""
-    found = [text for budget in (*budgets.relative, *budgets.objectives) for text in _unmeasured(scenario, budget)]
+    timed: list[Relative | Objective] = [*budgets.relative, *budgets.objectives]
+    found = [text for budget in timed for text in _unmeasured(scenario, budget)]
     if budgets.quality.model_dump(exclude_none=True) and scenario.quality is None:
         found.append("there are budgets for quality, and the scenario has no `quality`")
     if scenario.rounds < MIN_ROUNDS:

@@ -249,7 +249,7 @@ def _check_fields(place: Path, file: Any, fields: Mapping[str, Field]) -> None:
     for name, value in fields.items():
         meant: Any = value
         if isinstance(value, float) or (isinstance(value, list) and value and isinstance(value[0], float)):
-            meant = np.float32(value).tolist()
+            meant = np.asarray(value, dtype=np.float32).tolist()
         if name not in file.fields or file.fields[name].contents() != meant:
             raise ParityError(f"{place}: '{name}' is not what was written")
 

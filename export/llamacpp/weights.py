@@ -74,6 +74,8 @@ def bytes_of_type(shape: Sequence[int], name: str) -> int:
     """What a tensor of this shape takes in the file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+    block: int
+    size: int
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[TYPES[name].name]]
     return int(np.prod(shape)) // block * size
 
