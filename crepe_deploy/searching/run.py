@@ -16,10 +16,10 @@ from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.pruning.recipe import Preset
 from crepe_deploy.pruning.targets import choose_targets
 from crepe_deploy.store.files import check_output_file, write_json
-from crepe_deploy.store.folders import temporary_folder
 from crepe_deploy.store.journal import open_journal
 from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model, describe_source
+from crepe_deploy.store.temporary import temporary_folder
 from crepe_deploy.texts import CalibrationSet
 
 from .evaluate import Evaluator

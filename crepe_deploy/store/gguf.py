@@ -16,12 +16,12 @@ from typing import Any
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, MissingExtra, OutputError, UnsupportedModel
 
 from .files import disk_errors, write_json
-from .folders import held
 from .gguf_header import check_header
 from .gguf_rope import rope_scaling
 from .gguf_split import check_parts, join, parts_of
 from .manifest import sha256_file
 from .stock import CLOSED, third_party
+from .temporary import held
 
 PROVENANCE = "gguf_source.json"
 DTYPES = ("bfloat16", "float16", "float32")

@@ -11,9 +11,9 @@ from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.machine import cache_dir
 
 from .checkpoint import shard_paths
-from .folders import remove_abandoned
 from .manifest import Source, sha256_file
 from .reading import read_front_matter
+from .temporary import remove_abandoned
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")

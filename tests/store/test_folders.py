@@ -21,8 +21,8 @@ from crepe_deploy.store.folders import (
     foreign,
     free_name,
     scratch_folder,
-    temporary_folder,
 )
+from crepe_deploy.store.temporary import temporary_folder
 from tests.faults.strikes import environment
 
 
