@@ -59,8 +59,10 @@ def held_pattern(weight: Tensor) -> str | None:
 
 def holds(weight: Tensor, pattern: Pattern) -> bool:
     """Whether weight (out, in) has the zeros that `pattern` asks for, where it asks for them."""
+    if weight.ndim != 2 or not weight.numel():
+        return False
     if isinstance(pattern, NM):
-        return most_nonzeros(weight, pattern.m) <= pattern.n
+        return weight.shape[1] % pattern.m == 0 and most_nonzeros(weight, pattern.m) <= pattern.n
     if pattern.granularity == "matrix":
         return count_zeros(weight) >= zero_count(pattern, *weight.shape)
     return int((weight == 0).sum(-1).amin()) >= zero_count(pattern, 1, weight.shape[1])

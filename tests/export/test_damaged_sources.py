@@ -15,6 +15,8 @@ from crepe_deploy.exporting.registry import exporter_class
 from safetensors.torch import load_file, save_file
 
 from crepe_deploy.cli import run
+from crepe_deploy.pattern import parse_pattern
+from crepe_deploy.store.audit import holds
 from crepe_deploy.store.manifest import hash_folder, load_manifest, save_manifest
 from tests.mutations import mutations, refusal
 from tests.pico import make_pico_llama
@@ -146,3 +148,10 @@ def test_a_pruned_tensor_that_the_weights_do_not_hold_is_named(
     (pruned / "manifest.json").write_text(text.replace("layers.1.mlp.gate_proj", "layers.1.ml//p.gate_proj"))
     assert run(["export", str(pruned), "--format", "int8", "--out", str(tmp_path / "out")]) in (1, 2)
     assert "ml//p.gate_proj" in (said := capsys.readouterr().err) and "unexpected" not in said
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (8,), (8, 0), (0, 4), (2, 2, 4), (4, 6)])
+def test_weights_of_another_shape_hold_no_pattern(shape: tuple[int, ...]) -> None:
+    assert not holds(torch.zeros(shape), parse_pattern("2:4"))
+    if len(shape) != 2 or 0 in shape:
+        assert not holds(torch.zeros(shape), parse_pattern("0.5"))
