@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--kinds", default="", help="of inputs, with commas: only these")
     parser.add_argument("--quick", action="store_true", help="nothing that takes seconds to make: no ONNX")
-    parser.add_argument("--only", type=int, default=None, metavar="INDEX", help="run one input, show and keep it")
+    parser.add_argument("--only", type=int, nargs="+", metavar="INDEX", help="run these inputs; one is shown and kept")
     parser.add_argument(
         "--out", type=Path, default=Path("out/faults"), help="what was found, in a folder for each seed"
     )

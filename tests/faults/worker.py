@@ -44,9 +44,14 @@ def _prepared(options: argparse.Namespace) -> tuple[Corpus, Path]:
 
 
 def show(options: argparse.Namespace) -> int:
-    """Run one input in view, and keep its folder."""
+    """Run these inputs once more, a line for each; a single one in view, its folder kept."""
     corpus, place = _prepared(options)
-    verdict = run.attempt(options.seed, options.only, corpus, place / "run", keep=True)
+    if len(options.only) > 1:
+        lines = [run.attempt(options.seed, index, corpus, place / "run").line() for index in options.only]
+        shutil.rmtree(place)
+        print(*(json.dumps(line) for line in lines), sep="\n")
+        return int(any("defects" in line for line in lines))
+    verdict = run.attempt(options.seed, options.only[0], corpus, place / "run", keep=True)
     print(json.dumps(verdict.line(), indent=1).replace("\\n", "\n"))
     print(verdict.what, verdict.outcome.argv, verdict.outcome.stderr, place, sep="\n")
     return int(bool(verdict.outcome.defects))
