@@ -20,7 +20,7 @@ from random import Random
 from typing import Any
 
 from crepe_deploy.bench.gate.budgets import load_budgets
-from crepe_deploy.bench.gate.pytest_json import arm_of_file, parse_saved
+from crepe_deploy.bench.gate.gates import gate_files
 from crepe_deploy.bench.report.loading import load_groups
 from crepe_deploy.bench.run.result import load_run
 from crepe_deploy.bench.run.scenario import load_scenario
@@ -35,7 +35,7 @@ from crepe_deploy.store.checkpoint import CheckpointReader, read_config
 from crepe_deploy.store.gguf import check_gguf
 from crepe_deploy.store.journal import open_journal
 from crepe_deploy.store.manifest import load_manifest
-from crepe_deploy.store.reading import read_json, read_object
+from crepe_deploy.store.reading import read_json
 from crepe_deploy.store.stock import check_tokenizer, config_of
 
 from .corpus import Corpus
@@ -56,10 +56,6 @@ class Reader:
 
 def _ask(path: Path) -> object:
     return Ask.checked(read_json(path, ConfigError), "m", chat=True)
-
-
-def _benchmark(path: Path) -> object:
-    return arm_of_file(parse_saved(read_object(path, ConfigError), path))
 
 
 def _packed(root: Path) -> object:
@@ -97,7 +93,7 @@ READERS: dict[str, Reader] = {
     "parquet": Reader("text.parquet", "", load_text),
     "run": Reader("run.json", "", load_run),
     "run of a report": Reader("run.json", "", lambda path: load_groups([path])),
-    "pytest-benchmark": Reader("benchmark.json", "", _benchmark),
+    "pytest-benchmark": Reader("benchmark.json", "", lambda path: gate_files(path, path, 0.1)),
     "budgets": Reader("budgets.yaml", "", load_budgets),
     "journal of tyr": Reader("stopped-tyr", "out.work/journal.jsonl", _journal_of("out.work/journal.jsonl")),
     "journal of search": Reader("stopped-search", "preset.json.journal", _journal_of("preset.json.journal")),
