@@ -161,8 +161,8 @@ def _through_disk(path: Path, layers: list[LayerSample]) -> list[LayerSample]:
         tensors |= {f"{layer.key}/{name}": getattr(layer, name).clone() for name in _VECTORS}
         tensors |= {f"{layer.key}/{band.start}": band.weight.contiguous() for band in layer.bands}
     with disk_errors(path):
-        save_file(tensors, path)
-    mapped = load_file(path)
+        save_file(tensors, path)  # which does not say of every failure that it failed
+        mapped = load_file(path)
     return [
         LayerSample(
             layer.key,
