@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from crepe_deploy.errors import OutputError
 from crepe_deploy.model.calibrate import Stream, embed
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.stats import Stats, Variety, check_inputs
@@ -161,8 +162,11 @@ def _through_disk(path: Path, layers: list[LayerSample]) -> list[LayerSample]:
         tensors |= {f"{layer.key}/{name}": getattr(layer, name).clone() for name in _VECTORS}
         tensors |= {f"{layer.key}/{band.start}": band.weight.contiguous() for band in layer.bands}
     with disk_errors(path):
-        save_file(tensors, path)
-    mapped = load_file(path)
+        save_file(tensors, path)  # which does not say of every failure that it failed
+        try:
+            mapped = load_file(path)
+        except RuntimeError as error:  # torch's, where it may not open what safetensors could
+            raise OutputError(f"{path} cannot be read again: {error}") from error
     return [
         LayerSample(
             layer.key,
