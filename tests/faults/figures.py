@@ -29,7 +29,7 @@ def gather(options: argparse.Namespace, seconds: float, storm: dict[str, Any] | 
     asked = " ".join(f"--{name} {count:.0f}" for name, count in {"seed": options.seed, **counts}.items())
     return {
         "command": f"python -m tests.faults {asked} --jobs {options.jobs}",
-        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {platform.system()}, {platform.machine()}",
         "versions": {"Python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
         "seconds": round(seconds, 1),
         "hours": round((inputs.seconds + faults.seconds) / 3600, 2),

@@ -27,13 +27,13 @@ def table(summary: dict[str, Any]) -> list[str]:
         f"{summary['hours']} processor hours; {defects}"
         + (f" of {len(found)} kinds, named in `bench/results/faults.json`." if found else "."),
         "",
-        *_counts("inputs by kind", inputs["kinds"]),
-        *_counts("inputs by command", inputs["commands"]),
-        *_counts("exit codes", inputs["codes"]),
+        *_counts("inputs by kind", inputs.get("kinds", {})),
+        *_counts("inputs by command", inputs.get("commands", {})),
+        *_counts("exit codes", inputs.get("codes", {})),
         *_readers(readers),
-        *_counts("faults by kind", faults["kinds"]),
-        *_counts("faults by command", faults["commands"]),
-        *_counts("exit codes after a fault (-9: SIGKILL itself)", faults["codes"]),
+        *_counts("faults by kind", faults.get("kinds", {})),
+        *_counts("faults by command", faults.get("commands", {})),
+        *_counts("exit codes after a fault (-9: SIGKILL itself)", faults.get("codes", {})),
     ]
     for name, part in (("inputs", inputs), ("faults", faults)):
         if part["number"]:
