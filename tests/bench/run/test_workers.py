@@ -163,7 +163,7 @@ def test_a_run_that_fails_writes_nothing(pair: tuple[Path, Path], tmp_path: Path
 def test_options_that_do_not_go_together_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     done = invoke(*pair, "--engine", "fake", "--max-rounds", 9, "--out", tmp_path / "x.json")
     assert isinstance(done.exception, ConfigError) and "--gate" in str(done.exception)
-    assert "CONFIG | DIR..." in invoke("--help").output
+    assert "CONFIG | MODEL..." in invoke("--help").output
 
 
 def test_transformers_is_measured_token_by_token(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
