@@ -53,13 +53,12 @@ def evaluate(
     """
     if text is None and tasks is None:
         raise ConfigError("nothing to measure: give --text FILE_OR_DATASET, --tasks NAMES, or both")
-    from crepe_deploy.exporting.frame.measured import check_card
-    from crepe_deploy.exporting.frame.measured import update_card as write_card
+    from crepe_deploy.exporting.frame import measured
 
     if update_card and not Path(model).is_dir():
         raise ConfigError(f"--update-card writes into a folder, and {model} is none")
     if update_card:
-        check_card(Path(model))
+        measured.check_card(Path(model))
     folder = find_model(model, say=say).folder
     reference = None if against is None else find_model(against, say=say).folder
     quality = answers = None
@@ -75,5 +74,5 @@ def evaluate(
         answers = zero_shot(folder, names, task_dir=local, limit=limit, against=reference)
     evaluation = Evaluation(str(model), quality, answers)
     if update_card:
-        write_card(folder, evaluation.to_dict())
+        measured.update_card(folder, evaluation.to_dict())
     return evaluation

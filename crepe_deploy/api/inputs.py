@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.model.architecture import load_config
 from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
-from crepe_deploy.store.sources import Model, require_pinned, resolve_model
+from crepe_deploy.store.sources import Model, is_hub_id, require_pinned, resolve_model
 from crepe_deploy.store.stock import check_ids
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
 
@@ -50,7 +49,7 @@ def pattern_of(sparsity: Pattern | str | float, granularity: Granularity = "row"
 
 def check_base_model(base_model: str | None) -> None:
     """Refuse for the card what is no hub id, owner/name. Raises ConfigError."""
-    if base_model is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base_model):
+    if base_model is not None and not is_hub_id(base_model):
         raise ConfigError(f"--base-model {base_model} is no hub id of the form owner/name")
 
 

@@ -14,9 +14,9 @@ from crepe_deploy.model.stats import Stats
 from crepe_deploy.phases import Phases
 
 from .layer import LayerPruner, LayerResult
+from .metering import RunMeter
 from .run_plan import RunPlan
 from .steps.repair import Lesson, Repaired
-from .work import Work
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,28 @@ def start_streams(plan: RunPlan) -> Streams:
     return Streams(probe, rest[0] if rest else None, pairs)
 
 
-def prune_block(plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], work: Work) -> BlockResult:
+def prune_block(
+    plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], meter: RunMeter
+) -> BlockResult:
     """Prune the targets of block `index`, with its tensors `weights` by checkpoint name, in place.
 
-    `streams` follow; `work` is told of what is done.
+    `streams` follow; `meter` is told of what is done.
     """
     phases = Phases()
     pruner = LayerPruner(plan.decoder, plan.config, plan.patterns, phases)
     block = plan.decoder.blocks[index]
     repaired = None
     if streams.pairs:
-        layers, repaired = _beside_dense(plan, index, streams, weights, pruner, work)
+        layers, repaired = _beside_dense(plan, index, streams, weights, pruner, meter)
     else:
-        layers = _alone(plan, index, streams, weights, pruner, work)
+        layers = _alone(plan, index, streams, weights, pruner, meter)
     with phases("forward"):
         streams.probe.run(block, index, advance=True)
     return BlockResult(layers, repaired, phases.seconds)
 
 
 def _alone(
-    plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], pruner: LayerPruner, work: Work
+    plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], pruner: LayerPruner, meter: RunMeter
 ) -> dict[str, LayerResult]:
     """Statistics from one pass through the dense block; the next block is fed by it or by the pruned one."""
     block, targets, stream = plan.decoder.blocks[index], plan.targets[index], streams.calibration
@@ -77,12 +79,12 @@ def _alone(
     collector = Collector(plan.config.needs)
     if stream is not None:
         with pruner.phases("forward"), collector.watching(block, targets):
-            stream.run(block, index, advance=plan.config.feed == "dense", tick=work.statistics(index, targets))
+            stream.run(block, index, advance=plan.config.feed == "dense", tick=meter.statistics(index, targets))
     layers = {}
     for spec in targets:
         stats = Stats() if stream is None else collector.stats(spec, stream.sequences)
         layers[spec.key] = pruner.prune(block, spec, weights, stats)
-        work.layer(spec)
+        meter.layer(spec)
     if stream is not None and plan.config.feed == "pruned" and not last:
         with pruner.phases("forward"):
             stream.run(block, index, advance=True)
@@ -90,7 +92,7 @@ def _alone(
 
 
 def _beside_dense(
-    plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], pruner: LayerPruner, work: Work
+    plan: RunPlan, index: int, streams: Streams, weights: dict[str, Tensor], pruner: LayerPruner, meter: RunMeter
 ) -> tuple[dict[str, LayerResult], Repaired | None]:
     """Group by group, each behind what is pruned already and beside what the dense block has there; then as a whole."""
     block, targets, pairs = plan.decoder.blocks[index], plan.targets[index], streams.pairs
@@ -98,7 +100,7 @@ def _beside_dense(
     dense = copy.deepcopy(block)
     layers: dict[str, LayerResult] = {}
     for group in pairs[0].groups(block, index, plan.decoder.linears[index], targets):
-        layers |= _group(pairs[0], dense, block, index, group, weights, pruner, work)
+        layers |= _group(pairs[0], dense, block, index, group, weights, pruner, meter)
     last = index == len(plan.targets) - 1
     with pruner.phases("forward"):
         # Behind the last block only what the held-out windows give there is read, and by repair what is wanted.
@@ -107,7 +109,7 @@ def _beside_dense(
     if repair is not None and targets:
         with pruner.phases("repair"):
             learnt, held = (_lessons(pair, index) for pair in pairs)
-            repaired = repair(block, _tuned(plan, index, weights), learnt, held, work.repair(index))
+            repaired = repair(block, _tuned(plan, index, weights), learnt, held, meter.repair(index))
             for pair in pairs:
                 pair.pruned.outputs = []  # what its parts put out before
     with pruner.phases("forward"):
@@ -146,13 +148,13 @@ def _group(
     group: list[LinearSpec],
     weights: dict[str, Tensor],
     pruner: LayerPruner,
-    work: Work,
+    meter: RunMeter,
 ) -> dict[str, LayerResult]:
     """The layers that share one input; their statistics are gone before the next group's are taken."""
     with pruner.phases("forward"):
-        stats = pair.stats(dense, block, index, group, work.statistics(index, group))
+        stats = pair.stats(dense, block, index, group, meter.statistics(index, group))
     layers = {}
     for spec in group:
         layers[spec.key] = pruner.prune(block, spec, weights, stats)
-        work.layer(spec)
+        meter.layer(spec)
     return layers

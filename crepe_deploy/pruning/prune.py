@@ -39,11 +39,11 @@ from crepe_deploy.texts import CalibrationSet
 from .block import Streams, prune_block, start_streams
 from .config import PruneConfig
 from .layer import LayerResult
+from .metering import RunMeter
 from .run_plan import RunPlan, plan_run
 from .steps.allocate import allocate, summary
 from .steps.repair import Repaired
 from .steps.rescale import Rescaled, rescale_head
-from .work import Work
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def prune(
     NumericalError, DiskFullError, VerifyError, ParityError.
     """
     plan, phases = plan_run(model, out, config, calibration, overwrite=overwrite), Phases()
-    work = Work(plan, part(step, f"pruning to {config.pattern}, {config.title}"))
+    meter = RunMeter(plan, part(step, f"pruning to {config.pattern}, {config.title}"))
     with atomic_folder(out, overwrite=overwrite) as folder:
         with phases("embed"):
             streams = start_streams(plan)
         if config.steps.allocate is not None:
             with phases("allocate"):
-                plan = replace(plan, patterns=_allocated(plan, streams, work.allocation()))
-        pruned = _prune_into(folder, plan, streams, work)
+                plan = replace(plan, patterns=_allocated(plan, streams, meter.allocation()))
+        pruned = _prune_into(folder, plan, streams, meter)
         phases.add(pruned.seconds)
         copy_companions(model.folder, folder)
         with phases("verify"):
@@ -115,7 +115,7 @@ def _allocated(plan: RunPlan, streams: Streams, step: Progress) -> dict[str, Pat
     return allocate(plan.decoder, plan.targets, stream, plan.config.steps.allocate, plan.config.pattern, step)
 
 
-def _prune_into(folder: Path, plan: RunPlan, streams: Streams, work: Work) -> Pruned:
+def _prune_into(folder: Path, plan: RunPlan, streams: Streams, meter: RunMeter) -> Pruned:
     """Write the pruned checkpoint's tensors into `folder`."""
     decoder, phases = plan.decoder, Phases()
     layers: dict[str, LayerResult] = {}
@@ -123,14 +123,14 @@ def _prune_into(folder: Path, plan: RunPlan, streams: Streams, work: Work) -> Pr
     with CheckpointWriter(folder, _same_layout(decoder.reader)) as writer:
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
-                result = prune_block(plan, index, streams, weights, work)
+                result = prune_block(plan, index, streams, weights, meter)
                 with phases("write"):
                     for name, tensor in weights.items():
                         writer.write(name, tensor)
             layers |= result.layers
             repaired += [] if result.repaired is None else [result.repaired]
             phases.add(result.seconds)
-            work.block(index)
+            meter.block(index)
         with decoder.head() as head:
             with phases("rescale"):
                 rescaled = _rescale(plan, streams, head)

@@ -192,9 +192,11 @@ def _text(reader: Any, key: str) -> str | None:
 
 def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str, rope: dict[str, Any]) -> None:
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
+    reader = GGUFReader(str(path))
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, **CLOSED}
@@ -205,9 +207,9 @@ def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str, rope: dict[st
                 dtype=getattr(torch, dtype),
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
-                **_biases(path),
+                **_biases(reader),
             )
-            _check_taken(path, shown, model)
+            _check_taken(reader, shown, model)
             if loading["missing_keys"]:
                 raise CheckpointError(f"{shown} lacks weights that the model needs: {named(loading['missing_keys'])}")
             tokenizer = AutoTokenizer.from_pretrained(**place)
@@ -222,11 +224,8 @@ def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str, rope: dict[st
             logging.enable_progress_bar()
 
 
-def _biases(path: Path) -> dict[str, bool]:
+def _biases(reader: Any) -> dict[str, bool]:
     """What the configuration must say for the biases of a Llama, which transformers reads as one without any."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(str(path))
     if _text(reader, "general.architecture") != "llama":
         return {}
     names = {tensor.name for tensor in reader.tensors}
@@ -234,12 +233,10 @@ def _biases(path: Path) -> dict[str, bool]:
     return {option: True for option, name in options.items() if name in names}
 
 
-def _check_taken(path: Path, shown: str, model: Any) -> None:
+def _check_taken(reader: Any, shown: str, model: Any) -> None:
     """Refuse a file with a tensor that transformers did not look for: it would be left out in silence."""
-    from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    reader = GGUFReader(str(path))
     processor = TENSOR_PROCESSORS.get(_text(reader, "general.architecture"), TensorProcessor)(config={})
     taken = get_gguf_hf_weights_map(model, processor)
     left = [tensor.name for tensor in reader.tensors if not {tensor.name, tensor.name.rpartition(".")[0]} & {*taken}]

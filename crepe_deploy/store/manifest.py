@@ -61,6 +61,10 @@ class TensorRecord(_Record):
     layer_error_weighting: str
     notes: dict[str, float] = Field(default_factory=dict)
 
+    def recounted(self, zeros: int) -> TensorRecord:
+        """This with the zeros as they are stored now: rounding adds some."""
+        return self.model_copy(update={"zeros": zeros, "sparsity": zeros / (self.shape[0] * self.shape[1])})
+
 
 class Manifest(_Record):
     """The whole record.

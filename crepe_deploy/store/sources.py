@@ -16,7 +16,7 @@ from .reading import read_front_matter
 from .temporary import remove_abandoned
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _GGUF_CACHE = "gguf-4"  # before 2 missing weights could be random, 3 rotary embeddings not stretched, 4 biases lost
 _HUB_FILES = [
     "*.safetensors",
@@ -57,9 +57,14 @@ def resolve_model(model: str, revision: str | None = None, say: Callable[[str], 
         return _from_gguf(path, say)
     if there:
         raise CheckpointError(f"{path} is neither a model folder nor a .gguf file")
-    if not _HUB_ID.match(model):
+    if not is_hub_id(model):
         raise CheckpointError(f"model '{model}' is no folder on this disk and no hub id of the form owner/name")
     return _from_hub(model, revision, say)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this has the form of a hub id, owner/name."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def is_model_name(model: str) -> bool:
@@ -70,7 +75,7 @@ def is_model_name(model: str) -> bool:
     path = Path(model)
     if path.suffix == ".gguf":
         return path.is_file()
-    return path.suffix not in (".yaml", ".yml", ".json") and not path.exists() and bool(_HUB_ID.match(model))
+    return path.suffix not in (".yaml", ".yml", ".json") and not path.exists() and is_hub_id(model)
 
 
 def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:

@@ -177,7 +177,7 @@ class Gguf(Exporter[GgufPlan]):
             "parity": _parity(plan, entries, exact=exact),
         }
         greedy = {"greedy": greedy_of(plan.decoder.reader.root, plan.source.manifest, tick)} if exact else {}
-        tensors = {key: _recounted(old, zeros[key]) for key, old in plan.source.manifest.tensors.items()}
+        tensors = {key: old.recounted(zeros[key]) for key, old in plan.source.manifest.tensors.items()}
         return replace(written, metrics={"gguf": record, **greedy}, tensors=tensors)
 
     def size(self, plan: GgufPlan, folder: Path) -> Mapping[str, Any]:
@@ -258,10 +258,6 @@ def _zeros(key: str, read: Tensor, record: TensorRecord) -> int:
     """The zeros of a pruned tensor, which hold its pattern: rounding adds some. Raises PatternError."""
     check_pattern(key, read, parse_record(record.pattern))
     return int((read == 0).sum())
-
-
-def _recounted(record: TensorRecord, zeros: int) -> TensorRecord:
-    return record.model_copy(update={"zeros": zeros, "sparsity": zeros / (record.shape[0] * record.shape[1])})
 
 
 def _parity(plan: GgufPlan, entries: dict[str, Any], *, exact: bool) -> dict[str, Any]:

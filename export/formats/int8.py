@@ -106,7 +106,7 @@ class Int8(Exporter[Int8Plan]):
                     writer.write(info.name + SCALE_SUFFIX, scales)
                 writer.write(info.name, tensor)
                 tick()
-        tensors = {name: _recounted(record, zeros[name]) for name, record in parent.tensors.items()}
+        tensors = {name: record.recounted(zeros[name]) for name, record in parent.tensors.items()}
         metrics = {**_overall(tensors), "quantisation": _quantisation({name: errors[name] for name in plan.chosen})}
         return Written(fingerprints=writer.fingerprints, tensors=tensors, metrics=metrics)
 
@@ -208,11 +208,6 @@ def _plan(reader: CheckpointReader, chosen: set[str]) -> dict[str, Planned]:
         plan[info.name] = Planned(info.file.name, torch.int8, info.shape)
         plan[info.name + SCALE_SUFFIX] = Planned(info.file.name, info.dtype, (info.shape[0], 1))
     return plan
-
-
-def _recounted(record: TensorRecord, zeros: int) -> TensorRecord:
-    """The pruned tensor's record with its zeros as stored: rounding adds some."""
-    return record.model_copy(update={"zeros": zeros, "sparsity": zeros / (record.shape[0] * record.shape[1])})
 
 
 def _overall(tensors: Mapping[str, TensorRecord]) -> dict[str, float]:

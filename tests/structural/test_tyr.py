@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from crepe_deploy.structural import build, evolve, stages
 from crepe_deploy.structural.plan import Geometry
 from tests.pico import make_pico_llama, sample_text
 from tests.structural.random_plans import make_model
+from tests.structural.stop import Stop
 
 GEOMETRY = Geometry(hidden=64, heads=8, kv_heads=4, head_dim=8, intermediate=128, layers=3)
 
@@ -200,19 +202,6 @@ def test_other_finishes_write_what_they_found(
     verify(tmp_path / "out" / "dense")
 
 
-class Stop:
-    """Calls through, and presses Ctrl-C at the n-th call."""
-
-    def __init__(self, inner: Any, at: int) -> None:
-        self.inner, self.left = inner, at
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-        return self.inner(*args, **kwargs)
-
-
 @pytest.mark.parametrize("place", ["splits", "judging", "supernet", "search", "second supernet", "finish"])
 def test_a_stopped_run_goes_on_to_the_same_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
@@ -246,37 +235,35 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     assert not out.with_name("out.work").exists()
 
 
-def test_a_level_damaged_between_stop_and_resume_is_named_and_rebuilt(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
-) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert command(capsys, pico, text, whole)[0] == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(evolve, "staged", Stop(evolve.staged, 1))
-        assert command(capsys, pico, text, out)[0] == EXIT_RESUMABLE
-    victim = next(out.with_name("out.work").glob("iteration-0/layer-0002/ffn-*.safetensors"))
+def damage_a_level(work: Path) -> str:
+    victim = next(work.glob("iteration-0/layer-0002/ffn-*.safetensors"))
     data = bytearray(victim.read_bytes())
     data[-3] ^= 255
     victim.write_bytes(bytes(data))
-    code, _, err = command(capsys, pico, text, out, "--resume")
-    assert code == 0 and f"{victim} differs" in err
-    assert weights_of(out / "dense") == weights_of(whole / "dense")
+    return f"{victim} differs"
 
 
-def test_a_journal_that_lacks_any_line_is_made_whole_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path
-) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert command(capsys, pico, text, whole)[0] == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(evolve, "staged", Stop(evolve.staged, 4))
-        assert command(capsys, pico, text, out)[0] == EXIT_RESUMABLE
-    journal = next(out.with_name("out.work").glob("*journal*"))
+def drop_a_line_of_the_journal(work: Path) -> str:
+    journal = next(work.glob("*journal*"))
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(line for line in lines if '"0.1"' not in line))
     assert len(journal.read_text().splitlines()) == len(lines) - 1
+    return ""
+
+
+@pytest.mark.parametrize(("at", "spoil"), [(1, damage_a_level), (4, drop_a_line_of_the_journal)])
+def test_what_was_spoilt_between_stop_and_resume_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico: Path, text: Path, tmp_path: Path,
+    at: int, spoil: Callable[[Path], str],
+) -> None:  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert command(capsys, pico, text, whole)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(evolve, "staged", Stop(evolve.staged, at))
+        assert command(capsys, pico, text, out)[0] == EXIT_RESUMABLE
+    said = spoil(out.with_name("out.work"))
     code, _, err = command(capsys, pico, text, out, "--resume")
-    assert code == 0, err
+    assert code == 0 and said in err
     assert weights_of(out / "dense") == weights_of(whole / "dense")
 
 

@@ -12,7 +12,7 @@ from .run_plan import RunPlan
 REPAIR = 2  # times the weights of a block; a pass for statistics counts them once, and so does pruning them
 
 
-class Work:
+class RunMeter:
     """The work of one run; `step` is told of it. Each block's is counted in the order in which it is done."""
 
     def __init__(self, plan: RunPlan, step: Progress) -> None:
