@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,10 @@ ROWS = {
 
 
 @torch.inference_mode()
-def gram_matrices(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The sums X^T X (in, in) fp32 of every layer's input after each micro-batch of tokens (samples, length)."""
+def gram_matrices(
+    model: nn.Module, tokens: Tensor, layers: Sequence[str] = LAYERS
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The sums X^T X (in, in) fp32 of the layers' inputs after each micro-batch of tokens (samples, length)."""
     sums: dict[str, Tensor] = {}
 
     def watch(name: str) -> Any:
@@ -61,7 +63,7 @@ def gram_matrices(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, dict[
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in LAYERS]
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in layers]
     try:
         for start in range(0, len(tokens), BATCH):
             model(tokens[start : start + BATCH], use_cache=False, logits_to_keep=1)

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from crepe_deploy.errors import CalibrationError, NumericalError
 from crepe_deploy.model.stats import Stats
+from crepe_deploy.pruning.methods.damping import ridge
 
 DAMPING = 0.01
 
@@ -63,16 +64,15 @@ def quadratic(weight: Tensor, stats: Stats, damping: float = DAMPING) -> Quadrat
     if stats.hessian is None:
         raise CalibrationError("local pruning needs the Hessian of the layer's input")
     gram, rows = stats.hessian.double(), weight.T.double()
-    mean = float(gram.diagonal().mean())
     if not torch.isfinite(gram).all():
         raise NumericalError("the activations in front of a layer are not finite: the model or the text is damaged")
-    ridge = damping * mean if mean > 0 else 1.0
+    added = damping * float(ridge(gram.diagonal(), "mean")) or 1.0
     wanted = gram @ rows if stats.cross is None else stats.cross.T.double() @ rows
     if stats.drift is not None:
         wanted = wanted + stats.drift.T.double()
     hessian = gram.clone()
-    hessian.diagonal().add_(ridge)
-    return Quadratic(hessian, wanted.add_(rows, alpha=ridge))
+    hessian.diagonal().add_(added)
+    return Quadratic(hessian, wanted.add_(rows, alpha=added))
 
 
 def _blocks(inverse: Tensor, count: int) -> Tensor:

@@ -24,6 +24,7 @@ from crepe_deploy.pattern import NM, Pattern, Unstructured, check_divides, fract
 from crepe_deploy.select import largest_in_matrix, largest_per_group, largest_per_row
 
 from .base import Feed, Solution, check_range
+from .damping import check_rule, revive, ridge
 
 STRIP = 16  # columns corrected one by one before a matrix product takes over
 DAMPING_STEP = 10
@@ -33,7 +34,7 @@ DAMPING_STEP = 10
 class Factor:
     """What SparseGPT needs of a hessian.
 
-    upper: (in, in) fp32, upper triangular, upper^T upper = (H + damping * mean(diag H) * I)^-1.
+    upper: (in, in) fp32, upper triangular, upper^T upper = (H damped)^-1, see `damping`.
     dead: (in,) bool, inputs that were 0 on every calibration token. damping: the fraction that was needed.
     """
 
@@ -49,12 +50,14 @@ class SparseGPT:
     damping: float = 0.01
     block_size: int = 128
     max_damping: float = 1.0
+    damping_rule: str = "mean"
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
     feed: ClassVar[Feed] = "pruned"
 
     def __post_init__(self) -> None:
         check_range("damping", self.damping, 1e-8)
         check_range("max_damping", self.max_damping, self.damping)
+        check_rule(self.damping_rule)
         if type(self.block_size) is not int or self.block_size < 1:
             raise ConfigError(f"block_size is {self.block_size!r}; it must be a whole number of columns")
 
@@ -68,12 +71,8 @@ class SparseGPT:
         """
         check_divides(pattern, "weight", weight.shape[1])
         factor = self.factor(stats, weight)
-        columns = weight.detach().t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        columns[factor.dead] = 0
-        mask = torch.empty_like(columns, dtype=torch.bool)
-        for start, end in _spans(0, len(columns), self.block_size, pattern):
-            error = _prune_block(columns, mask, factor.upper, start, end, pattern)
-            columns[end:].addmm_(factor.upper[start:end, end:].t(), error, alpha=-1)
+        mask = torch.empty(weight.shape[::-1], dtype=torch.bool, device=weight.device)
+        columns = _swept(weight, mask, factor, self.block_size, pattern)
         if not columns.isfinite().all():
             raise NumericalError("SparseGPT's updated weight is not finite: give other text, or leave the layer out")
         return Solution(columns.t().contiguous(), mask.t().contiguous(), {"damping": factor.damping})
@@ -81,39 +80,40 @@ class SparseGPT:
     def factor(self, stats: Stats, weight: Tensor) -> Factor:
         """The factor of the hessian, computed once per `Stats` and so once per shared input."""
         hessian = need_hessian(stats, weight)
-        key = (Factor, self.damping, self.max_damping, hessian.device)
-        return stats.derived(key, lambda: factorise(hessian, self.damping, self.max_damping))
+        key = (Factor, self.damping, self.max_damping, self.damping_rule, hessian.device)
+        return stats.derived(key, lambda: factorise(hessian, self.damping, self.max_damping, self.damping_rule))
 
 
 def sweep(weight: Tensor, mask: Tensor, factor: Factor, block_size: int) -> Tensor:
     """SparseGPT's update for a mask (out, in) that is given: `weight` (out, in) -> fp32 (out, in). Does not mutate."""
+    return _swept(weight, mask.t().contiguous(), factor, block_size, None).t().contiguous()
+
+
+def _swept(weight: Tensor, mask: Tensor, factor: Factor, block_size: int, pattern: Pattern | None) -> Tensor:
+    """`weight` (out, in) pruned block by block -> fp32 (in, out). `mask` (in, out): filled, or given if no pattern."""
     columns = weight.detach().t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     columns[factor.dead] = 0
-    keep = mask.t().contiguous()
-    for start, end in _spans(0, len(columns), block_size, None):
-        error = _prune_block(columns, keep, factor.upper, start, end, None)
+    for start, end in _spans(0, len(columns), block_size, pattern):
+        error = _prune_block(columns, mask, factor.upper, start, end, pattern)
         columns[end:].addmm_(factor.upper[start:end, end:].t(), error, alpha=-1)
-    return columns.t().contiguous()
+    return columns
 
 
-def factorise(hessian: Tensor, damping: float, max_damping: float) -> Factor:
+def factorise(hessian: Tensor, damping: float, max_damping: float, rule: str = "mean") -> Factor:
     """`hessian` (in, in) -> its Factor, trying `damping`, 10 * damping, ... up to `max_damping`. Does not mutate.
 
     Dead inputs get a diagonal of 1. Raises NumericalError if the hessian is not finite or if it is not positive
     definite at the largest damping either.
     """
-    if not hessian.isfinite().all():
-        raise NumericalError("the hessian is not finite: calibration produced NaN or infinite activations")
     # H = V V^T with V upper, the Cholesky factorisation of H in reverse order, gives U = V^-1 from one factorisation
     # instead of two with an inversion between them.
     reverse = hessian.float().flip(0, 1)
+    dead = revive(reverse)
     diagonal = reverse.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1
-    undamped, mean = diagonal.clone(), diagonal.mean()
+    undamped, unit = diagonal.clone(), ridge(diagonal, rule)
     tried = damping
     while tried <= max_damping * (1 + 1e-6):
-        diagonal.copy_(undamped + tried * mean)
+        diagonal.copy_(undamped + tried * unit)
         lower, failed = torch.linalg.cholesky_ex(reverse)
         if not failed:
             identity = torch.eye(len(reverse), device=reverse.device)

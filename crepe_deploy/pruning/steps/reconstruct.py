@@ -1,9 +1,9 @@
 """Reconstruction: for a given mask, the kept weights that reproduce the wanted output best.
 
-With X the layer's inputs, H = X^T X, G = H + damping * mean(diag H) * I and Y the wanted output, every row w' of the
-answer minimises
+With X the layer's inputs, H = X^T X, G = H + D with D the diagonal that damping adds (`damping`) and Y the wanted
+output, every row w' of the answer minimises
 
-    f(w') = w' G w'^T - 2 b w'^T        over the w' that are zero where the mask is, B = Y^T X + damping W
+    f(w') = w' G w'^T - 2 b w'^T        over the w' that are zero where the mask is, B = Y^T X + W D
 
 Y is X W^T, the layer's own output; with `--feed both` it is what the dense model puts out there, plus, for layers that
 write to the residual stream, what that stream has lost on the way.
@@ -38,6 +38,7 @@ from crepe_deploy.pattern import Pattern, Unstructured
 from crepe_deploy.select import select
 
 from ..methods.base import Solution, check_range
+from ..methods.damping import check_rule, revive, ridge
 from ..methods.sparsegpt import SparseGPT, sweep
 
 TINY = 1e-30
@@ -45,10 +46,15 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class Goal:
-    """What a row minimises: gram (in, in), damped; wanted (out, in), the right-hand side of its normal equations."""
+    """What a row minimises: gram (in, in), damped; wanted (out, in), the right-hand side of its normal equations.
+
+    damping, rule: of gram.
+    """
 
     gram: Tensor
     wanted: Tensor
+    damping: float
+    rule: str
 
     def error(self, weight: Tensor) -> Tensor:
         """(out,) fp64: f of each row of weight (out, in), up to a constant that only the goal decides."""
@@ -75,20 +81,22 @@ class Exact:
     damping: float = 0.1
     tolerance: float = 0.01
     max_steps: int = 60
+    damping_rule: str = "mean"
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
         check_range("damping", self.damping, 1e-8)
         check_range("tolerance", self.tolerance, 1e-7, 1)
         check_range("max_steps", self.max_steps, 1)
+        check_rule(self.damping_rule)
 
     def __call__(self, dense: Tensor, start: Tensor, mask: Tensor, stats: Stats, pattern: Pattern) -> Solution:
         """The weights (out, in) fp32 that reproduce the wanted output under `mask`, searched from `start`."""
-        goal = make_goal(dense, stats, self.damping)
+        goal = make_goal(dense, stats, self.damping, self.damping_rule)
         weight, steps = solve_masked(goal, start.float(), mask, self.tolerance, self.max_steps)
         kept = Solution(start.float() * mask, mask, {})
         notes = {"damping": self.damping, "steps": float(steps)}
-        floor = goal.error(_unmasked(stats, dense, self.damping, goal))
+        floor = goal.error(_unmasked(stats, dense, goal))
         return _better(goal, floor, kept, Solution(weight, mask, notes), pattern)
 
 
@@ -102,19 +110,20 @@ class Admm:
     growth: float = 1.3
     tolerance: float = 0.01
     max_steps: int = 20
+    damping_rule: str = "mean"
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
-        Exact(self.damping, self.tolerance, self.max_steps)  # the same limits
+        Exact(self.damping, self.tolerance, self.max_steps, self.damping_rule)  # the same limits
         check_range("steps", self.steps, 1)
         check_range("penalty", self.penalty, 1e-6)
         check_range("growth", self.growth, 1, 10)
 
     def __call__(self, dense: Tensor, start: Tensor, mask: Tensor, stats: Stats, pattern: Pattern) -> Solution:
         """Weights and mask for the wanted output, searched from `start` and `mask`."""
-        goal = make_goal(dense, stats, self.damping)
-        spectrum = _spectrum(stats, goal, self.damping)
-        free = _unmasked(stats, dense, self.damping, goal)
+        goal = make_goal(dense, stats, self.damping, self.damping_rule)
+        spectrum = _spectrum(stats, goal)
+        free = _unmasked(stats, dense, goal)
         moved, near = search_mask(goal, spectrum, free, mask, pattern, self.steps, self.penalty, self.growth)
         weight, steps = solve_masked(goal, near, moved, self.tolerance, self.max_steps)
         notes = {"damping": self.damping, "steps": float(steps), "mask_moved": float((moved != mask).float().mean())}
@@ -129,44 +138,43 @@ class Obs:
     damping: float = 0.01
     max_damping: float = 1.0
     block_size: int = 128
+    damping_rule: str = "mean"
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
-        SparseGPT(self.damping, self.block_size, self.max_damping)  # the same limits
+        self._method()  # the same limits
 
     def __call__(self, dense: Tensor, start: Tensor, mask: Tensor, stats: Stats, pattern: Pattern) -> Solution:
         """The swept weights (out, in) fp32; rows of `start` (masked) where the sweep would raise the error."""
-        factor = SparseGPT(self.damping, self.block_size, self.max_damping).factor(stats, dense)
-        own = Stats(hessian=stats.hessian)
-        goal = make_goal(dense, own, factor.damping)
+        factor = self._method().factor(stats, dense)
+        goal = make_goal(dense, Stats(hessian=stats.hessian), factor.damping, self.damping_rule)
         weight = sweep(dense, mask, factor, self.block_size)
         kept = Solution(start.float() * mask, mask, {})
         swept = Solution(weight, mask, {"damping": factor.damping})
         return _better(goal, goal.error(dense.float()), kept, swept, pattern)
 
+    def _method(self) -> SparseGPT:
+        return SparseGPT(self.damping, self.block_size, self.max_damping, self.damping_rule)
+
 
 RECONSTRUCTORS: dict[str, type[Exact] | type[Admm] | type[Obs]] = {"exact": Exact, "admm": Admm, "obs": Obs}
 
 
-def make_goal(dense: Tensor, stats: Stats, damping: float) -> Goal:
+def make_goal(dense: Tensor, stats: Stats, damping: float, rule: str = "mean") -> Goal:
     """The goal of putting out what `dense` (out, in) should, see `Stats`. Raises CalibrationError, NumericalError.
 
-    Inputs that were 0 on every calibration token get a diagonal of 1 before the mean is taken, as in SparseGPT.
+    Inputs that were 0 on every calibration token get a diagonal of 1 before anything is added, as in SparseGPT.
     """
-    hessian = need_hessian(stats, dense)
-    if not hessian.isfinite().all():
-        raise NumericalError("the hessian is not finite: calibration produced NaN or infinite activations")
-    gram = hessian.float().clone()
-    diagonal = gram.diagonal()
-    alive = diagonal != 0
-    diagonal[~alive] = 1
-    added = damping * diagonal.mean() + (~alive).float()  # what is not in H pulls towards the dense weight
-    diagonal += damping * diagonal.mean()
+    gram = need_hessian(stats, dense).float().clone()
+    dead, diagonal = revive(gram), gram.diagonal()
+    unit = ridge(diagonal, rule)
+    added = damping * unit + dead.float()  # what is not in H pulls towards the dense weight
+    diagonal += damping * unit
     weight = dense.float()
     if stats.cross is None:
-        return Goal(gram, weight @ gram)
+        return Goal(gram, weight @ gram, damping, rule)
     wanted = torch.addcmul(weight @ stats.cross, weight, added)
-    return Goal(gram, wanted if stats.drift is None else wanted.add_(stats.drift))
+    return Goal(gram, wanted if stats.drift is None else wanted.add_(stats.drift), damping, rule)
 
 
 def solve_masked(goal: Goal, start: Tensor, mask: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, int]:
@@ -236,18 +244,18 @@ class Spectrum:
     scale: Tensor
 
 
-def _spectrum(stats: Stats, goal: Goal, damping: float) -> Spectrum:
+def _spectrum(stats: Stats, goal: Goal) -> Spectrum:
     """Once for each shared input."""
 
     def decompose() -> Spectrum:
         scale = goal.gram.diagonal().sqrt()
         values, vectors = torch.linalg.eigh(goal.gram / scale / scale.unsqueeze(1))
-        return Spectrum(vectors, values.clamp_min(damping * 1e-3), scale)
+        return Spectrum(vectors, values.clamp_min(goal.damping * 1e-3), scale)
 
-    return stats.derived((Spectrum, damping, goal.gram.device), decompose)
+    return stats.derived((Spectrum, goal.damping, goal.rule, goal.gram.device), decompose)
 
 
-def _unmasked(stats: Stats, dense: Tensor, damping: float, goal: Goal) -> Tensor:
+def _unmasked(stats: Stats, dense: Tensor, goal: Goal) -> Tensor:
     """The best weights (out, in) without a mask: the dense ones where the wanted output is the layer's own.
 
     The Gram matrix is factorised once for each shared input.
@@ -259,10 +267,10 @@ def _unmasked(stats: Stats, dense: Tensor, damping: float, goal: Goal) -> Tensor
         lower: Tensor
         lower, failed = torch.linalg.cholesky_ex(goal.gram)
         if failed:
-            raise NumericalError(f"the hessian is not positive definite with damping {damping:g}: raise it")
+            raise NumericalError(f"the hessian is not positive definite with damping {goal.damping:g}: raise it")
         return lower
 
-    factor = stats.derived(("cholesky", damping, goal.gram.device), factorise)
+    factor = stats.derived(("cholesky", goal.damping, goal.rule, goal.gram.device), factorise)
     return torch.cholesky_solve(goal.wanted.T, factor).T
 
 
