@@ -96,16 +96,25 @@ def part(step: Progress, label: str) -> Progress:
     return step
 
 
+def going_on(step: Progress, done: int) -> None:
+    """`done` pieces of the work that begins now were done before: what is left is estimated by those done from here."""
+    if isinstance(step, Display):
+        step.go_on(done)
+
+
 def parts(step: Progress | None) -> Show:
     """`part` as what wraps a long step; without `step` nothing is shown."""
     return lambda label: nullcontext(part(step or silent, label))
 
 
 class Estimate:
-    """The share of work done, the time it took, and the time that the rest will take at that pace."""
+    """The share of work done, the time it took, and the time that the rest will take at that pace.
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock, self._start = clock, clock()
+    before: pieces of the work that were done earlier, in no time of this.
+    """
+
+    def __init__(self, clock: Clock, before: int = 0) -> None:
+        self._clock, self._start, self._before = clock, clock(), before
         self.done = self.total = 0
 
     @property
@@ -116,7 +125,8 @@ class Estimate:
     @property
     def left(self) -> float | None:
         """Seconds, or None before anything is done."""
-        return self.elapsed * (self.total - self.done) / self.done if self.done else None
+        done = self.done - self._before
+        return self.elapsed * (self.total - self.done) / done if done > 0 else None
 
     def words(self) -> str:
         """All of it, as far as it is known."""
@@ -146,6 +156,10 @@ class Display(ABC):
         """From here on it is about `label`, from nothing done."""
         self.label, self.estimate = label, Estimate(self._clock)
         self.began()
+
+    def go_on(self, done: int) -> None:
+        """From here on `done` pieces are done already."""
+        self.estimate = Estimate(self._clock, done)
 
     def end(self) -> str:
         """The last line, of all parts."""

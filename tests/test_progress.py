@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from crepe_deploy.progress import BEAT_S, QUIET_S, Estimate, Lines, Meter, part, parts, progress
+from crepe_deploy.progress import BEAT_S, QUIET_S, Estimate, Lines, Meter, going_on, part, parts, progress
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.sources import resolve_model
@@ -44,6 +44,18 @@ def test_the_estimate_says_elapsed_as_elapsed_and_the_rest_at_the_same_pace() ->
     assert estimate.words() == "0:01:34 elapsed" and estimate.left is None
     estimate.done, estimate.total = 1, 4
     assert estimate.words() == "25%, 0:01:34 elapsed, about 0:04:42 left"
+
+
+def test_what_was_done_before_took_no_time_of_this() -> None:
+    clock, stream = Clock(), io.StringIO()
+    lines = Lines("healing", stream, clock)
+    clock.now += 40  # models are loaded
+    going_on(lines, 90)
+    lines(90, 100)
+    clock.now += 10
+    lines(95, 100)
+    assert stream.getvalue().splitlines()[-1] == "healing: 95%, 0:00:10 elapsed, about 0:00:10 left"
+    going_on(lambda done, total: None, 90)  # told to nobody
 
 
 def test_a_line_at_the_start_one_with_an_estimate_within_seconds_and_then_not_too_many() -> None:

@@ -11,6 +11,7 @@ from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Progress, Say, parts, silent
 from crepe_deploy.pruning.config import PruneConfig, prune_config
 from crepe_deploy.pruning.prune import prune as prune_checkpoint
+from crepe_deploy.pruning.recipe import load_recipe
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
@@ -35,7 +36,8 @@ def prune(
     not at all. sparsity: "2:4" keeps 2 of every 4 consecutive inputs; 0.5 is the share of zeros, counted in each row
     or over the `granularity` "matrix". method: "crepe" (default), "ria", "wanda", "sparsegpt" or "magnitude".
     preset, params: its hyperparameters, by name or file and one by one. recipe: method and steps, a name or YAML file;
-    arguments go before it. feed: whose output calibrates the next block, "auto", "dense", "pruned" or "both".
+    arguments go before it, and one that heals is for `prune_and_export`. feed: whose output calibrates the next block,
+    "auto", "dense", "pruned" or "both".
     allocate, permute, reprune, reconstruct, repair, rescale: steps, "NAME" or "NAME:PARAMETER=VALUE,..."
     (docs/methods.md).
     calib: a file or `datasets` name, "self" for text that the model writes itself, a `Mixture` of them, a list of
@@ -52,6 +54,11 @@ def prune(
         allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
+    if _minutes(recipe) is not None:
+        raise ConfigError(
+            f"recipe '{recipe}' trains what is pruned, which prune does not: give it to prune-and-export, or prune "
+            "with another recipe and train the folder with the command heal"
+        )
     source = find_model(model, revision, say)
     windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
     return prune_checkpoint(source, Path(out), config, windows, overwrite=overwrite, step=progress or silent)
@@ -73,7 +80,7 @@ def prune_and_export(
 
     format: one or more of "dense", "packed", "int8", "onnx" and "gguf", a list or comma-separated. onnx_flavor,
     precision, quantise: as in `export`. heal: minutes for which the pruned model is trained on the calibration text
-    before it is exported, as by `heal`. base_model: hub id of the parent, for the model cards.
+    before it is exported, as by `heal`; None: the recipe's. base_model: hub id of the parent, for the model cards.
     The rest, and what is raised, as in `prune`. The report names the source, what was resolved
     (method, parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on
     disk), `seconds` by phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
@@ -90,12 +97,18 @@ def prune_and_export(
     )  # fmt: skip
     source = find_model(model, revision, say)
     windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
+    minutes = _minutes(recipe) if heal is None else heal
     return run(
         source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
         options=export_options(onnx_flavor, precision, quantise),
-        healing=healing_of(source, heal, calib, calib_field, seed, parts(progress), say),
+        healing=healing_of(source, minutes, calib, calib_field, seed, parts(progress), say),
         base_model=base_model,
     )  # fmt: skip
+
+
+def _minutes(recipe: str | Path | None) -> float | None:
+    """For how long a recipe heals."""
+    return None if recipe is None else load_recipe(recipe).heal
 
 
 def _calibration(

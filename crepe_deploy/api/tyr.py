@@ -22,17 +22,18 @@ def tyr(
     ffn_multiple: int = 128, attention: Literal["auto", "groups", "queries"] = "auto",
     attention_share: float | str | None = None, accumulation: str = "expectation", variant: str | None = None,
     fitness: Literal["logits", "hidden"] = "logits", top_k: int = 1024, refit: bool | None = None,
-    finish: Literal["paired", "single", "supernet"] = "single", layout: Literal["plugin", "deci"] = "plugin",
-    remote_code: bool = False, base_model: str | None = None, heal: float | None = None, seed: int = 0,
-    dtype: str = "auto", revision: str | None = None, resume: bool = False, overwrite: bool = False,
-    show: Show | None = None, say: Say | None = None,
+    finish: Literal["paired", "single", "supernet"] = "single", repair: str | None = None,
+    layout: Literal["plugin", "deci"] = "plugin", remote_code: bool = False, base_model: str | None = None,
+    heal: float | None = None, seed: int = 0, dtype: str = "auto", revision: str | None = None, resume: bool = False,
+    overwrite: bool = False, show: Show | None = None, say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Remove attention units and FFN neurons from `model`; OUT/dense/ is a physically smaller checkpoint.
 
     model, calib, calib_*, seed, dtype, revision: as in `prune`; tokens given are `calib_samples` windows and then
     `search_samples` that only the search sees. sparsity: share of the decoder layers' linear parameters to remove;
     embeddings, norms and lm_head stay. method: "tyr" searches the widths, the others are baselines. widths: "uniform"
-    is one width for all layers, a plain checkpoint. The rest: `structural.config.TyrConfig` and docs/tyr.md.
+    is one width for all layers, a plain checkpoint. repair: "block": as in `prune`, once the layers are narrow; a
+    quarter of the windows, at most 8, judges it. The rest: `structural.config.TyrConfig` and docs/tyr.md.
     heal: minutes for which the smaller model is trained on the calibration text, as `heal` does.
     base_model: hub id of the parent, for the card.
     layout, remote_code: of the folder, docs/structural-serving.md. resume: go on with OUT.work, which a stopped run
@@ -49,7 +50,7 @@ def tyr(
         sparsity=sparsity, method=method, widths=widths, iterations=iterations, generations=generations,
         offspring=offspring, multiple=ffn_multiple, attention=attention, attention_share=attention_share,
         accumulation=accumulation, variant=variant or DEFAULT_VARIANT, fitness=fitness, top_k=top_k, refit=refit,
-        finish=finish, search_samples=search_samples, seed=seed, dtype=dtype,
+        finish=finish, repair=repair, search_samples=search_samples, seed=seed, dtype=dtype,
     )  # fmt: skip
     config.check()
     source = find_model(model, revision, say)

@@ -30,7 +30,7 @@ EXAMPLES = """\b
 Examples:
   crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --out out
   crepe-deploy tyr models/llama --widths uniform --calib wiki.txt --calib c4.txt --out out
-  crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --heal 30 --out out
+  crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --repair block --heal 30 --out out
   crepe-deploy tyr models/llama --layout deci --calib wiki.txt --search-samples 8 --out out
   crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --out out --resume
 """
@@ -81,6 +81,8 @@ tyr_options = options(
     click.option("--finish", type=click.Choice(["paired", "single", "supernet"]), default="single", show_default=True,
                  help="How the found widths are pruned at the end: aiming at each layer's own output, at the dense "
                  "model's, or as the last supernet has them."),
+    click.option("--repair", default=None, metavar="STEP", shell_complete=completion.steps["repair"],
+                 help="block: tune what is left of each block to the dense model's output behind it."),
     click.option("--layout", type=click.Choice(["plugin", "deci"]), default="plugin", show_default=True,
                  help="Of per-layer widths: for readers with crepe-deploy installed, or DeciLM's for stock vLLM."),
     click.option("--remote-code", is_flag=True, help="Put modelling files beside per-layer weights."),
@@ -127,6 +129,9 @@ def lines(report: dict[str, Any]) -> list[str]:
         text.append(f"every layer: {_layer(layers[0])}")
     else:
         text += [f"  layer {index}: {_layer(layer)}" for index, layer in enumerate(layers)]
+    if repair := report.get("repair"):
+        before, after = (sum(layer[name] for layer in repair) / len(repair) for name in ("before", "after"))
+        text.append(f"mean relative error of a block on held-out windows {before:.4f}, after repair {after:.4f}")
     if healed := report.get("healed"):
         text.append(healed_line(healed))
     return [*text, f"{report['out']}/dense: written and verified"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crepe_deploy.progress import Progress, Say
+from crepe_deploy.progress import Progress, Say, going_on
 from crepe_deploy.store.journal import Journal
 from crepe_deploy.store.writing import Planned
 
@@ -87,6 +87,7 @@ class Trainer:
                 kl = self.held_out()
                 state = State(kl=kl, start=kl, best=kl)
                 self._keep(state, masters, held)
+            going_on(step, self._done(state)[0])
             began, losses = time.monotonic() - state.seconds, []
             last = state
             while state.stopped is None and (share := self._share(state)) < 1:

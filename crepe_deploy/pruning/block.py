@@ -16,7 +16,7 @@ from crepe_deploy.phases import Phases
 from .layer import LayerPruner, LayerResult
 from .metering import RunMeter
 from .run_plan import RunPlan
-from .steps.repair import Lesson, Repaired
+from .steps.repair import Lesson, Repaired, tunable
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,8 @@ def _beside_dense(
 def _tuned(plan: RunPlan, index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """What repair may change, by name in the block: the weights of its targets, and its norms."""
     block, prefix = plan.decoder.blocks[index], f"{plan.decoder.blocks_path}.{index}."
-    pruned = {f"{spec.path}.weight" for spec in plan.targets[index]}
-    linear = {f"{spec.path}." for spec in plan.decoder.linears[index]}
-    names = [
-        name
-        for name, parameter in block.named_parameters()
-        if name in pruned or (parameter.ndim == 1 and not name.startswith(tuple(linear)))
-    ]
-    return {name: weights[plan.decoder.key(prefix + name)] for name in names}
+    pruned, linear = ([spec.path for spec in specs[index]] for specs in (plan.targets, plan.decoder.linears))
+    return {name: weights[plan.decoder.key(prefix + name)] for name in tunable(block, pruned, linear)}
 
 
 def _lessons(pair: Pair, index: int) -> list[Lesson]:

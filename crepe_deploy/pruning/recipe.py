@@ -38,7 +38,10 @@ class Preset(_Stored):
 
 
 class Recipe(_Stored):
-    """What `prune` is asked to do, besides the model, the pattern and the text; fields as its options."""
+    """What `prune` is asked to do, besides the model, the pattern and the text; fields as its options.
+
+    heal: minutes for which the pruned model is then trained, which `prune-and-export` does.
+    """
 
     method: str | None = None
     preset: str | None = None
@@ -49,10 +52,11 @@ class Recipe(_Stored):
     reconstruct: str | None = None
     repair: str | None = None
     rescale: str | None = None
+    heal: float | None = Field(default=None, gt=0, strict=False)
 
     def options(self, pattern: Pattern) -> dict[str, Any]:
         """What is set, by option name; without `permute` where `pattern` has no groups for it to gain anything in."""
-        left_out = {"name", "provenance"} | (set() if isinstance(pattern, NM) else {"permute"})
+        left_out = {"name", "provenance", "heal"} | (set() if isinstance(pattern, NM) else {"permute"})
         return {name: value for name, value in self if name not in left_out and value not in (None, {})}
 
 

@@ -16,7 +16,7 @@ from .folders import Uninterrupted
 
 JOURNAL: Final = "journal.jsonl"
 # The names that a structural search, and healing, give what they keep there.
-OWN: Final = (JOURNAL, "iteration-*", "split", "shared", "final", "step-*", "best-*")
+OWN: Final = (JOURNAL, "iteration-*", "split", "shared", "final", "repaired", "step-*", "best-*")
 
 
 def work_folder(out: Path) -> Path:

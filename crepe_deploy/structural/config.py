@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from crepe_deploy.errors import ConfigError
+from crepe_deploy.pruning.steps import build_step
+from crepe_deploy.pruning.steps.repair import BlockRepair
 
 from .accumulate import ACCUMULATIONS
 from .fitness import FITNESSES
@@ -45,6 +47,7 @@ class TyrConfig:
     top_k: logits that the fitness compares. refit: None is the method's own.
     finish: how the found widths are pruned at the end: "single" prunes the dense model once more, each layer behind
     what was pruned before it; "paired" does and aims at the dense model's output; "supernet" takes the last levels.
+    repair: `block` or `block:PARAMETER=VALUE,...`: narrowed blocks are tuned at the end, as `--repair` of `prune` does.
     search_samples: the last windows of the text, kept for the search alone; 0 searches on the windows that pruning is
     calibrated on.
     """
@@ -64,6 +67,7 @@ class TyrConfig:
     top_k: int = 1024
     refit: bool | None = None
     finish: str = "single"
+    repair: str | None = None
     search_samples: int = 0
     seed: int = 0
     dtype: str = "auto"
@@ -88,6 +92,7 @@ class TyrConfig:
             raise ConfigError("--attention-share is for per-layer widths: --widths uniform judges every split anyway")
         if min(self.iterations, self.generations, self.offspring, self.top_k) < 1 or self.search_samples < 0:
             raise ConfigError("iterations, generations, offspring and top-k start at 1, search samples at 0")
+        self.block_repair()
         rules = self.rules()
         if rules.select == "saliency" and not rules.refit and self.finish == "paired":
             raise ConfigError("--finish paired aims at the dense model's output, which needs the refit: give another")
@@ -102,6 +107,11 @@ class TyrConfig:
         """Whether the attention share of per-layer widths is found by judging even splits."""
         share = ("best" if self.searches else "target") if self.attention_share is None else self.attention_share
         return self.widths == "per-layer" and share == "best"
+
+    def block_repair(self) -> BlockRepair | None:
+        """How narrowed blocks are repaired, None where they are not. Raises ConfigError."""
+        built: BlockRepair | None = None if self.repair is None else build_step("repair", self.repair)
+        return built
 
     def rules(self) -> LocalRules:
         """How projections are pruned. Raises ConfigError."""

@@ -8,7 +8,7 @@ query heads in each of them. Head size and hidden size never change.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -109,7 +109,8 @@ class LayerPlan:
     groups: kept KV groups of the source layer, ascending, at least one. queries: for each kept group the kept query
     heads within it (0 to Q - 1), ascending, equally many in every group. neurons: kept FFN neurons, ascending, at
     least one. o_proj: (hidden, kept query heads * head_dim), the refit weight, columns in kept order, group by group.
-    down_proj: (hidden, len(neurons)), the refit weight. Raises ConfigError for what no attention or FFN can be.
+    down_proj: (hidden, len(neurons)), the refit weight. tuned: what repair made of the layer's tensors once narrow, by
+    name in it; they go before the source's and the refit ones. Raises ConfigError for what no attention or FFN can be.
     """
 
     groups: tuple[int, ...]
@@ -117,6 +118,7 @@ class LayerPlan:
     neurons: tuple[int, ...]
     o_proj: Tensor
     down_proj: Tensor
+    tuned: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _ascending("groups", self.groups)

@@ -14,6 +14,7 @@ from crepe_deploy.model.architecture import content_with_sizes
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.phases import Phases
 from crepe_deploy.progress import Say, Show
+from crepe_deploy.pruning.steps import Steps
 from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.journal import Journal, open_journal
@@ -39,7 +40,8 @@ class Run:
     """budgets: of units, with per-layer widths; several are judged. shared: the splits that all layers could have,
     with uniform ones.
 
-    work: the folder of the journal and the supernets.
+    held: windows between those that pruning is calibrated on and the search's, which judge repair and nothing else
+    is fitted to. work: the folder of the journal and the supernets.
     """
 
     config: TyrConfig
@@ -49,6 +51,7 @@ class Run:
     budgets: list[Budget]
     shared: list[Width]
     calibration: CalibrationSet
+    held: int
     work: Path
     journal: Journal
     show: Show
@@ -64,7 +67,13 @@ class Run:
     @property
     def pruning_tokens(self) -> Tensor:
         """Windows (samples, length) that local pruning is calibrated on."""
-        return self.calibration.tokens[: len(self.calibration.tokens) - self.config.search_samples]
+        return self.calibration.tokens[: len(self.calibration.tokens) - self.config.search_samples - self.held]
+
+    @property
+    def held_tokens(self) -> Tensor:
+        """Windows (samples, length) that say which step of repair is best."""
+        end = len(self.calibration.tokens) - self.config.search_samples
+        return self.calibration.tokens[end - self.held : end]
 
     @property
     def search_tokens(self) -> Tensor:
@@ -89,7 +98,7 @@ def prepare_run(
     decoder = Decoder(model.folder, config.dtype)
     require_family(decoder)
     geometry = Geometry.from_config(decoder.config)
-    _check_windows(config, calibration, decoder)
+    held = _check_windows(config, calibration, decoder)
     check_tokenizer(model.folder)
     units = config_units(config, geometry)
     budgets: list[Budget] = []
@@ -110,15 +119,17 @@ def prepare_run(
     if not resume:
         make_work_folder(work, overwrite=overwrite)
     journal = open_journal(work / JOURNAL, identity, resume=resume, overwrite=overwrite)
-    return Run(config, decoder, geometry, units, budgets, shared, calibration, work, journal, show, say)
+    return Run(config, decoder, geometry, units, budgets, shared, calibration, held, work, journal, show, say)
 
 
-def _check_windows(config: TyrConfig, calibration: CalibrationSet, decoder: Decoder) -> None:
+def _check_windows(config: TyrConfig, calibration: CalibrationSet, decoder: Decoder) -> int:
+    """How many windows are kept from pruning to judge repair by. Raises ConfigError."""
     samples, length = calibration.tokens.shape
     if length > decoder.context_length:
         raise ConfigError(f"windows of {length} tokens exceed the model's context of {decoder.context_length}")
     if config.search_samples >= samples:
         raise ConfigError(f"{config.search_samples} of {samples} windows are for the search: none is left to prune on")
+    return Steps(repair=config.block_repair()).held_out(samples - config.search_samples)
 
 
 def config_units(config: TyrConfig, geometry: Geometry) -> Units:
@@ -151,8 +162,9 @@ def _plan_room(
 ) -> None:  # fmt: skip
     """Say what the search will take on disk and in memory, and refuse a disk that is too small."""
     weights = sum(info.size_bytes for info in decoder.reader)
+    finished = (2 if config.repair is None else 3) * weights
     if not config.searches and not config.judges_splits:
-        require_disk(work, 2 * weights)
+        require_disk(work, finished)
         return
     disk = supernet_bound(config, units, evens, decoder.dtype.itemsize)
     cache = cache_bytes(decoder, calibration.tokens[-config.search_samples :], config.fitness, config.top_k)
@@ -160,7 +172,7 @@ def _plan_room(
         f"plan: a supernet takes at most {disk / 1e6:,.0f} MB in {work}, the dense model's side of the fitness "
         f"{cache / 1e6:,.0f} MB of memory"
     )
-    require_disk(work, disk + 2 * weights)
+    require_disk(work, disk + finished)
 
 
 def supernet_bound(config: TyrConfig, units: Units, evens: Sequence[Candidate], itemsize: int) -> int:

@@ -25,8 +25,11 @@ def in_layer(name: str) -> tuple[int, str] | None:
 def sliced(path: str, tensor: Tensor, plan: LayerPlan, geometry: Geometry) -> Tensor:
     """What stays of the tensor at `path` of a layer, in its dtype; o_proj and down_proj become the plan's refit ones.
 
-    Norms and the biases of o_proj and down_proj stay whole. Raises NumericalError for a refit that overflows the dtype.
+    Norms and the biases of o_proj and down_proj stay whole; what was tuned goes before all. Raises NumericalError for a
+    refit that overflows the dtype.
     """
+    if path in plan.tuned:
+        return _cast(path, plan.tuned[path], tensor.dtype)
     projections = geometry.structure.projections
     if parts := projections.rows.get(path.rpartition(".")[0]):
         return tensor[_kept_rows(parts, plan, geometry)]
@@ -56,20 +59,21 @@ def _part_features(part: Part, plan: LayerPlan, geometry: Geometry) -> Tensor:
 
 
 def masked(path: str, tensor: Tensor, plan: LayerPlan, geometry: Geometry) -> Tensor:
-    """The same at full size: refit columns in their places, zeros elsewhere; all but o_proj and down_proj as it was.
+    """The same at full size: refit columns in their places, zeros elsewhere, tuned rows in theirs; the rest as it was.
 
     Heads and neurons whose output columns are zero contribute nothing, whatever their own rows hold.
     """
     projections = geometry.structure.projections
     if path == f"{projections.output}.weight":
-        columns, refit = plan.query_features(geometry), plan.o_proj
+        columns = plan.query_features(geometry)
     elif path == f"{projections.down}.weight":
-        columns, refit = torch.tensor(plan.neurons), plan.down_proj
+        columns = torch.tensor(plan.neurons)
+    elif path in plan.tuned:
+        parts, small = projections.rows.get(path.rpartition(".")[0]), sliced(path, tensor, plan, geometry)
+        return small if parts is None else tensor.index_copy(0, _kept_rows(parts, plan, geometry), small)
     else:
         return tensor
-    whole = torch.zeros_like(tensor)
-    whole[:, columns] = _cast(path, refit, tensor.dtype)
-    return whole
+    return torch.zeros_like(tensor).index_copy_(1, columns, sliced(path, tensor, plan, geometry))
 
 
 def _cast(path: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, cast
 
-from crepe_deploy.progress import ticker
+from crepe_deploy.progress import Meter, ticker
 from crepe_deploy.store.journal import numbers
 
 from .allocate import flap_allocation, flap_scores
@@ -18,6 +18,7 @@ from .config import METHODS
 from .evolve import Rules, Stage, evaluations, evolve, ladders, selection, staged
 from .fitness import FitnessJudge, Reference
 from .prepare import Run, even_splits, split_levels
+from .repair import repair_plans
 from .stored import StoredPlans
 from .supernet import LayerLevels, Store
 from .units import Allocation, Budget, Units, Width, even, plan_budget, proportional, step_units
@@ -59,6 +60,16 @@ def finish(run: Run, widths: Widths) -> StoredPlans:
         else:
             builder.build(wanted, store, "single" if rules.refit else "none")
     return StoredPlans(store, widths)
+
+
+def repaired(run: Run, plans: StoredPlans) -> tuple[StoredPlans, dict[str, Any]]:
+    """The plans with their layers repaired where that was asked for, and what the report says of it."""
+    repair = run.config.block_repair()
+    if repair is None:
+        return plans, {}
+    with run.phases("repair"), run.show("repairing the narrowed blocks") as step:
+        plans, results = repair_plans(run, plans, repair, Meter(step, len(plans)).add)
+    return plans, {"repair": [asdict(result) for result in results]}
 
 
 def _last_store(run: Run) -> str:

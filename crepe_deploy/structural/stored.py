@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import overload
 
 from .levels import layer_plan
 from .plan import LayerPlan
 from .supernet import Store
+from .tuned import TunedLayers
 from .units import Width
 
 
 class StoredPlans(Sequence[LayerPlan]):
-    """A plan for each of `widths`. Reading one raises VerifyError where its file is damaged."""
+    """A plan for each of `widths`, repaired where `tuned` is given.
 
-    def __init__(self, store: Store, widths: Sequence[Width]) -> None:
+    Reading one raises VerifyError where a file of it is damaged.
+    """
+
+    def __init__(self, store: Store, widths: Sequence[Width], tuned: TunedLayers | None = None) -> None:
         self.store = store
         self.widths = tuple(widths)
+        self.tuned = tuned
 
     def __len__(self) -> int:
         return len(self.widths)
@@ -33,4 +39,5 @@ class StoredPlans(Sequence[LayerPlan]):
         place = range(len(self))[index]
         width = self.widths[place]
         attention = self.store.attention(place, (width.groups, width.queries))
-        return layer_plan(attention, self.store.neurons(place, width.neurons))
+        plan = layer_plan(attention, self.store.neurons(place, width.neurons))
+        return plan if self.tuned is None else replace(plan, tuned=self.tuned.load(place))

@@ -18,7 +18,7 @@ from crepe_deploy.texts import CalibrationSet
 from .config import TyrConfig
 from .plan import LayerPlan
 from .prepare import Run, prepare_run
-from .stages import find_widths, finish
+from .stages import find_widths, finish, repaired
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def tyr(
     write.check(model)
     run = prepare_run(model, out, config, calibration, resume=resume, overwrite=overwrite, show=show, say=say)
     widths, facts = find_widths(run)
-    plans = finish(run, widths)
-    report = _report(run, plans, facts, time.monotonic() - started)
+    plans, repair = repaired(run, finish(run, widths))
+    report = _report(run, plans, facts | repair, time.monotonic() - started)
     with removed_once_written(run.work, out):
         written = write(TyrResult(model, config, calibration, plans, report), out, overwrite)
     return {"out": str(out), **report, **written}

@@ -230,15 +230,13 @@ def masked_logits(
 
     The weights are those of the files' dtype, computed with in the decoder's.
     """
-    projections = geometry.structure.projections
-    outputs = (f"{projections.output}.weight", f"{projections.down}.weight")
     (stream,) = embed(decoder, [tokens])
     for index in range(len(decoder.blocks)):
+        plan = plans[index]
         with decoder.block(index) as (block, weights):
             for key, tensor in weights.items():
                 place = in_layer(key)
-                if place is not None and place[1] in outputs:
-                    whole = masked(place[1], tensor, plans[index], geometry)
+                if place is not None and (whole := masked(place[1], tensor, plan, geometry)) is not tensor:
                     block.get_parameter(place[1]).data = whole.to(decoder.dtype)
             stream.run(block, index, advance=True)
         tick()

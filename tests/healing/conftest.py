@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 import crepe_deploy
 from crepe_deploy.cli import run
+from crepe_deploy.healing import train
 from crepe_deploy.store.manifest import Manifest
 from tests.once import once
 from tests.pico import QUICK_TYR, make_pico_llama, sample_text
@@ -36,6 +39,13 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     once(tmp_path_factory, "healing", make)
     return root
+
+
+@pytest.fixture
+def second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock for training on which every step takes a second, however long it takes."""
+    seconds = itertools.count()
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
 
 
 @pytest.fixture

@@ -27,7 +27,9 @@ from crepe_deploy.errors import (
     OutputError,
     VerifyError,
 )
+from crepe_deploy.healing import train
 from crepe_deploy.progress import Progress
+from crepe_deploy.pruning.recipe import load_recipe
 from crepe_deploy.store.audit import inspect_folder
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import verify
@@ -169,9 +171,19 @@ def test_a_stopped_run_is_resumed_as_it_was_or_started_anew(tmp_path: Path, heal
     assert not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.usefixtures("second_a_step")
 def test_minutes_are_a_budget(heal: Heal) -> None:
-    healed = heal(steps=None, minutes=0.02).config["healed"]
-    assert healed["seconds"] >= 1.2 and healed["config"]["steps"] is None and healed["steps_taken"] > 0
+    healed = heal(steps=None, minutes=0.2).config["healed"]
+    assert healed["seconds"] == healed["steps_taken"] == 12 and healed["config"]["steps"] is None
+
+
+def test_the_estimate_of_a_resumed_run_counts_its_own_steps(heal: Heal, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(train, "going_on", lambda _step, done: told.append(done))
+    with pytest.raises(KeyboardInterrupt):
+        heal(steps=30, show=Stop(15))
+    heal(steps=30, resume=True)
+    assert told == [0, 10]
 
 
 def test_what_is_no_better_is_not_written(tmp_path: Path, heal: Heal) -> None:
@@ -301,9 +313,10 @@ def test_the_command_says_what_it_did(room: Path, tmp_path: Path, capsys: pytest
     assert "exists: give another --out" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("second_a_step")
 def test_pruning_and_healing_in_one_command(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["prune-and-export", str(room / "dense"), "--method", "magnitude", "--calib", str(room / "text.txt"),
-               "--format", "dense,packed", "--heal", "0.1", "--out", str(tmp_path / "out")]  # fmt: skip
+               "--format", "dense,packed", "--heal", "0.25", "--out", str(tmp_path / "out")]  # fmt: skip
     assert run(command) == 0
     assert "held-out KL to the dense model" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -317,9 +330,26 @@ def test_pruning_and_healing_in_one_command(room: Path, tmp_path: Path, capsys: 
     assert "--heal trains on the calibration text" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("second_a_step")
+@pytest.mark.parametrize("sparsity", ["2:4", "4:8", "16:32", "0.5", "0.6"])
+def test_the_recipe_healed_is_for_every_pattern(
+    room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], sparsity: str
+) -> None:
+    shorter = tmp_path / "shorter.yaml"
+    shorter.write_text(json.dumps({**load_recipe("healed").model_dump(exclude_none=True), "heal": 0.25}))
+    command = ["prune-and-export", str(room / "dense"), "--recipe", str(shorter), "--sparsity", sparsity, "--calib",
+               str(room / "text.txt"), "--calib-samples", "8", "--calib-length", "64", "--out",
+               str(tmp_path / "out")]  # fmt: skip
+    assert run(command) == 0
+    healed = verify(tmp_path / "out" / "dense").config["healed"]
+    assert healed["steps_taken"] == 15 and healed["held_out_kl"]["after"] < healed["held_out_kl"]["before"]
+    assert "held-out KL" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("second_a_step")
 def test_tyr_heals_what_it_made_smaller(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["tyr", str(room / "dense"), "--calib", str(room / "text.txt"), "--calib-length", "32", *QUICK_TYR,
-               "--heal", "0.1", "--out", str(tmp_path / "out")]  # fmt: skip
+               "--heal", "0.25", "--out", str(tmp_path / "out")]  # fmt: skip
     assert run(command) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert verify(tmp_path / "out" / "dense").config["healed"] == report["healed"]

@@ -38,6 +38,7 @@ def test_every_shipped_recipe_builds(name: str) -> None:
         ("name: a\nreconstrcut: exact", "reconstrcut: Extra inputs are not permitted"),
         ("method: ria", "name: Field required"),
         ("name: a\nfeed: twice", "feed: Input should be 'auto', 'dense', 'pruned' or 'both'"),
+        ("name: a\nheal: 0", "heal: Input should be greater than 0"),
         ("name: 3", "name: Input should be a valid string"),
         ("- a", "it: Input should be a valid dictionary"),
         ("name: [", "is not YAML"),
@@ -47,6 +48,21 @@ def test_a_wrong_recipe_names_its_fault(tmp_path: Path, text: str, message: str)
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_healed_is_best_and_then_heals() -> None:
+    apart = {"name", "provenance", "heal"}
+    best, healed = (load_recipe(name).model_dump(exclude=apart) for name in ("best", "healed"))
+    assert best == healed and load_recipe("best").heal is None and load_recipe("healed").heal == 30
+
+
+def test_prune_does_not_heal_and_says_who_does(tmp_path: Path) -> None:
+    model = make_pico_llama(tmp_path / "m")
+    (tmp_path / "calib.txt").write_text(sample_text(300), encoding="utf-8")
+    arguments = ["prune", str(model), "--recipe", "healed", "--calib", str(tmp_path / "calib.txt")]
+    result = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "out")])
+    assert result.exit_code != 0 and isinstance(result.exception, ConfigError)
+    assert "prune-and-export" in str(result.exception) and not (tmp_path / "out").exists()
 
 
 def test_an_unknown_recipe_lists_the_known() -> None:

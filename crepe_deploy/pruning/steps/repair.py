@@ -10,7 +10,7 @@ them stays, the start among them: no block ends worse there than it began.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,19 @@ class BlockRepair:
                         masters.keep()
                 tick(1 / self.steps)
         return Repaired(first, least, kept)
+
+
+def tunable(block: nn.Module, targets: Collection[str], linear: Collection[str]) -> list[str]:
+    """Names in the block of what may be tuned: the weights of layers at `targets`, and the norms.
+
+    linear: the paths of all linear layers, whose biases are none.
+    """
+    return [
+        name
+        for name, parameter in block.named_parameters()
+        if name.removesuffix(".weight") in targets
+        or (parameter.ndim == 1 and not name.startswith(tuple(f"{path}." for path in linear)))
+    ]
 
 
 REPAIRERS: dict[str, type[BlockRepair]] = {"block": BlockRepair}
