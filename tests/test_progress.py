@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from crepe_deploy.progress import BEAT_S, QUIET_S, Estimate, Lines, Meter, going_on, part, parts, progress
+from crepe_deploy.progress import BEAT_S, LINE_S, QUIET_S, Estimate, Lines, Meter, going_on, part, parts, progress
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.sources import resolve_model
@@ -52,9 +52,9 @@ def test_what_was_done_before_took_no_time_of_this() -> None:
     clock.now += 40  # models are loaded
     going_on(lines, 90)
     lines(90, 100)
-    clock.now += 10
+    clock.now += LINE_S
     lines(95, 100)
-    assert stream.getvalue().splitlines()[-1] == "healing: 95%, 0:00:10 elapsed, about 0:00:10 left"
+    assert stream.getvalue().splitlines()[-1] == "healing: 95%, 0:00:30 elapsed, about 0:00:30 left"
     going_on(lambda done, total: None, 90)  # told to nobody
 
 

@@ -29,11 +29,11 @@ class Corpus:
     texts: list[dict[str, Any]]
     seed: int
 
-    def batch(self, step: int, windows: int) -> Tensor:
-        """The windows of a step: one epoch after the other, each in an order of its own."""
+    def batch(self, step: int, windows: int) -> list[int]:
+        """Which windows a step trains on: one epoch after the other, each in an order of its own."""
         total = len(self.training)
         places = [divmod(place, total) for place in range(step * windows, (step + 1) * windows)]
-        return self.training[[int(_order(self.seed, epoch, total)[offset]) for epoch, offset in places]]
+        return [int(_order(self.seed, epoch, total)[offset]) for epoch, offset in places]
 
 
 @lru_cache(maxsize=2)

@@ -30,6 +30,7 @@ from .batches import Corpus, read_corpus
 from .config import HealConfig
 from .lora import check_lora
 from .student import Student, Trained, choose, compute_dtype
+from .teacher import Teacher, kept_windows
 from .train import State, Trainer
 from .write import write_folder
 
@@ -75,11 +76,12 @@ def heal(
     accelerator.wait_for_everyone()
     journal = _open(job, out, accelerator.num_processes, resume=resume, overwrite=overwrite) if main else None
     trainer = _trainer(job, accelerator, work_folder(out), journal, say if main else unsaid)
-    with (show if main else hidden)("healing") as step:
-        state = trainer.run(step)
-    if main:
-        with removed_once_written(trainer.work, out):
-            _write(job, trainer, state, out, overwrite, seal)
+    with contextlib.closing(trainer.dense):
+        with (show if main else hidden)("healing") as step:
+            state = trainer.run(step)
+        if main:
+            with removed_once_written(trainer.work, out):
+                _write(job, trainer, state, out, overwrite, seal)
     accelerator.wait_for_everyone()
     return load_manifest(out)
 
@@ -154,7 +156,8 @@ def _open(job: Job, out: Path, processes: int, *, resume: bool, overwrite: bool)
     reader = job.decoder.reader
     infos = [reader.info(key) for key in job.trained.keys]
     state = 2 * sum(12 * info.size_bytes // info.dtype.itemsize + 2 * info.size_bytes for info in infos)
-    require_disk(work, state + sum(info.size_bytes for info in reader))
+    kept = _kept_windows(job, processes) * _window_bytes(job)
+    require_disk(work, state + kept + sum(info.size_bytes for info in reader))
     identity = {
         "what": "healing", "pruned": sha256_file(job.folder / MANIFEST_NAME), "dense": job.source.files,
         "texts": job.corpus.texts, "config": job.config.record(), "processes": processes,
@@ -167,10 +170,11 @@ def _open(job: Job, out: Path, processes: int, *, resume: bool, overwrite: bool)
 def _trainer(job: Job, accelerator: Any, work: Path, journal: Journal | None, say: Say) -> Trainer:
     dtype = COMPUTE_DTYPES[compute_dtype(job.decoder, job.config)]
     infos = [job.decoder.reader.info(key) for key in job.trained.keys]
+    dense = whole_model(job.dense.folder, dtype=dtype).requires_grad_(False).to(accelerator.device)
     return Trainer(
         accelerator=accelerator,
         student=Student(job.decoder, job.trained, job.config, accelerator.device),
-        dense=whole_model(job.dense.folder, dtype=dtype).requires_grad_(False).to(accelerator.device),
+        dense=Teacher(dense, work, _kept_windows(job, accelerator.num_processes)),
         corpus=job.corpus,
         config=job.config,
         plan={info.name: Planned(SINGLE_NAME, info.dtype, info.shape) for info in infos},
@@ -178,6 +182,17 @@ def _trainer(job: Job, accelerator: Any, work: Path, journal: Journal | None, sa
         journal=journal,
         say=say,
     )
+
+
+def _kept_windows(job: Job, processes: int) -> int:
+    """Of how many windows the dense model's states are kept; of none where several processes share them out anew."""
+    windows = len(job.corpus.held) + len(job.corpus.training)
+    return kept_windows(windows, len(job.corpus.held), _window_bytes(job)) if processes == 1 else 0
+
+
+def _window_bytes(job: Job) -> int:
+    dtype = COMPUTE_DTYPES[compute_dtype(job.decoder, job.config)]
+    return int(job.config.window * job.decoder.config.hidden_size * dtype.itemsize)
 
 
 def _write(job: Job, trainer: Trainer, state: State, out: Path, overwrite: bool, seal: Seal) -> None:
@@ -193,7 +208,8 @@ def _write(job: Job, trainer: Trainer, state: State, out: Path, overwrite: bool,
             job.folder, job.manifest, trainer.work / state.best_name, set(job.trained.keys), folder,
             _record(job, trainer, state),
         )  # fmt: skip
-        reloaded = trainer.held_out(whole_model(folder, dtype=trainer.dense.dtype).to(trainer.dense.device), (0, 1))
+        dense = trainer.dense.model
+        reloaded = trainer.held_out(whole_model(folder, dtype=dense.dtype).to(dense.device), (0, 1))
         if not abs(reloaded - state.best) <= PARITY * state.start:
             raise ParityError(
                 f"the reloaded model's held-out KL is {reloaded:.4f}, and in training it was {state.best:.4f}"

@@ -21,6 +21,7 @@ from .config import HealConfig
 from .loss import divergence
 from .optimizer import Masters
 from .student import Student
+from .teacher import Teacher
 from .zeros import HeldZeros, hold_zeros
 
 LOOKS, LEAST_STEPS = 10, 10  # the held-out windows are looked at so often, and no oftener than after so many steps
@@ -64,11 +65,14 @@ def valid_state(value: Any) -> bool:
 
 @dataclass
 class Trainer:
-    """Everything that training needs. plan: of the tensors that are trained, as they are written."""
+    """Everything that training needs. plan: of the tensors that are trained, as they are written.
+
+    dense: told of the held-out windows by their numbers, and of those trained on by numbers behind these.
+    """
 
     accelerator: Any
     student: Student
-    dense: Any
+    dense: Teacher
     corpus: Corpus
     config: HealConfig
     plan: dict[str, Planned]
@@ -113,9 +117,11 @@ class Trainer:
         index, count = share or (self.accelerator.process_index, self.accelerator.num_processes)
         model = self.student.model if model is None else model
         total = torch.zeros((), dtype=torch.float64)
-        for window in self.corpus.held[index::count]:
+        for number in range(index, len(self.corpus.held), count):
+            window = self.corpus.held[number]
             tokens = window[None].to(self.accelerator.device)
-            total += divergence(self._logits(self.dense, tokens), self._logits(model, tokens)).double().sum().cpu()
+            dense = self.dense.logits(tokens, [number])
+            total += divergence(dense, self._logits(model, tokens)).double().sum().cpu()
         if count > 1:
             total = self.accelerator.reduce(total.to(self.accelerator.device), "sum").cpu()
         return float(total) / self.corpus.held.numel()
@@ -123,16 +129,17 @@ class Trainer:
     def _step(self, model: Any, masters: Masters, step: int, share: float) -> float:
         """Mean loss of one step, over all processes."""
         batch = self.corpus.batch(step, self.config.windows)[self.accelerator.process_index :: self._processes]
-        parts = batch.to(self.accelerator.device).chunk(self.config.accumulate)
+        size, held = len(batch) // self.config.accumulate, len(self.corpus.held)
+        parts = [batch[first : first + size] for first in range(0, len(batch), size)]
         loss = torch.zeros((), device=self.accelerator.device)
-        for number, tokens in enumerate(parts, start=1):
+        for number, windows in enumerate(parts, start=1):
             sync = number == len(parts)
-            with torch.no_grad():
-                dense = self._logits(self.dense, tokens)
+            tokens = self.corpus.training[windows].to(self.accelerator.device)
+            dense = self.dense.logits(tokens, [held + window for window in windows])
             with self.accelerator.no_sync(model) if not sync else torch.enable_grad():
                 rows = divergence(dense, self._logits(model, tokens), self.config.top_k)
                 del dense
-                part = rows.sum() / batch.numel()
+                part = rows.sum() / (len(batch) * self.config.window)
                 self.accelerator.backward(part)
             loss += part.detach()
         mean = float(self.accelerator.reduce(loss, "mean"))
