@@ -16,6 +16,7 @@ from typing import Any
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, MissingExtra, OutputError, UnsupportedModel
 from crepe_deploy.nearest import unknown
 
+from .cache import PROVENANCE
 from .files import disk_errors, write_json
 from .gguf_header import check_header
 from .gguf_rope import rope_scaling
@@ -24,7 +25,6 @@ from .manifest import sha256_file
 from .stock import CLOSED, third_party
 from .temporary import held
 
-PROVENANCE = "gguf_source.json"
 DTYPES = ("bfloat16", "float16", "float32")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.machine import cache_dir
 
+from .cache import GGUF_CACHE
 from .checkpoint import shard_paths
 from .manifest import Source, sha256_file
 from .reading import read_front_matter
@@ -17,7 +18,6 @@ from .temporary import remove_abandoned
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_GGUF_CACHE = "gguf-4"  # before 2 missing weights could be random, 3 rotary embeddings not stretched, 4 biases lost
 _HUB_FILES = [
     "*.safetensors",
     "*.json",
@@ -84,7 +84,7 @@ def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     digest = hash_gguf(path)
-    folder = cache_dir() / _GGUF_CACHE / digest
+    folder = cache_dir() / GGUF_CACHE / digest
     remove_abandoned(folder.parent, "[0-9a-f]" * 64 + ".partial-*")
     if not folder.is_dir():
         say(f"dequantising {path.name} (once; kept in {folder})")
