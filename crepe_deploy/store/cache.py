@@ -22,8 +22,6 @@ from .files import abandoned
 from .reading import read_object
 
 GGUF_CACHE: Final = "gguf-4"  # before 2 weights could be random, 3 rotary embeddings not stretched, 4 biases lost
-    "gguf-4"  # before 2 missing weights could be random, 3 rotary embeddings not stretched, 4 biases lost
-)
 PROVENANCE: Final = "gguf_source.json"
 _SHA: Final = "[0-9a-f]{64}"
 _HASH: Final = "[0-9a-f]{16}"
