@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParityError
+from ..pattern import Pattern
 from ..progress import Progress, part, silent
 from ..pruning.config import PruneConfig
 from ..pruning.prune import prune
@@ -76,9 +77,7 @@ def prune_and_export(
     refused. healing: what is done to the pruned checkpoint before it is exported. base_model: as of `run`. Raises what
     `prune`, `heal` and `export_checkpoint` raise; what an export would refuse is refused before pruning.
     """
-    exporters = build(formats, options)
-    for exporter in exporters:
-        exporter.check_pruning(model.folder, config.pattern)
+    exporters = check_exports(model, formats, options, config.pattern)
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
     with atomic_folder(out, overwrite=overwrite) as folder:
         pruned = folder / "pruned"
@@ -99,6 +98,16 @@ def prune_and_export(
         report = _report(manifest, exports) | ({} if healed is None else {"healed": healed})
         write_json(folder / "report.json", report)
     return report
+
+
+def check_exports(
+    model: Model, formats: Sequence[str], options: Mapping[str, str] | None, pattern: Pattern
+) -> list[Exporter[Any]]:
+    """The exporters of these formats. Raises InputError for what could not be written of `model` once it is pruned."""
+    exporters = build(formats, options)
+    for exporter in exporters:
+        exporter.check_pruning(model.folder, pattern)
+    return exporters
 
 
 def _summary(exporter: Exporter[Any], manifest: Manifest, final: Path, folder: Path) -> dict[str, Any]:
@@ -127,4 +136,5 @@ def _report(manifest: Manifest, exports: dict[str, Any]) -> dict[str, Any]:
         "seconds": manifest.metrics["seconds"],
         "versions": manifest.versions,
         "formats": exports,
+        **({"chosen": chosen} if (chosen := manifest.config.get("chosen")) else {}),
     }

@@ -7,11 +7,12 @@ from typing import Any, NotRequired, TypedDict
 
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
-from crepe_deploy.pattern import NM, Pattern, Unstructured
+from crepe_deploy.pattern import NM, Pattern
 from crepe_deploy.progress import Say
 from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
+from .choices import Given, Target, choices_of, filled, packable
 from .inputs import Granularity, find_model, pattern_of
 
 # Per target: does it load, is it smaller, is it faster. Ratios are not repeated here: they depend on the machine.
@@ -30,10 +31,12 @@ ADVICE = (
 class Plan(TypedDict):
     """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors.
 
+    chosen: what `prune-and-export` chooses of what was left out, by option.
     heal_memory_estimate_bytes: above the libraries, by the options of `heal` that save memory, where it was asked for.
     """
 
     model: str
+    chosen: dict[str, Any]
     pattern: str
     prunable_tensors: int
     does_not_divide: list[str]
@@ -50,19 +53,26 @@ class Plan(TypedDict):
 
 
 def plan(
-    model: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
-    calib_samples: int = 128, calib_length: int = 2048, revision: str | None = None, heal: bool = False,
-    say: Say | None = None,
+    model: str | Path, *, target: Target | None = None, sparsity: Pattern | str | float | None = None,
+    granularity: Granularity = "row", calib_samples: int | None = None, calib_length: int | None = None,
+    revision: str | None = None, heal: bool = False, say: Say | None = None,
 ) -> Plan:  # fmt: skip
     """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read.
 
-    heal: say what healing this folder, or what is pruned from it, will take too.
+    What is left out is chosen as `prune_and_export` does where nothing else is given. heal: say what healing this
+    folder, or what is pruned from it, will take too.
 
     Raises PatternError, CheckpointError, UnsupportedModel, ConfigError (exit code 2).
     """
-    pattern = pattern_of(sparsity, granularity)
+    if sparsity is not None:
+        pattern_of(sparsity, granularity)
     folder = find_model(model, revision, say).folder
     decoder = Decoder(folder)
+    given = Given(target, sparsity, granularity, calib_samples=calib_samples, calib_length=calib_length)
+    chosen = choices_of(given, decoder, say)
+    options = filled(given.options, chosen)
+    pattern = pattern_of(options["sparsity"], granularity)
+    samples, length = options["calib_samples"], min(options["calib_length"], decoder.context_length)
     reader = decoder.reader
     linears = [spec for block in decoder.linears for spec in block]
     misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]
@@ -74,6 +84,7 @@ def plan(
     kept = sum(reader.info(key).size_bytes for key in unpackable)
     result: Plan = {
         "model": str(folder),
+        "chosen": chosen,
         "pattern": str(pattern),
         "prunable_tensors": len(prunable),
         "does_not_divide": misfits,
@@ -81,9 +92,9 @@ def plan(
         "checkpoint_bytes": total,
         "packed_checkpoint_bytes": total - dense + packed + kept,
         "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
-        "peak_memory_estimate_bytes": peak_memory(decoder, calib_samples * min(calib_length, decoder.context_length)),
+        "peak_memory_estimate_bytes": peak_memory(decoder, samples * length),
         "calib_self_memory_estimate_bytes": sampling_bytes(
-            decoder.config, total, decoder.dtype.itemsize, calib_samples, min(calib_length, decoder.context_length)
+            decoder.config, total, decoder.dtype.itemsize, samples, length
         ),
         "disk_needed_bytes": 2 * total,
         "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
@@ -127,12 +138,6 @@ def gpu_gains(measured: list[dict[str, Any]]) -> str:
         gains.setdefault(int(entry["batch"]), []).append(float(entry["gain_over_dense"]))
     ranges = (f"batch {batch}: {min(all_):.2f}x to {max(all_):.2f}x" for batch, all_ in sorted(gains.items()))
     return f"smaller on the device too; layers measured here, over dense: {', '.join(ranges)}"
-
-
-def packable(spec: LinearSpec, pattern: Pattern) -> bool:
-    """Whether the packed format holds this tensor: counted by group or row, stored (out, in)."""
-    by_matrix = isinstance(pattern, Unstructured) and pattern.granularity == "matrix"
-    return not spec.transposed and not by_matrix and PackedConfig(pattern).fits(spec.in_features)
 
 
 def packed_bytes(reader: CheckpointReader, spec: LinearSpec, pattern: Pattern) -> int:

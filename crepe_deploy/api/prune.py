@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from crepe_deploy.errors import ConfigError
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Progress, Say, parts, silent
 from crepe_deploy.pruning.config import PruneConfig, prune_config
 from crepe_deploy.pruning.prune import prune as prune_checkpoint
+from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
+from .choices import FIXED, Given, Target, choices_of, filled
 from .heal import healing_of
 from .inputs import Calibration, Granularity, check_base_model, export_options, find_model, pattern_of, windows_of
 
 
 def prune(
-    model: str | Path, out: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
-    method: str | None = None, preset: str | Path | None = None, params: Mapping[str, Any] | None = None,
-    recipe: str | Path | None = None, feed: str | None = None, allocate: str | None = None, permute: str | None = None,
-    reprune: str | None = None, reconstruct: str | None = None, repair: str | None = None,
-    rescale: str | None = None,
-    calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
-    seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
-    revision: str | None = None, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
+    model: str | Path, out: str | Path, *, target: Target | None = None,
+    sparsity: Pattern | str | float | None = None, granularity: Granularity = "row", method: str | None = None,
+    preset: str | Path | None = None, params: Mapping[str, Any] | None = None, recipe: str | Path | None = None,
+    feed: str | None = None, allocate: str | None = None, permute: str | None = None, reprune: str | None = None,
+    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
+    calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
+    calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
+    dtype: str = "auto", revision: str | None = None, overwrite: bool = False, progress: Progress | None = None,
+    say: Say | None = None,
 ) -> Manifest:  # fmt: skip
     """Prune the linear layers of `model` into the Hugging Face folder `out`, and return its manifest.
 
     model: a folder, a GGUF file (dequantised) or a hub id, pinned by `revision`. out: appears whole and verified or
-    not at all. sparsity: "2:4" keeps 2 of every 4 consecutive inputs; 0.5 is the share of zeros, counted in each row
-    or over the `granularity` "matrix". method: "crepe" (default), "ria", "wanda", "sparsegpt" or "magnitude".
+    not at all. target: "cpu" or "gpu", where the result is served, "auto" for this machine; what is left out is chosen
+    for it, said, and recorded as `config["chosen"]` (docs/choose.md). sparsity: "2:4" keeps 2 of every 4 consecutive
+    inputs; 0.5 is the share of zeros, counted in each row or over the `granularity` "matrix". method: "crepe", "ria",
+    "wanda", "sparsegpt" or "magnitude".
     preset, params: its hyperparameters, by name or file and one by one. recipe: method and steps, a name or YAML file;
     arguments go before it. feed: whose output calibrates the next block, "auto", "dense", "pruned" or "both".
     allocate, permute, reprune, reconstruct, repair, rescale: steps, "NAME" or "NAME:PARAMETER=VALUE,..."
@@ -47,27 +52,29 @@ def prune(
     (exit code 2) before any work that could be spared; NumericalError, VerifyError, ParityError, DiskFullError (1).
     Source of each method: docs/methods.md, docs/crepe.md.
     """
-    config = prune_config(
-        method, pattern_of(sparsity, granularity), preset=preset, params=params, recipe=recipe, feed=feed,
-        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
-        include=include, exclude=exclude, dtype=dtype,
-    )  # fmt: skip
-    source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
+    asked = {
+        "method": method, "preset": preset, "params": params, "recipe": recipe, "feed": feed, "allocate": allocate,
+        "permute": permute, "reprune": reprune, "reconstruct": reconstruct, "repair": repair, "rescale": rescale,
+        "include": include, "exclude": exclude, "dtype": dtype,
+    }  # fmt: skip
+    left = Given(target, sparsity, granularity, calib is not None, calib_samples, calib_length, exports=False)
+    source, config, options = _resolved(model, revision, asked, left, say)
+    check_output(Path(out), overwrite=overwrite, inputs=(source.folder,))
+    windows = _windows(config, source, calib, calib_field, options, seed, say, progress)
     return prune_checkpoint(source, Path(out), config, windows, overwrite=overwrite, step=progress or silent)
 
 
 def prune_and_export(
-    model: str | Path, out: str | Path, *, format: str | Sequence[str] = "dense", onnx_flavor: str | None = None,
-    precision: str | None = None, quantise: str | None = None, sparsity: Pattern | str | float = "2:4",
-    granularity: Granularity = "row", method: str | None = None, preset: str | Path | None = None,
-    params: Mapping[str, Any] | None = None, recipe: str | Path | None = None, feed: str | None = None,
-    allocate: str | None = None, permute: str | None = None, reprune: str | None = None,
+    model: str | Path, out: str | Path, *, format: str | Sequence[str] | None = None, onnx_flavor: str | None = None,
+    precision: str | None = None, quantise: str | None = None, target: Target | None = None,
+    sparsity: Pattern | str | float | None = None, granularity: Granularity = "row", method: str | None = None,
+    preset: str | Path | None = None, params: Mapping[str, Any] | None = None, recipe: str | Path | None = None,
+    feed: str | None = None, allocate: str | None = None, permute: str | None = None, reprune: str | None = None,
     reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
-    calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
-    seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
-    heal: float | None = None, base_model: str | None = None, revision: str | None = None, overwrite: bool = False,
-    progress: Progress | None = None, say: Say | None = None,
+    calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
+    calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
+    dtype: str = "auto", heal: float | None = None, base_model: str | None = None, revision: str | None = None,
+    overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune `model` and write OUT/FORMAT/ for each format; returns the report that is OUT/report.json.
 
@@ -78,32 +85,58 @@ def prune_and_export(
     (method, parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on
     disk), `seconds` by phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
     """
+    from crepe_deploy.exporting.pipeline import check_exports
     from crepe_deploy.exporting.pipeline import prune_and_export as run
     from crepe_deploy.exporting.registry import check_formats
 
     check_base_model(base_model)
-    formats = check_formats([name.strip() for name in format.split(",")] if isinstance(format, str) else list(format))
-    config = prune_config(
-        method, pattern_of(sparsity, granularity), preset=preset, params=params, recipe=recipe, feed=feed,
-        allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
-        include=include, exclude=exclude, dtype=dtype,
-    )  # fmt: skip
-    source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
+    formats = None if format is None else check_formats(_names(format))
+    asked = {
+        "method": method, "preset": preset, "params": params, "recipe": recipe, "feed": feed, "allocate": allocate,
+        "permute": permute, "reprune": reprune, "reconstruct": reconstruct, "repair": repair, "rescale": rescale,
+        "include": include, "exclude": exclude, "dtype": dtype,
+    }  # fmt: skip
+    left = Given(target, sparsity, granularity, calib is not None, calib_samples, calib_length, format)
+    source, config, options = _resolved(model, revision, asked, left, say)
+    healing = healing_of(source, heal, calib, calib_field, seed, parts(progress), say)
+    formats, export = formats or _names(options["format"]), export_options(onnx_flavor, precision, quantise)
+    check_exports(source, formats, export, config.pattern)
+    check_output(Path(out), overwrite=overwrite, inputs=(source.folder,))
+    windows = _windows(config, source, calib, calib_field, options, seed, say, progress)
     return run(
         source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
-        options=export_options(onnx_flavor, precision, quantise),
-        healing=healing_of(source, heal, calib, calib_field, seed, parts(progress), say),
-        base_model=base_model,
+        options=export, healing=healing, base_model=base_model,
     )  # fmt: skip
 
 
-def _calibration(
-    config: PruneConfig, model: Model, calib: Calibration | None, field: str, samples: int, length: int, seed: int,
+def _names(format: str | Sequence[str]) -> list[str]:
+    return [name.strip() for name in format.split(",")] if isinstance(format, str) else list(format)
+
+
+def _resolved(
+    model: str | Path, revision: str | None, asked: Mapping[str, Any], left: Given, say: Say | None
+) -> tuple[Model, PruneConfig, dict[str, Any]]:
+    """The model, what is done to it, and the other options, what was left out chosen and said.
+
+    asked: of `prune_config`, refused before any model is fetched where they do not go together.
+    """
+    pattern = FIXED["sparsity"] if left.sparsity is None else left.sparsity
+    checked = prune_config(pattern=pattern_of(pattern, left.granularity), **asked)
+    named = any(value for name, value in asked.items() if name not in ("recipe", "dtype"))
+    left = replace(left, named=named, recipe=asked["recipe"] is not None, needs_text=checked.needs_text)
+    source = find_model(model, revision, say)
+    chosen = choices_of(left, source.folder, say)
+    options = filled(left.options, chosen)
+    method = {name: value for name, value in chosen.items() if name in asked}
+    config = prune_config(pattern=pattern_of(options["sparsity"], left.granularity), **{**asked, **method})
+    return source, replace(config, origin=replace(config.origin, chosen=chosen)), options
+
+
+def _windows(
+    config: PruneConfig, model: Model, calib: Calibration | None, field: str, options: Mapping[str, Any], seed: int,
     say: Say | None, step: Progress | None,
 ) -> CalibrationSet | None:  # fmt: skip
     if not config.needs_text:
         return None
-    if calib is None:
-        raise ConfigError("this method needs calibration text: give --calib FILE_OR_DATASET, or --calib self")
-    return windows_of(model, calib, field, samples, length, seed, say, parts(step))
+    text = options["calib"] if calib is None else calib
+    return windows_of(model, text, field, options["calib_samples"], options["calib_length"], seed, say, parts(step))
