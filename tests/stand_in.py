@@ -113,5 +113,9 @@ def stand_in() -> Iterator[torch.device]:
     """Inside, the device exists and is what "auto" means."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "devices", lambda: ["cpu", NAME])
-        with _Everything():
-            yield PLACE
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) is made on the host and moved
+        try:
+            with _Everything():
+                yield PLACE
+        finally:
+            torch._C._set_only_lift_cpu_tensors(False)

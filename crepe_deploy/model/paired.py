@@ -56,6 +56,12 @@ class _Sums:
     tokens: int = 0
     variety: Variety = field(default_factory=Variety)
 
+    @classmethod
+    def of(cls, width: int, device: torch.device) -> _Sums:
+        """Nothing yet, for inputs (..., width)."""
+        gram, cross = (torch.zeros(width, width, device=device) for _ in range(2))
+        return cls(gram, cross, torch.zeros(width, device=device), torch.zeros(width, device=device))
+
     def add(self, pruned: Tensor, dense: Tensor, residual: Tensor | None, scale: Tensor | None) -> None:
         """`pruned`, `dense` (..., in); `residual` (..., width) fp32 or None; `scale` (..., 1), tokens' weights."""
         x, d = (batch.flatten(0, -2).float() for batch in (pruned, dense))
@@ -212,7 +218,7 @@ class Pair:
         tick: told the share of this that each micro-batch was.
         """
         path, width = group[0].path, group[0].in_features
-        sums = _Sums(*(torch.zeros(shape, device=device_of(block)) for shape in 2 * [(width, width)] + 2 * [(width,)]))
+        sums = _Sums.of(width, device_of(block))
         residual = next((entry for entry in self.residuals if entry.path == path), None)
         whole = _part(path) if residual is not None else ""  # its last layer: nearly done anyway
         gain = None if residual is None or not residual.norm else _gain(before.get_submodule(residual.norm))
