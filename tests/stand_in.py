@@ -36,11 +36,12 @@ class StandIn(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> StandIn:
-        made = Tensor._make_wrapper_subclass(
-            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            device=PLACE, requires_grad=held.requires_grad,
-        )  # fmt: skip
-        made.held = held.detach()
+        with torch.inference_mode(held.is_inference()):
+            made = Tensor._make_wrapper_subclass(
+                cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+                device=PLACE,
+            )  # fmt: skip
+        made.held = held
         return made
 
     def data_ptr(self) -> int:

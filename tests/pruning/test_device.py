@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from crepe_deploy import device
+from crepe_deploy.pattern import Unstructured
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.methods import METHODS
 from crepe_deploy.pruning.prune import prune
@@ -35,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pruned(
-    model: Path, out: Path, text: Path, method: str = "crepe", pattern: str = "2:4", **options: Any
+    model: Path, out: Path, text: Path, method: str = "crepe", pattern: Any = "2:4", **options: Any
 ) -> tuple[Manifest, dict[str, torch.Tensor]]:
     calibration = calibration_windows(text, load_tokenizer(model), 8, 32, seed=0)
     config = prune_config(method, pattern, **options)
@@ -43,20 +44,27 @@ def pruned(
     return manifest, load_file(out / "model.safetensors")
 
 
-def check_same(model: Path, folder: Path, text: Path, **options: Any) -> None:
-    """Equal bytes, for the stand-in computes as the CPU does."""
+def check_same(model: Path, folder: Path, text: Path, *, bits: bool = True, **options: Any) -> None:
+    """Equal bytes, for the stand-in computes as the CPU does; without `bits` equal zeros.
+
+    Gradients are taken through other kernels there, and Adam's steps.
+    """
     _, expected = pruned(model, folder / "cpu", text, **options)
     with stand_in():
         manifest, found = pruned(model, folder / "device", text, **options)
     assert manifest.tensors
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        if bits:
+            assert torch.equal(found[name], tensor), name
+        else:
+            assert torch.equal(found[name] == 0, tensor == 0), name
+            torch.testing.assert_close(found[name], tensor, rtol=0.1, atol=0.02)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "16:32", "0.5"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method(tmp_path: Path, model: Path, text: Path, method: str, pattern: str) -> None:
-    check_same(model, tmp_path, text, method=method, pattern=pattern)
+def test_every_method(tmp_path: Path, model: Path, text: Path, method: str) -> None:
+    for pattern in ("2:4", "0.5"):
+        check_same(model, tmp_path / pattern.replace(":", "of"), text, method=method, pattern=pattern)
 
 
 STEPS = [(kind, name) for kind, registry in KINDS.items() for name in registry]
@@ -65,7 +73,7 @@ STEPS = [(kind, name) for kind, registry in KINDS.items() for name in registry]
 @pytest.mark.parametrize(("kind", "name"), STEPS)
 def test_every_step(tmp_path: Path, model: Path, text: Path, kind: str, name: str) -> None:
     more = {"reconstruct": "exact"} if kind == "rescale" else {}
-    check_same(model, tmp_path, text, pattern="2:4", **{**more, kind: name})
+    check_same(model, tmp_path, text, bits=kind != "repair", **{**more, kind: name})
 
 
 @pytest.mark.parametrize("feed", ["dense", "pruned", "both"])
@@ -73,8 +81,8 @@ def test_every_feed(tmp_path: Path, model: Path, text: Path, feed: str) -> None:
     check_same(model, tmp_path, text, feed=feed, reconstruct="exact")
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_every_family_with_the_recipe_best(tmp_path: Path, text: Path, family: str) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt", "gpt_neox"])
+def test_families_of_other_shapes_with_the_recipe_best(tmp_path: Path, text: Path, family: str) -> None:
     made = make_pico(tmp_path / "m", CONFIGS[family])
     check_same(made, tmp_path, text, method=None, recipe="best")
 
@@ -87,6 +95,4 @@ def test_hidden_states_may_stay_on_the_device(
 
 
 def test_a_pattern_over_the_matrix_and_another_dtype_to_compute_in(tmp_path: Path, model: Path, text: Path) -> None:
-    from crepe_deploy.pattern import Unstructured
-
     check_same(model, tmp_path, text, pattern=Unstructured(0.5, "matrix"), dtype="float32", reconstruct="admm")
