@@ -162,7 +162,7 @@ FOLDERS: dict[str, dict[str, bytes]] = {
 def test_whatever_datasets_raises_about_a_folder_is_one_line(tmp_path: Path, kind: str) -> None:
     for name, data in FOLDERS[kind].items():
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(CalibrationError, match="could not be read: .") as caught:
+    with pytest.raises(CalibrationError, match=r"could not be read: .") as caught:
         load_text(tmp_path)
     assert "\n" not in str(caught.value)
 
