@@ -74,5 +74,5 @@ def evaluate(
         answers = zero_shot(folder, names, task_dir=local, limit=limit, against=reference)
     evaluation = Evaluation(str(model), quality, answers)
     if update_card:
-        measured.update_card(folder, evaluation.to_dict())
+        measured.update_card(Path(model), evaluation.to_dict())
     return evaluation
