@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .report.style import LIGHT, drawing
+from .report.style import LIGHT, drawing, log_axis
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "method": lambda row: str(row["method"]),
@@ -97,10 +97,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         colours = [LIGHT[0] if row["format"] == "packed" else "#8c959f" for row in rows]
         bars = axes.barh(names, values, color=colours)
         axes.bar_label(bars, [_beside(row, value) for row, value in zip(rows, values, strict=True)], padding=4)
-        axes.set_xscale("log")
-        axes.set_xlim(0.8, max(values) * (max(values) / 0.8) ** 0.6)
+        if max(values) > 20:
+            log_axis(axes)
+        axes.set_xlim(0 if max(values) <= 20 else 0.8, max(values) * (1.4 if max(values) <= 20 else 8))
+        axes.grid(visible=False)
         axes.set_xlabel(
-            "perplexity over dense, logarithmic (lower is better; 1 is no loss); blue: packed, smaller on disk"
+            "perplexity over dense (lower is better; 1 is no loss)\nin brackets: weight files; blue: packed"
         )
         axes.set_title(f"{result['model']}, half of the blocks' weights removed")
         axes.spines[["top", "right"]].set_visible(False)

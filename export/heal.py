@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..healing.config import HealConfig
 from ..healing.heal import heal
 from ..progress import Say, Show
@@ -42,13 +44,14 @@ class Healing:
     field: str
     show: Show
     say: Say
+    device: torch.device
 
     def __call__(self, folder: Path) -> dict[str, Any]:
         """Heal the pruned folder in its place; returns what its manifest says of that. Raises as `heal` does."""
         healed = folder.with_name(f"{folder.name}-healed")
         manifest = heal(
             folder, self.dense, healed, self.config, self.texts, self.field, resume=False, overwrite=False,
-            show=self.show, say=self.say, seal=partial(seal, folder),
+            show=self.show, say=self.say, seal=partial(seal, folder), device=self.device,
         )  # fmt: skip
         with disk_errors(folder):
             shutil.rmtree(folder)

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..device import CPU
 from ..errors import ParityError
 from ..pattern import Pattern
 from ..progress import Progress, part, silent
@@ -70,18 +73,20 @@ def prune_and_export(
     options: Mapping[str, str] | None = None,
     healing: Healing | None = None,
     base_model: str | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Prune `model` and write `out/FORMAT/` for each format and `out/report.json`; returns the report.
 
     options: as of `export_checkpoint`; each format is given those that it takes, and one that none of them takes is
-    refused. healing: what is done to the pruned checkpoint before it is exported. base_model: as of `run`. Raises what
-    `prune`, `heal` and `export_checkpoint` raise; what an export would refuse is refused before pruning.
+    refused. healing: what is done to the pruned checkpoint before it is exported. base_model: as of `run`. device: that
+    prunes. Raises what `prune`, `heal` and `export_checkpoint` raise; what an export would refuse is refused before
+    pruning.
     """
     exporters = check_exports(model, formats, options, config.pattern)
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
     with atomic_folder(out, overwrite=overwrite) as folder:
         pruned = folder / "pruned"
-        manifest = prune(model, pruned, config, calibration, step=step)
+        manifest = prune(model, pruned, config, calibration, step=step, device=device)
         healed = None if healing is None else healing(pruned)
         save_manifest(pruned, with_greedy(pruned, load_manifest(pruned)))  # once, for every format
         exports = {}

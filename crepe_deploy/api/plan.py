@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from crepe_deploy.device import described, resolve
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern
@@ -13,7 +14,7 @@ from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
 from .choices import Given, Target, choices_of, filled, packable
-from .inputs import Granularity, find_model, pattern_of
+from .inputs import Granularity, outlined, pattern_of
 
 # Per target: does it load, is it smaller, is it faster. Ratios are not repeated here: they depend on the machine.
 TARGETS: dict[str, str] = {
@@ -31,13 +32,15 @@ ADVICE = (
 class Plan(TypedDict):
     """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors.
 
-    chosen: what `prune-and-export` chooses of what was left out, by option.
+    device: that a run would compute on. chosen: what `prune-and-export` chooses of what was left out, by option.
+
     heal_memory_estimate_bytes: above the libraries, by the options of `heal` that save memory, where it was asked for.
     """
 
     model: str
     chosen: dict[str, Any]
     pattern: str
+    device: str
     prunable_tensors: int
     does_not_divide: list[str]
     not_packable: list[str]
@@ -55,23 +58,31 @@ class Plan(TypedDict):
 def plan(
     model: str | Path, *, target: Target | None = None, sparsity: Pattern | str | float | None = None,
     granularity: Granularity = "row", calib_samples: int | None = None, calib_length: int | None = None,
-    revision: str | None = None, heal: bool = False, say: Say | None = None,
+    device: str = "auto", revision: str | None = None, heal: bool = False, say: Say | None = None,
 ) -> Plan:  # fmt: skip
-    """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read.
+    """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read,
+    and of a GGUF file the header alone, which may be all that is there yet.
 
     What is left out is chosen as `prune_and_export` does where nothing else is given. heal: say what healing this
     folder, or what is pruned from it, will take too.
 
-    Raises PatternError, CheckpointError, UnsupportedModel, ConfigError (exit code 2).
+    Raises PatternError, CheckpointError, UnsupportedModel, ConfigError, MissingExtra (exit code 2).
     """
     if sparsity is not None:
         pattern_of(sparsity, granularity)
-    folder = find_model(model, revision, say).folder
-    decoder = Decoder(folder)
     given = Given(target, sparsity, granularity, calib_samples=calib_samples, calib_length=calib_length)
-    chosen = choices_of(given, decoder, say)
+    place = resolve(device)
+    with outlined(model, revision, say) as (folder, shown):
+        decoder = Decoder(folder)
+        result = _plan(decoder, given, choices_of(given, decoder, say), shown, described(place))
+        if heal:
+            result["heal_memory_estimate_bytes"] = heal_memory(folder)
+    return result
+
+
+def _plan(decoder: Decoder, given: Given, chosen: dict[str, Any], shown: str, device: str) -> Plan:
     options = filled(given.options, chosen)
-    pattern = pattern_of(options["sparsity"], granularity)
+    pattern = pattern_of(options["sparsity"], given.granularity)
     samples, length = options["calib_samples"], min(options["calib_length"], decoder.context_length)
     reader = decoder.reader
     linears = [spec for block in decoder.linears for spec in block]
@@ -82,10 +93,11 @@ def plan(
     unpackable = [spec.key for spec in prunable if not packable(spec, pattern)]
     packed = sum(packed_bytes(reader, spec, pattern) for spec in prunable if packable(spec, pattern))
     kept = sum(reader.info(key).size_bytes for key in unpackable)
-    result: Plan = {
-        "model": str(folder),
+    return {
+        "model": shown,
         "chosen": chosen,
         "pattern": str(pattern),
+        "device": device,
         "prunable_tensors": len(prunable),
         "does_not_divide": misfits,
         "not_packable": unpackable,
@@ -100,9 +112,6 @@ def plan(
         "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
         "advice": ADVICE,
     }
-    if heal:
-        result["heal_memory_estimate_bytes"] = heal_memory(folder)
-    return result
 
 
 def heal_memory(folder: Path) -> dict[str, int]:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from crepe_deploy.device import chosen as chosen_device
 from crepe_deploy.pattern import Pattern
-from crepe_deploy.progress import Progress, Say, parts, silent
+from crepe_deploy.progress import Progress, Say, parts, silent, unsaid
 from crepe_deploy.pruning.config import PruneConfig, prune_config
 from crepe_deploy.pruning.prune import prune as prune_checkpoint
 from crepe_deploy.store.folders import check_output
@@ -29,8 +30,8 @@ def prune(
     reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
     calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
-    dtype: str = "auto", revision: str | None = None, overwrite: bool = False, progress: Progress | None = None,
-    say: Say | None = None,
+    dtype: str = "auto", device: str = "auto", revision: str | None = None, overwrite: bool = False,
+    progress: Progress | None = None, say: Say | None = None,
 ) -> Manifest:  # fmt: skip
     """Prune the linear layers of `model` into the Hugging Face folder `out`, and return its manifest.
 
@@ -47,6 +48,7 @@ def prune(
     documents, or token ids, an integer tensor (samples, length). calib_samples, calib_length: windows drawn, and
     tokens in each, clipped to the model's context.
     include, exclude: regular expressions searched in tensor names. dtype: to compute in, "auto" is the checkpoint's.
+    device: to compute on, "cpu", "cuda", "cuda:N", or "auto": the first GPU that torch sees, else the CPU.
     progress: told pieces of work done and in all. say: told what is fetched or converted.
     Raises ConfigError, PatternError, CheckpointError, UnsupportedModel, CalibrationError, OutputError, MissingExtra
     (exit code 2) before any work that could be spared; NumericalError, VerifyError, ParityError, DiskFullError (1).
@@ -58,10 +60,13 @@ def prune(
         "include": include, "exclude": exclude, "dtype": dtype,
     }  # fmt: skip
     left = Given(target, sparsity, granularity, calib is not None, calib_samples, calib_length, exports=False)
+    place = chosen_device(device, say or unsaid)
     source, config, options = _resolved(model, revision, asked, left, say)
     check_output(Path(out), overwrite=overwrite, inputs=(source.folder,))
     windows = _windows(config, source, calib, calib_field, options, seed, say, progress)
-    return prune_checkpoint(source, Path(out), config, windows, overwrite=overwrite, step=progress or silent)
+    return prune_checkpoint(
+        source, Path(out), config, windows, overwrite=overwrite, step=progress or silent, device=place
+    )
 
 
 def prune_and_export(
@@ -73,8 +78,8 @@ def prune_and_export(
     reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
     calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
-    dtype: str = "auto", heal: float | None = None, base_model: str | None = None, revision: str | None = None,
-    overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
+    dtype: str = "auto", device: str = "auto", heal: float | None = None, base_model: str | None = None,
+    revision: str | None = None, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune `model` and write OUT/FORMAT/ for each format; returns the report that is OUT/report.json.
 
@@ -97,15 +102,16 @@ def prune_and_export(
         "include": include, "exclude": exclude, "dtype": dtype,
     }  # fmt: skip
     left = Given(target, sparsity, granularity, calib is not None, calib_samples, calib_length, format)
+    place = chosen_device(device, say or unsaid)
     source, config, options = _resolved(model, revision, asked, left, say)
-    healing = healing_of(source, heal, calib, calib_field, seed, parts(progress), say)
+    healing = healing_of(source, heal, calib, calib_field, seed, parts(progress), say, place)
     formats, export = formats or _names(options["format"]), export_options(onnx_flavor, precision, quantise)
     check_exports(source, formats, export, config.pattern)
     check_output(Path(out), overwrite=overwrite, inputs=(source.folder,))
     windows = _windows(config, source, calib, calib_field, options, seed, say, progress)
     return run(
         source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
-        options=export, healing=healing, base_model=base_model,
+        options=export, healing=healing, base_model=base_model, device=place,
     )  # fmt: skip
 
 

@@ -106,6 +106,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 base_model_option = click.option(
     "--base-model", default=None, metavar="OWNER/NAME", help="Hub id of the parent, for the model card."
 )
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
+    help="To compute on; auto: the first GPU that torch sees, else the CPU.",
+)  # fmt: skip
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
 revision_option = click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
@@ -213,6 +217,7 @@ prune_options = options(
     click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense."),
     click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes,
                  help="To compute in: auto, bfloat16, float16, float32."),
+    device_option,
     revision_option,
     overwrite_option,
     json_option,

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import NumericalError, VerifyError
 from crepe_deploy.model.decoder import Head
 from crepe_deploy.model.proof import check_parity
@@ -66,14 +67,16 @@ def prune(
     *,
     overwrite: bool = False,
     step: Progress = silent,
+    device: torch.device = CPU,
 ) -> Manifest:
     """Prune `model` into the checkpoint folder `out`, which appears whole and verified or not at all.
 
     calibration: needed by methods with statistics. step: told of weights read and pruned, many times in each block.
+    device: that computes; weights come to it block by block, and go back to be written.
     Returns the manifest that was written. Raises InputError before any work that could be spared,
     NumericalError, DiskFullError, VerifyError, ParityError.
     """
-    plan, phases = plan_run(model, out, config, calibration, overwrite=overwrite), Phases()
+    plan, phases = plan_run(model, out, config, calibration, overwrite=overwrite, device=device), Phases()
     meter = RunMeter(plan, part(step, f"pruning to {config.pattern}, {config.title}"))
     with atomic_folder(out, overwrite=overwrite) as folder:
         with phases("embed"):
@@ -126,7 +129,7 @@ def _prune_into(folder: Path, plan: RunPlan, streams: Streams, meter: RunMeter) 
                 result = prune_block(plan, index, streams, weights, meter)
                 with phases("write"):
                     for name, tensor in weights.items():
-                        writer.write(name, tensor)
+                        writer.write(name, tensor.cpu())
             layers |= result.layers
             repaired += [] if result.repaired is None else [result.repaired]
             phases.add(result.seconds)
@@ -135,7 +138,7 @@ def _prune_into(folder: Path, plan: RunPlan, streams: Streams, meter: RunMeter) 
             with phases("rescale"):
                 rescaled = _rescale(plan, streams, head)
             with phases("verify"):
-                logits = head(plan.probe, streams.probe.hidden[0]).float()
+                logits = head(plan.probe, streams.probe.hidden[0]).float().cpu()
             if not logits.isfinite().all():
                 raise NumericalError(
                     "the pruned model's logits are not finite on the calibration text: activations overflow the dtype "
@@ -143,7 +146,7 @@ def _prune_into(folder: Path, plan: RunPlan, streams: Streams, meter: RunMeter) 
                 )
             with phases("write"):
                 for name in writer.pending:
-                    writer.write(name, head.weights[name] if name in head.weights else decoder.reader.load(name))
+                    writer.write(name, head.weights[name].cpu() if name in head.weights else decoder.reader.load(name))
     return Pruned(layers, repaired, logits, rescaled, phases.seconds)
 
 
@@ -175,7 +178,7 @@ def _prove(folder: Path, plan: RunPlan, pruned: Pruned) -> tuple[dict[str, int],
             if zeros[key] != pruned.layers[key].zeros:
                 raise VerifyError(f"{key}: {zeros[key]} zeros were written of {pruned.layers[key].zeros}")
 
-    parity = check_parity(folder, plan.config.dtype, plan.probe, pruned.logits, count)
+    parity = check_parity(folder, plan.config.dtype, plan.probe, pruned.logits, count, plan.decoder.device)
     return zeros, parity
 
 
