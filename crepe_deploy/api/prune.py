@@ -54,6 +54,8 @@ def prune(
     (exit code 2) before any work that could be spared; NumericalError, VerifyError, ParityError, DiskFullError (1).
     Source of each method: docs/methods.md, docs/crepe.md.
     """
+    from crepe_deploy.exporting.prune import seal
+
     asked = {
         "method": method, "preset": preset, "params": params, "recipe": recipe, "feed": feed, "allocate": allocate,
         "permute": permute, "reprune": reprune, "reconstruct": reconstruct, "repair": repair, "rescale": rescale,
@@ -65,7 +67,7 @@ def prune(
     check_output(Path(out), overwrite=overwrite, inputs=(source.folder,))
     windows = _windows(config, source, calib, calib_field, options, seed, say, progress)
     return prune_checkpoint(
-        source, Path(out), config, windows, overwrite=overwrite, step=progress or silent, device=place
+        source, Path(out), config, windows, overwrite=overwrite, step=progress or silent, device=place, seal=seal
     )
 
 

@@ -13,7 +13,7 @@ output  walk        embeddings, blocks, head, from the disk: logits against memo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,15 @@ class Pruned:
     seconds: dict[str, float]
 
 
+Seal = Callable[[Path, Manifest], Manifest]  # what the core cannot do: a model card beside the manifest
+
+
+def saved(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest, saved in `folder`."""
+    save_manifest(folder, manifest)
+    return manifest
+
+
 def prune(
     model: Model,
     out: Path,
@@ -68,11 +77,12 @@ def prune(
     overwrite: bool = False,
     step: Progress = silent,
     device: torch.device = CPU,
+    seal: Seal = saved,
 ) -> Manifest:
     """Prune `model` into the checkpoint folder `out`, which appears whole and verified or not at all.
 
     calibration: needed by methods with statistics. step: told of weights read and pruned, many times in each block.
-    device: that computes; weights come to it block by block, and go back to be written.
+    device: that computes; weights come to it block by block, and go back to be written. seal: saves the manifest.
     Returns the manifest that was written. Raises InputError before any work that could be spared,
     NumericalError, DiskFullError, VerifyError, ParityError.
     """
@@ -107,8 +117,7 @@ def prune(
             files=files,
             parent=parent,
         )
-        save_manifest(folder, manifest)
-    return manifest
+        return seal(folder, manifest)
 
 
 def _allocated(plan: RunPlan, streams: Streams, step: Progress) -> dict[str, Pattern]:
