@@ -259,7 +259,7 @@ def main(
     """Prune a model weakly and well, heal, pack and serve it, and say what each costs and keeps."""
     own = [path for path in (model, calib, text) if path is not None]
     if len(own) == 3:
-        settings = Settings(own[0].name, *own)
+        settings = Settings(own[0].name, own[0], own[1], own[2])
     elif own:
         raise click.UsageError("--model, --calib and --text go together")
     else:

@@ -28,8 +28,8 @@ from .inputs import Granularity, pattern_of
 Target = Literal["auto", "cpu", "gpu"]
 RECIPE: Final = "best"
 PATTERNS: Final = {"cpu": ("16:32", "8:16", "4:8", "2:4"), "gpu": ("2:4",)}  # best first; the first that fits is taken
-OWN_TEXT: Final = {"calib_samples": 64, "calib_length": 512}  # what was measured (docs/quality-own-text.md)
-FIXED: Final = {"sparsity": "2:4", "calib_samples": 128, "calib_length": 2048, "format": "dense"}
+OWN_TEXT: Final[dict[str, int]] = {"calib_samples": 64, "calib_length": 512}  # windows that it writes itself
+FIXED: Final[dict[str, Any]] = {"sparsity": "2:4", "calib_samples": 128, "calib_length": 2048, "format": "dense"}
 OWN_DOMAIN: Final = "text of your own domain is better: --calib FILE"
 HINT: Final = (
     "the method is crepe, for none is named and the rest is given: --recipe best fits the kept weights too and keeps "
