@@ -27,7 +27,7 @@ def check_parity(
 
     look: as in `walk_logits`.
     """
-    written = walk_logits(Decoder(folder, dtype), probe_tokens, look)
+    written = walk_logits(Decoder(folder, dtype, experts=True), probe_tokens, look)
     difference = float((written - expected).abs().max())
     scale = max(1.0, float(expected.abs().max()))
     if not difference <= PARITY_TOLERANCE * scale:
