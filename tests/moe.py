@@ -32,6 +32,10 @@ LAYOUTS: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "olmoe": (tf.OlmoeConfig, {"num_experts": 8}),
     "glm4_moe": (tf.Glm4MoeConfig, {**_SHARED, "head_dim": 16, "n_group": 1, "topk_group": 1}),
     "deepseek_v3": (tf.DeepseekV3Config, {**_SHARED, **_LATENT, "n_group": 2, "topk_group": 1}),
+    "glm4_moe-raw": (
+        tf.Glm4MoeConfig,
+        {**_SHARED, "head_dim": 16, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+    ),
     "gpt_oss": (
         tf.GptOssConfig,
         {"num_local_experts": 8, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},

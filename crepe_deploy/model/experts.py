@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+Spread = Literal["chosen", "all", "nobody"]
 COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")  # spellings in config.json
 
 
@@ -19,8 +20,10 @@ class Experts:
     `module`, which lie below one another in it; {} is the expert's number. Files may as well hold the parameter
     itself, all experts fused, and of some families they always do.
     per_expert: of the router, what has a row for each expert. correction: its bias that only chooses, in float32.
-    renormalised: whether the weights of the chosen experts are made to sum to one, or the field of the configuration
-    that says so. groups: the field with the number of groups that a token chooses of first, and of those chosen.
+    softmax: whether a router's weights are shares of one among all experts; else each is its own expert's.
+    renormalised: whether the weights of the chosen experts are made to sum to a constant, or the field of the
+    configuration that says so. groups: the fields with the number of groups that a token chooses of first, and of
+    those chosen.
     """
 
     module: str = "mlp.experts"
@@ -34,12 +37,14 @@ class Experts:
     )
     per_expert: tuple[str, ...] = ("weight",)
     correction: str = ""
+    softmax: bool = True
     renormalised: bool | str = "norm_topk_prob"
     groups: tuple[str, str] | None = None
 
-    def renormalises(self, config: Any) -> bool:
-        """Whether the weights of the chosen experts sum to a constant in models of this configuration."""
-        return bool(getattr(config, self.renormalised) if isinstance(self.renormalised, str) else self.renormalised)
+    def spread(self, config: Any) -> Spread:
+        """Whose router weights grow when a chosen expert is gone, in models of this configuration."""
+        renormalised = getattr(config, self.renormalised) if isinstance(self.renormalised, str) else self.renormalised
+        return "chosen" if renormalised else "all" if self.softmax else "nobody"
 
     def grouping(self, config: Any) -> tuple[int, int]:
         """The number of groups of experts, and how many of them a token chooses."""
@@ -63,6 +68,7 @@ QWEN: Final = Experts()
 CORRECTED: Final = Experts(
     per_expert=("weight", "e_score_correction_bias"),
     correction="e_score_correction_bias",
+    softmax=False,
     groups=("n_group", "topk_group"),
 )
 GPT_OSS: Final = Experts(router="mlp.router", stored={}, per_expert=("weight", "bias"), renormalised=True)

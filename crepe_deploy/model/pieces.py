@@ -16,11 +16,13 @@ from .experts import Experts
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the files, by name, its shape, and where it lies in the parameter; () is the whole."""
+    """A tensor of the files, by name, and its shape. Where it is not the whole parameter: whose it is, and its rows
+    there from `first_row` on."""
 
     key: str
     shape: tuple[int, ...]
-    place: tuple[int | slice, ...] = ()
+    expert: int | None = None
+    first_row: int = 0
 
 
 def expert_pieces(reader: CheckpointReader, experts: Experts, name: str, shape: tuple[int, ...]) -> list[Piece]:
@@ -37,7 +39,7 @@ def expert_pieces(reader: CheckpointReader, experts: Experts, name: str, shape: 
     if (more := f"{holder}.{templates[0].format(shape[0])}") in reader:
         raise CheckpointError(f"{reader.info(more).file}: tensor '{more}', and config.json says {shape[0]} experts")
     return [
-        Piece(f"{holder}.{template.format(expert)}", (rows, shape[2]), (expert, slice(part * rows, (part + 1) * rows)))
+        Piece(f"{holder}.{template.format(expert)}", (rows, shape[2]), expert, part * rows)
         for expert in range(shape[0])
         for part, template in enumerate(templates)
     ]
@@ -46,12 +48,12 @@ def expert_pieces(reader: CheckpointReader, experts: Experts, name: str, shape: 
 def assembled(pieces: list[Piece], shape: tuple[int, ...], load: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """The pieces by key, in one memory with the whole, which is under "". load: reads one; a copy at a time is held."""
     first = load(pieces[0].key)
-    if not pieces[0].place:
+    if pieces[0].expert is None:
         return {pieces[0].key: first, "": first}
     whole = torch.empty(shape, dtype=first.dtype)
     weights = {"": whole}
     for piece in pieces:
-        weights[piece.key] = whole[piece.place]
+        weights[piece.key] = whole[piece.expert, piece.first_row : piece.first_row + piece.shape[0]]
         weights[piece.key].copy_(first if piece is pieces[0] else load(piece.key))
     return weights
 

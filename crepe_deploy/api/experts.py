@@ -1,0 +1,45 @@
+"""`experts`: whole experts removed from a mixture-of-experts model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from crepe_deploy.errors import ConfigError
+from crepe_deploy.progress import Say, Show, hidden
+from crepe_deploy.routing.config import ExpertsConfig
+
+from .inputs import Calibration, check_base_model, find_model, windows_of
+
+
+def experts(
+    model: str | Path, out: str | Path, *, remove: float = 0.25, method: str = "reap", calib: Calibration | None = None,
+    calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
+    scores: str | Path | None = None, base_model: str | None = None, seed: int = 0, dtype: str = "auto",
+    revision: str | None = None, overwrite: bool = False, show: Show | None = None, say: Say | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Remove whole experts of every layer of `model`; OUT/dense/ is an ordinary checkpoint with fewer of them.
+
+    model, calib, calib_*, seed, dtype, revision: as in `prune`. remove: the share of each layer's experts, below 1, or
+    their number. method: "reap", "output-error", "frequency" or "random" (docs/experts.md). scores: the file
+    OUT/scores.safetensors of an earlier run on the same model, instead of `calib`: no text passes through the model,
+    whatever the share and the method. base_model: hub id of the parent, for the card. show: wraps a label for each
+    long step and yields its progress.
+    Returns the report that is written to OUT/report.json, the path `out` besides. Raises ConfigError, OutputError,
+    UnsupportedModel, CalibrationError, CheckpointError (exit code 2) before any work; NumericalError, ParityError,
+    DiskFullError (1).
+    """
+    from crepe_deploy.exporting.experts import remove_experts
+
+    check_base_model(base_model)
+    if (calib is None) == (scores is None):
+        raise ConfigError("experts are measured on text, --calib FILE_OR_DATASET, or were before: --scores FILE")
+    source = find_model(model, revision, say)
+    return remove_experts(
+        source, Path(out), ExpertsConfig(remove, method, seed, dtype),
+        None if calib is None else partial(
+            windows_of, source, calib, calib_field, calib_samples, calib_length, seed, say, show
+        ),
+        None if scores is None else Path(scores), overwrite=overwrite, show=show or hidden, base_model=base_model,
+    )  # fmt: skip
