@@ -84,7 +84,11 @@ def test_the_folder_is_the_model_with_experts_masked(tmp_path: Path, layout: str
 def test_a_layer_beyond_the_model_is_left_whole(tmp_path: Path) -> None:
     folder = make_moe(tmp_path / "moe", "deepseek_v3")
     weights = load_file(folder / "model.safetensors")
-    extra = {name.replace("layers.2.", "layers.3."): tensor.clone() for name, tensor in weights.items() if "layers.2." in name}
+    extra = {
+        name.replace("layers.2.", "layers.3."): tensor.clone()
+        for name, tensor in weights.items()
+        if "layers.2." in name
+    }
     save_file(weights | extra, folder / "model.safetensors", {"format": "pt"})
     report = removed(folder, tmp_path / "out", remove=4)
     assert report["experts"]["left_whole"] == [3]
@@ -94,13 +98,14 @@ def test_a_layer_beyond_the_model_is_left_whole(tmp_path: Path) -> None:
 
 
 def plant(folder: Path, useless: list[int]) -> None:
-    """Make experts of every layer compute next to nothing, and be routed to about as often as the others."""
+    """Make experts of every layer compute next to nothing, and the router, whose next choice then counts, shun them."""
     weights = load_file(folder / "model.safetensors")
     for name, tensor in weights.items():
         if any(f".experts.{expert}.down_proj." in name for expert in useless):
             tensor.mul_(1e-3)
-        if ".gate.e_score" in name or name.endswith(".gate.weight"):
-            tensor.mul_(0.1)
+        if ".gate.e_score" in name:
+            tensor.zero_()
+            tensor[useless] = -0.3
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
