@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from .errors import CalibrationError, MissingExtra
+from .errors import CalibrationError
+from .extras import require
 from .store.reading import DOCUMENT_BYTES, decode, open_file, parse_json
 
 SEPARATOR: Final = "\n\n"
@@ -158,8 +158,7 @@ def _field_of(row: Any, field: str, place: str) -> str:
 
 
 def _parquet_rows(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise MissingExtra("pyarrow", "eval", "reading a .parquet file")
+    require("reading a .parquet file", "pyarrow")
     import pyarrow
     import pyarrow.parquet
 
@@ -191,8 +190,7 @@ def parse_dataset_name(source: str, split: str) -> tuple[str, str | None, str]:
 
 def _load_dataset(source: str, field: str, split: str, max_chars: int) -> Text:
     name, config, split = parse_dataset_name(source, split)
-    if importlib.util.find_spec("datasets") is None:
-        raise MissingExtra("datasets", "eval", f"'{source}' is no file on this disk; reading it as a dataset")
+    require(f"'{source}' is no file on this disk; reading it as a dataset", "datasets")
     import httpx
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError

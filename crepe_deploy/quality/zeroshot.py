@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import importlib.metadata
-import importlib.util
 import io
 import sys
 import time
@@ -25,7 +24,8 @@ from typing import Any
 
 import torch
 
-from crepe_deploy.errors import CalibrationError, ConfigError, CrepeError, MissingExtra
+from crepe_deploy.errors import CalibrationError, ConfigError, CrepeError
+from crepe_deploy.extras import require
 from crepe_deploy.nearest import meant
 from crepe_deploy.store.reading import DOCUMENT_BYTES, decode, parse_json, read_bytes
 from crepe_deploy.store.stock import check_ids, third_party
@@ -109,8 +109,7 @@ def zero_shot(
     unreadable or wrong) and CheckpointError.
     """
     started = time.monotonic()
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtra("lm-eval", "eval", "zero-shot evaluation")
+    require("zero-shot evaluation", "lm_eval")
     if not tasks:
         raise ConfigError("no task is named")
     specs = [task if task_dir is None else _local_task(task_dir, task) for task in tasks]
