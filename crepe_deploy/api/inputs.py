@@ -12,12 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crepe_deploy.documents import SEPARATOR, Text
+from crepe_deploy.documents import SEPARATOR, Text, check_text
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.model.architecture import load_config
 from crepe_deploy.model.gguf_outline import gguf_outline
 from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
+from crepe_deploy.selftext import SELF
+from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.sources import Model, gguf_file, is_hub_id, require_pinned, resolve_model
 from crepe_deploy.store.stock import check_ids
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
@@ -56,6 +58,20 @@ def outlined(model: str | Path, revision: str | None, say: Say | None) -> Iterat
     require_pinned(revision, Model(file, "gguf", str(file), None, {}))
     with gguf_outline(file, say or unsaid) as folder:
         yield folder, str(file)
+
+
+def check_calibration(*given: Calibration | None) -> None:
+    """Refuse sources of text that show without reading that they have none. Raises CalibrationError, MissingExtra."""
+    for calib in given:
+        for source in calib.sources if isinstance(calib, Mixture) else [calib]:
+            if isinstance(source, str | Path) and source != SELF:
+                check_text(source)
+
+
+def check_place(out: str | Path, model: str | Path, *, overwrite: bool) -> None:
+    """Refuse an output folder before MODEL is fetched or converted. Raises OutputError."""
+    given = Path(model).expanduser()
+    check_output(Path(out), overwrite=overwrite, inputs=(given,) if given.exists() else ())
 
 
 def pattern_of(sparsity: Pattern | str | float, granularity: Granularity = "row") -> Pattern:
