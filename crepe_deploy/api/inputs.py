@@ -60,12 +60,17 @@ def outlined(model: str | Path, revision: str | None, say: Say | None) -> Iterat
         yield folder, str(file)
 
 
+def sources_of(calib: Calibration | None) -> list[str | Path]:
+    """Where text comes from that is not given as it is."""
+    several = calib.sources if isinstance(calib, Mixture) else [calib]
+    return [source for source in several if isinstance(source, str | Path)]
+
+
 def check_calibration(*given: Calibration | None) -> None:
     """Refuse sources of text that show without reading that they have none. Raises CalibrationError, MissingExtra."""
-    for calib in given:
-        for source in calib.sources if isinstance(calib, Mixture) else [calib]:
-            if isinstance(source, str | Path) and source != SELF:
-                check_text(source)
+    for source in (source for calib in given for source in sources_of(calib)):
+        if source != SELF:
+            check_text(source)
 
 
 def check_place(out: str | Path, model: str | Path, *, overwrite: bool) -> None:
@@ -111,6 +116,8 @@ def windows_of(
         return _varied(_as_given(calib, rows, seed))
     source = calib if isinstance(calib, str | Path) else _several(calib)
     context = int(getattr(config, "max_position_embeddings", None) or length)
+    if context < length:
+        (say or unsaid)(f"calibration windows are clipped to the model's context: {context} tokens instead of {length}")
     tokenizer = load_tokenizer(model.folder)
     windows = calibration_windows(
         source, tokenizer, samples, min(length, context), seed, field, say or unsaid, show or hidden

@@ -11,12 +11,25 @@ from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Progress, Say, parts, silent
 from crepe_deploy.pruning.config import PruneConfig, prune_config
 from crepe_deploy.pruning.prune import prune as prune_checkpoint
+from crepe_deploy.pruning.run_plan import check_run
+from crepe_deploy.selftext import SELF
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
-from .heal import healing_of
-from .inputs import Calibration, Granularity, check_base_model, export_options, find_model, pattern_of, windows_of
+from .heal import check_healing, healing_of
+from .inputs import (
+    Calibration,
+    Granularity,
+    check_base_model,
+    check_calibration,
+    check_place,
+    export_options,
+    find_model,
+    pattern_of,
+    sources_of,
+    windows_of,
+)
 
 
 def prune(
@@ -52,7 +65,11 @@ def prune(
         allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
+    check_calibration(calib)
+    check_place(out, model, overwrite=overwrite)
     source = find_model(model, revision, say)
+    if SELF in sources_of(calib):
+        check_run(source, Path(out), config, overwrite=overwrite)
     windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
     return prune_checkpoint(source, Path(out), config, windows, overwrite=overwrite, step=progress or silent)
 
@@ -79,22 +96,30 @@ def prune_and_export(
     disk), `seconds` by phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
     """
     from crepe_deploy.exporting.pipeline import prune_and_export as run
-    from crepe_deploy.exporting.registry import check_formats
+    from crepe_deploy.exporting.registry import build, check_formats
 
     check_base_model(base_model)
+    check_healing(heal, calib)
     formats = check_formats([name.strip() for name in format.split(",")] if isinstance(format, str) else list(format))
+    exporters = build(formats, export_options(onnx_flavor, precision, quantise))
     config = prune_config(
         method, pattern_of(sparsity, granularity), preset=preset, params=params, recipe=recipe, feed=feed,
         allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
+    check_calibration(calib)
+    check_place(out, model, overwrite=overwrite)
     source = find_model(model, revision, say)
+    for exporter in exporters:
+        exporter.check_pruning(source.folder, config.pattern)
+    healing = healing_of(source, heal, calib, calib_field, seed, parts(progress), say)
+    if SELF in sources_of(calib):
+        check_run(source, Path(out), config, overwrite=overwrite)
     windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
     return run(
         source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
         options=export_options(onnx_flavor, precision, quantise),
-        healing=healing_of(source, heal, calib, calib_field, seed, parts(progress), say),
-        base_model=base_model,
+        healing=healing, base_model=base_model,
     )  # fmt: skip
 
 
