@@ -21,7 +21,8 @@ from .options import (
     overwrite_option,
     prepare_libraries,
     print_result,
-    resumable,
+    resumable_folder,
+    resume_option,
     revision_option,
     say,
 )
@@ -89,7 +90,7 @@ tyr_options = options(
     click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes,
                  help="To compute in: auto, bfloat16, float16, float32."),
     revision_option,
-    click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run."),
+    resume_option,
     base_model_option,
     overwrite_option,
     json_option,
@@ -108,9 +109,8 @@ def tyr_command(out: Path, calib: tuple[str, ...], as_json: bool, **options: Any
     from crepe_deploy.api.inputs import Mixture
     from crepe_deploy.api.tyr import tyr
     from crepe_deploy.progress import progress
-    from crepe_deploy.store.work import JOURNAL, work_folder
 
-    with resumable(work_folder(out) / JOURNAL):
+    with resumable_folder(out):
         report = tyr(out=out, calib=Mixture(calib), show=progress, say=say, **options)
     print_result(report, as_json, lines(report))
 

@@ -129,7 +129,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = 
     Raises OutputError, DiskFullError.
     """
     partial = out.with_name(out.name + ".partial")
-    with Uninterrupted() as signals, _parents(out), Claim(out) as claim:
+    with Uninterrupted() as signals, parents(out), Claim(out) as claim:
         claim.recover()
         check_output(out, overwrite=overwrite, own=own)
         try:
@@ -287,7 +287,7 @@ def _sync(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _parents(out: Path) -> Iterator[None]:
+def parents(out: Path) -> Iterator[None]:
     """Inside, the folders above `out` exist; those made for it go again where they stayed empty."""
     missing = [parent for parent in out.absolute().parents if not parent.exists()]
     with disk_errors(out):
