@@ -16,8 +16,9 @@ from typing import Any, Final
 from crepe_deploy.errors import NumericalError, OutputError
 
 from .files import disk_errors
-from .folders import Claim, Uninterrupted, check_output, parents
+from .folders import Claim, check_output, parents
 from .journal import Journal, open_journal
+from .signals import Uninterrupted
 
 JOURNAL: Final = "journal.jsonl"
 OUTPUT: Final = "output"
