@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from crepe_deploy.errors import NumericalError, OutputError
+from crepe_deploy.errors import CheckpointError, NumericalError, OutputError
 
 from .files import disk_errors
 from .folders import Claim, check_output, parents
@@ -45,7 +45,7 @@ def unfinished(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrit
     """Yield what a run makes `out` in, as it was left with `resume`, else empty; whole at the end, it becomes `out`.
 
     identity: what must be equal for a run to go on. Where it does not come to its end, what has a finished piece stays;
-    but of a NumericalError, which would come again, nothing is left. Meanwhile nobody else writes `out`.
+    but of what is the model's own fault, and would come again, nothing is left. Meanwhile nobody else writes `out`.
     Raises OutputError and ConfigError as `open_journal` does, DiskFullError.
     """
     work = work_folder(out)
@@ -65,7 +65,7 @@ def unfinished(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrit
             with disk_errors(out):
                 claim.publish(folder)
         except BaseException as error:
-            if not len(journal) or isinstance(error, NumericalError):
+            if not len(journal) or isinstance(error, NumericalError | CheckpointError):
                 remove_work_folder(work)
             raise
         finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from crepe_deploy.errors import ConfigError, DiskFullError, NumericalError, OutputError, VerifyError
+from crepe_deploy.errors import CheckpointError, ConfigError, DiskFullError, NumericalError, OutputError, VerifyError
 from crepe_deploy.pruning import prune as pruning
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.layer import LayerResult
@@ -138,6 +138,7 @@ def test_what_a_stop_left_is_said_with_both_ways_on(
         (MemoryError(), True),
         (VerifyError("a defect, to be looked into"), True),
         (NumericalError("the same would come again"), False),
+        (CheckpointError("as would this"), False),
     ],
 )
 def test_what_would_come_again_leaves_nothing(
