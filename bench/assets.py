@@ -29,8 +29,9 @@ from pathlib import Path
 
 from ..errors import CheckpointError, CrepeError, MissingExtra
 from ..progress import Say
+from ..store.cache import PROVENANCE
 from ..store.files import write_text
-from ..store.gguf import PROVENANCE, convert_gguf
+from ..store.gguf import convert_gguf
 from ..store.manifest import sha256_file
 
 MODEL_NAME = "SmolLM2-135M-Instruct, dequantised Q4_1"

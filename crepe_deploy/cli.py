@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
+from .commands.cache import cache_command
 from .commands.doctor import doctor_command
 from .commands.evaluate import eval_command
 from .commands.export import export_command
@@ -60,6 +61,7 @@ for command in (
     eval_command,
     plan_command,
     doctor_command,
+    cache_command,
     inspect_command,
     verify_command,
     search_command,

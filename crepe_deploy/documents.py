@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Final
 
 from .errors import CalibrationError, MissingExtra
 from .store.reading import DOCUMENT_BYTES, decode, open_file, parse_json
+from .store.stock import third_party
 
 SEPARATOR: Final = "\n\n"
 DATASET_MAX_CHARS: Final = 50_000_000
@@ -193,20 +194,16 @@ def _load_dataset(source: str, field: str, split: str, max_chars: int) -> Text:
     name, config, split = parse_dataset_name(source, split)
     if importlib.util.find_spec("datasets") is None:
         raise MissingExtra("datasets", "eval", f"'{source}' is no file on this disk; reading it as a dataset")
-    import httpx
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    what = (
+        f"'{source}' is no file on this disk, and dataset '{name}' (config {config}, split {split}) could not be read"
+    )
+    if not name.strip("/"):
+        raise CalibrationError(f"{what}: that is the root of the file system")
+    with third_party(what, CalibrationError):
         rows = load_dataset(name, config, split=split, streaming=True)
         documents, truncated = _take(rows, field, source, max_chars)
-    except (OSError, ValueError, KeyError, DatasetsError, HfHubHTTPError, httpx.HTTPError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CalibrationError(
-            f"'{source}' is no file on this disk, and dataset '{name}' (config {config}, split {split}) could not be "
-            f"read: {reason}"
-        ) from error
     digest = hashlib.sha256(SEPARATOR.join(documents).encode()).hexdigest()
     return Text(source, documents, digest, truncated)
 

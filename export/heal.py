@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..healing.config import HealConfig
 from ..healing.heal import heal
 from ..progress import Say, Show
@@ -41,6 +43,7 @@ class Healing:
     field: str
     show: Show
     say: Say
+    device: torch.device
 
     def record(self) -> dict[str, Any]:
         """What decides what is made, for telling runs apart."""
@@ -56,6 +59,6 @@ class Healing:
             heal(
                 folder, self.dense, healed, self.config, self.texts, self.field,
                 resume=(work_folder(healed) / JOURNAL).exists(), overwrite=False, show=self.show, say=self.say,
-                seal=partial(seal, folder),
+                seal=partial(seal, folder), device=self.device,
             )  # fmt: skip
         return healed

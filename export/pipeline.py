@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..device import CPU
 from ..errors import CrepeError, ParityError
 from ..progress import Progress, part, silent
 from ..pruning.config import PruneConfig
@@ -72,19 +75,20 @@ def prune_and_export(
     options: Mapping[str, str] | None = None,
     healing: Healing | None = None,
     base_model: str | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Prune `model` and write `out/FORMAT/` for each format and `out/report.json`; returns the report.
 
     options: as of `export_checkpoint`; each format is given those that it takes, and one that none of them takes is
     refused. healing: what is done to the pruned checkpoint before it is exported. base_model: as of `run`. resume: go
     on with what a stopped run left in OUT.work: pruned blocks, steps of healing, whole formats; other formats may be
-    asked for. Raises what `prune`, `heal` and `export_checkpoint` raise; what an export would refuse is refused before
-    pruning.
+    asked for. device: that prunes. Raises what `prune`, `heal` and `export_checkpoint` raise; what an export would
+    refuse is refused before pruning.
     """
     exporters = build(formats, options)
     for exporter in exporters:
         exporter.check_pruning(model.folder, config.pattern)
-    plan = plan_run(model, out, config, calibration, overwrite=overwrite)
+    plan = plan_run(model, out, config, calibration, overwrite=overwrite, device=device)
     origin = describe_origin(model, plan, calibration)
     identity = origin.identity() | {"what": "pruning for export", "healing": healing and healing.record()}
     with unfinished(out, identity, resume=resume, overwrite=overwrite) as work:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +15,10 @@ from torch import Tensor
 from crepe_deploy.documents import SEPARATOR, Text
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.model.architecture import load_config
+from crepe_deploy.model.gguf_outline import gguf_outline
 from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
-from crepe_deploy.store.sources import Model, is_hub_id, require_pinned, resolve_model
+from crepe_deploy.store.sources import Model, gguf_file, is_hub_id, require_pinned, resolve_model
 from crepe_deploy.store.stock import check_ids
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
 
@@ -38,6 +40,22 @@ def find_model(model: str | Path, revision: str | None = None, say: Say | None =
     source = resolve_model(str(model), revision, say or unsaid)
     require_pinned(revision, source)
     return source
+
+
+@contextmanager
+def outlined(model: str | Path, revision: str | None, say: Say | None) -> Iterator[tuple[Path, str]]:
+    """A folder that says what a model is, and where that comes from: of a GGUF file its header alone, outlined.
+
+    Raises CheckpointError, ConfigError, UnsupportedModel, MissingExtra.
+    """
+    file = gguf_file(str(model))
+    if file is None:
+        folder = find_model(model, revision, say).folder
+        yield folder, str(folder)
+        return
+    require_pinned(revision, Model(file, "gguf", str(file), None, {}))
+    with gguf_outline(file, say or unsaid) as folder:
+        yield folder, str(file)
 
 
 def pattern_of(sparsity: Pattern | str | float, granularity: Granularity = "row") -> Pattern:

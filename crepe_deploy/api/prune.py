@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crepe_deploy.device import chosen
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.pattern import Pattern
-from crepe_deploy.progress import Progress, Say, parts, silent
+from crepe_deploy.progress import Progress, Say, parts, silent, unsaid
 from crepe_deploy.pruning.config import PruneConfig, prune_config
 from crepe_deploy.pruning.prune import prune as prune_checkpoint
 from crepe_deploy.store.manifest import Manifest
@@ -27,7 +28,8 @@ def prune(
     rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
     seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
-    revision: str | None = None, resume: bool = False, overwrite: bool = False, progress: Progress | None = None,
+    device: str = "auto", revision: str | None = None, resume: bool = False, overwrite: bool = False,
+    progress: Progress | None = None,
     say: Say | None = None,
 ) -> Manifest:  # fmt: skip
     """Prune the linear layers of `model` into the Hugging Face folder `out`, and return its manifest.
@@ -43,6 +45,7 @@ def prune(
     documents, or token ids, an integer tensor (samples, length). calib_samples, calib_length: windows drawn, and
     tokens in each, clipped to the model's context.
     include, exclude: regular expressions searched in tensor names. dtype: to compute in, "auto" is the checkpoint's.
+    device: to compute on, "cpu", "cuda", "cuda:N", or "auto": the first GPU that torch sees, else the CPU.
     resume: go on with OUT.work, which a stopped run leaves: the same bytes, at most one block is pruned again; on the
     command line that is exit code 75. progress: told pieces of work done and in all. say: told what is fetched or
     converted.
@@ -55,10 +58,11 @@ def prune(
         allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
+    place = chosen(device, say or unsaid)
     source = find_model(model, revision, say)
     windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
     return prune_checkpoint(
-        source, Path(out), config, windows, resume=resume, overwrite=overwrite, step=progress or silent
+        source, Path(out), config, windows, resume=resume, overwrite=overwrite, step=progress or silent, device=place
     )
 
 
@@ -70,7 +74,7 @@ def prune_and_export(
     allocate: str | None = None, permute: str | None = None, reprune: str | None = None,
     reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
-    seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
+    seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto", device: str = "auto",
     heal: float | None = None, base_model: str | None = None, revision: str | None = None, resume: bool = False,
     overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -94,13 +98,14 @@ def prune_and_export(
         allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
+    place = chosen(device, say or unsaid)
     source = find_model(model, revision, say)
     windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
     return run(
         source, Path(out), config, windows, formats=formats, resume=resume, overwrite=overwrite,
         step=progress or silent, options=export_options(onnx_flavor, precision, quantise),
-        healing=healing_of(source, heal, calib, calib_field, seed, parts(progress), say),
-        base_model=base_model,
+        healing=healing_of(source, heal, calib, calib_field, seed, parts(progress), say, place),
+        base_model=base_model, device=place,
     )  # fmt: skip
 
 

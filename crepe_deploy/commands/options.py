@@ -110,6 +110,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 base_model_option = click.option(
     "--base-model", default=None, metavar="OWNER/NAME", help="Hub id of the parent, for the model card."
 )
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
+    help="To compute on; auto: the first GPU that torch sees, else the CPU.",
+)  # fmt: skip
 resume_option = click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
@@ -204,6 +208,7 @@ prune_options = options(
     click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense."),
     click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes,
                  help="To compute in: auto, bfloat16, float16, float32."),
+    device_option,
     revision_option,
     resume_option,
     overwrite_option,

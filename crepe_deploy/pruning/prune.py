@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import NumericalError, VerifyError
 from crepe_deploy.model.decoder import Head
 from crepe_deploy.model.proof import check_parity
@@ -72,15 +73,17 @@ def prune(
     resume: bool = False,
     overwrite: bool = False,
     step: Progress = silent,
+    device: torch.device = CPU,
 ) -> Manifest:
     """Prune `model` into the checkpoint folder `out`, which appears whole and verified or not at all.
 
     calibration: needed by methods with statistics. step: told of weights read and pruned, many times in each block.
-    resume: go on with what a stopped run left in OUT.work: at most one block is pruned again.
+    resume: go on with what a stopped run left in OUT.work: at most one block is pruned again. device: that computes;
+    weights come to it block by block, and go back to be written.
     Returns the manifest that was written. Raises InputError before any work that could be spared,
     NumericalError, DiskFullError, VerifyError, ParityError.
     """
-    plan = plan_run(model, out, config, calibration, overwrite=overwrite)
+    plan = plan_run(model, out, config, calibration, overwrite=overwrite, device=device)
     origin = describe_origin(model, plan, calibration)
     with unfinished(out, origin.identity(), resume=resume, overwrite=overwrite) as run:
         return prune_into(run.folder, run.journal, plan, origin, step)
@@ -88,25 +91,26 @@ def prune(
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a pruned checkpoint comes from: the model as it lies there, hashed, the options and the text."""
+    """Where a pruned checkpoint comes from: the model as it lies there, hashed, the options, the text, the device."""
 
     folder: Path
     source: Source
     config: dict[str, Any]
     calibration: dict[str, Any] | None
+    device: str
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a stopped run to go on with the same bytes."""
         return {
             "what": "pruning", "source": self.source.model_dump(mode="json"), "config": self.config,
-            "calibration": self.calibration, "versions": versions(),
+            "calibration": self.calibration, "device": self.device, "versions": versions(),
         }  # fmt: skip
 
 
 def describe_origin(model: Model, plan: RunPlan, calibration: CalibrationSet | None) -> Origin:
     """Read every file of the model once."""
     read = calibration.record() if calibration is not None and plan.config.needs_text else None
-    return Origin(model.folder, describe_source(model), plan.config.record(), read)
+    return Origin(model.folder, describe_source(model), plan.config.record(), read, plan.decoder.device.type)
 
 
 def prune_into(folder: Path, journal: Journal, plan: RunPlan, origin: Origin, step: Progress) -> Manifest:
@@ -175,7 +179,7 @@ def _write(folder: Path, journal: Journal, plan: RunPlan, streams: Streams, mete
                     result = prune_block(plan, index, streams, weights, meter)
                     with phases("write"):
                         for name, tensor in weights.items():
-                            writer.write(name, tensor)
+                            writer.write(name, tensor.cpu())
                         note(journal, index, result, {name: writer.fingerprints[name] for name in weights})
             layers |= result.layers
             repaired += [] if result.repaired is None else [result.repaired]
@@ -185,7 +189,7 @@ def _write(folder: Path, journal: Journal, plan: RunPlan, streams: Streams, mete
             with phases("rescale"):
                 rescaled = _rescale(plan, streams, head)
             with phases("verify"):
-                logits = head(plan.probe, streams.probe.hidden[0]).float()
+                logits = head(plan.probe, streams.probe.hidden[0]).float().cpu()
             if not logits.isfinite().all():
                 raise NumericalError(
                     "the pruned model's logits are not finite on the calibration text: activations overflow the dtype "
@@ -193,7 +197,7 @@ def _write(folder: Path, journal: Journal, plan: RunPlan, streams: Streams, mete
                 )
             with phases("write"):
                 for name in writer.pending:
-                    writer.write(name, head.weights[name] if name in head.weights else decoder.reader.load(name))
+                    writer.write(name, head.weights[name].cpu() if name in head.weights else decoder.reader.load(name))
     return Pruned(layers, repaired, logits, rescaled, phases.seconds)
 
 
@@ -233,7 +237,7 @@ def _prove(folder: Path, plan: RunPlan, pruned: Pruned) -> tuple[dict[str, int],
             if zeros[key] != pruned.layers[key].zeros:
                 raise VerifyError(f"{key}: {zeros[key]} zeros were written of {pruned.layers[key].zeros}")
 
-    parity = check_parity(folder, plan.config.dtype, plan.probe, pruned.logits, count)
+    parity = check_parity(folder, plan.config.dtype, plan.probe, pruned.logits, count, plan.decoder.device)
     return zeros, parity
 
 

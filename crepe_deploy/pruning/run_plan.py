@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
@@ -49,12 +50,13 @@ class RunPlan:
 
 
 def plan_run(
-    model: Model, out: Path, config: PruneConfig, calibration: CalibrationSet | None, *, overwrite: bool
-) -> RunPlan:
-    """Check everything that can be refused. Raises InputError, DiskFullError."""
+    model: Model, out: Path, config: PruneConfig, calibration: CalibrationSet | None, *, overwrite: bool,
+    device: torch.device = CPU,
+) -> RunPlan:  # fmt: skip
+    """Check everything that can be refused; device: that the run computes on. Raises InputError, DiskFullError."""
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
     companions_of(model.folder)
-    decoder = Decoder(model.folder, config.dtype)
+    decoder = Decoder(model.folder, config.dtype, device)
     targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
     said = limits(decoder, targets, config)
     tokens = _calibration_tokens(decoder, config, calibration)

@@ -177,7 +177,8 @@ class Gguf(Exporter[GgufPlan]):
             "parity": _parity(plan, entries, exact=exact),
         }
         greedy = {"greedy": greedy_of(plan.decoder.reader.root, plan.source.manifest, tick)} if exact else {}
-        tensors = {key: old.recounted(zeros[key]) for key, old in plan.source.manifest.tensors.items()}
+        pruned, reader = plan.source.manifest.tensors, plan.decoder.reader
+        tensors = {key: old.recounted(key, zeros[key], reader.info(key).shape) for key, old in pruned.items()}
         return replace(written, metrics={"gguf": record, **greedy}, tensors=tensors)
 
     def size(self, plan: GgufPlan, folder: Path) -> Mapping[str, Any]:

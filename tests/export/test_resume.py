@@ -11,6 +11,7 @@ from crepe_deploy.exporting import pipeline
 from crepe_deploy.exporting.heal import Healing
 
 from crepe_deploy.api.prune import prune_and_export
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import ConfigError, OutputError
 from crepe_deploy.healing.config import HealConfig
 from crepe_deploy.healing.train import Trainer
@@ -115,7 +116,7 @@ def test_healing_goes_on_where_it_was_stopped(
     source, config = resolve_model(str(model)), prune_config("wanda")
     windows = calibration_windows(text, load_tokenizer(model), samples=4, length=32)
     budget = HealConfig(steps=6, learning_rate=1e-3, window=32, batch_tokens=128)
-    healing = Healing(source, budget, [text], "text", hidden, unsaid)
+    healing = Healing(source, budget, [text], "text", hidden, unsaid, CPU)
 
     def export(out: Path, resume: bool = False) -> dict[str, Any]:
         return pipeline.prune_and_export(source, out, config, windows, healing=healing, resume=resume)

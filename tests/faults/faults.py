@@ -48,7 +48,7 @@ SCENARIOS: Final = {
     "prune gguf": Scenario(("prune",), "model.gguf", resumes=True),
     "search": Scenario(STOPPED["stopped-search"], resumes=True),
     "tyr": Scenario(STOPPED["stopped-tyr"], resumes=True),
-    "report": Scenario(("report", "RUN", "--out", "out"), "run.json"),
+    "report": Scenario(("report", "RUN", "--out", "out"), "charts.json"),
     "gate": Scenario(("gate", "RUN", "RUN", "--max-slowdown", "1", "--markdown", "gate.md", "--junit", "gate.xml"),
                      "run.json"),
     "export onnx": Scenario(("export", "IN", "--out", "out", "--format", "onnx"), "pruned"),
