@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from crepe_deploy.device import described, resolve
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern, Unstructured
@@ -30,11 +31,14 @@ ADVICE = (
 class Plan(TypedDict):
     """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors.
 
+    device: that a run would compute on.
+
     heal_memory_estimate_bytes: above the libraries, by the options of `heal` that save memory, where it was asked for.
     """
 
     model: str
     pattern: str
+    device: str
     prunable_tensors: int
     does_not_divide: list[str]
     not_packable: list[str]
@@ -51,8 +55,8 @@ class Plan(TypedDict):
 
 def plan(
     model: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
-    calib_samples: int = 128, calib_length: int = 2048, revision: str | None = None, heal: bool = False,
-    say: Say | None = None,
+    calib_samples: int = 128, calib_length: int = 2048, device: str = "auto", revision: str | None = None,
+    heal: bool = False, say: Say | None = None,
 ) -> Plan:  # fmt: skip
     """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read,
     and of a GGUF file the header alone, which may be all that is there yet.
@@ -61,16 +65,18 @@ def plan(
 
     Raises PatternError, CheckpointError, UnsupportedModel, ConfigError, MissingExtra (exit code 2).
     """
-    pattern = pattern_of(sparsity, granularity)
+    pattern, place = pattern_of(sparsity, granularity), resolve(device)
     with outlined(model, revision, say) as (folder, shown):
-        result = _plan(folder, pattern, calib_samples, calib_length, say or unsaid)
+        result = _plan(folder, pattern, calib_samples, calib_length, described(place), say or unsaid)
         result["model"] = shown
         if heal:
             result["heal_memory_estimate_bytes"] = heal_memory(folder)
     return result
 
 
-def _plan(folder: Path, pattern: Pattern, calib_samples: int, calib_length: int, say: Say) -> Plan:
+def _plan(
+    folder: Path, pattern: Pattern, calib_samples: int, calib_length: int, device: str, say: Say
+) -> Plan:  # fmt: skip
     decoder = Decoder(folder)
     if (context := decoder.context_length) < calib_length:
         say(f"calibration windows would be clipped to the model's context: {context} tokens instead of {calib_length}")
@@ -87,6 +93,7 @@ def _plan(folder: Path, pattern: Pattern, calib_samples: int, calib_length: int,
     return {
         "model": str(folder),
         "pattern": str(pattern),
+        "device": device,
         "prunable_tensors": len(prunable),
         "does_not_divide": misfits,
         "not_packable": unpackable,

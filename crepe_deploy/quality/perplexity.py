@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crepe_deploy.device import CPU
 from crepe_deploy.documents import Text
 from crepe_deploy.errors import CheckpointError, ConfigError, NumericalError, UnsupportedModel
 from crepe_deploy.limits import check_seed
@@ -139,7 +140,7 @@ def evaluate(
     bos: str = "auto",
     against: Path | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: torch.device = CPU,
     progress: Progress | None = None,
     say: Say = unsaid,
 ) -> QualityReport:
@@ -147,9 +148,9 @@ def evaluate(
 
     The text is tokenised once, as far as `max_tokens` needs; `window` is clipped to the models' contexts, `stride`
     defaults to the window. dtype "auto" is each checkpoint's own. bos "auto": "window" for Gemma, "start" where the
-    tokenizer itself puts one, else "none". device "auto": CUDA where there is one. `seed` is the bootstrap's. Both
-    models are in memory together; logits go to float32 a few rows at a time. `progress` is told windows done and in
-    all; `say` what was chosen in silence: a clipped window, too few windows.
+    tokenizer itself puts one, else "none". `seed` is the bootstrap's. Both models are in the device's memory together;
+    logits go to float32 a few rows at a time. `progress` is told windows done and in all; `say` what was chosen in
+    silence: a clipped window, too few windows.
     Raises CheckpointError, CalibrationError, ConfigError (models that cannot be compared) and NumericalError.
     """
     started = time.monotonic()
@@ -167,9 +168,8 @@ def evaluate(
     windows = plan_windows(ids, min(window, context), stride, max_tokens, mode, tokenizer.bos_token_id)
     if len(windows.sequences) < FEW_WINDOWS:
         say(f"intervals come from {len(windows.sequences)} windows and say little: give more text or a smaller window")
-    place = resolve_device(device)
-    model = load_model(model_dir, dtype, place)
-    reference = load_model(against, dtype, place) if against is not None else None
+    model = load_model(model_dir, dtype, device)
+    reference = load_model(against, dtype, device) if against is not None else None
     check_ids(tokenizer, torch.cat(windows.sequences).tolist(), model.get_input_embeddings().num_embeddings)
     scores = _score_all(model, reference, windows, progress)
     return QualityReport(
@@ -183,7 +183,7 @@ def evaluate(
     )
 
 
-def load_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> Any:
+def load_model(folder: Path, dtype: str = "auto", device: torch.device = CPU) -> Any:
     """Load a causal language model for inference: safetensors only, no remote code, no missing weights.
 
     Raises CheckpointError, and ConfigError for an unknown dtype.
@@ -250,13 +250,6 @@ def plan_windows(
         stride=step,
         tokens=spans[-1].end,
     )
-
-
-def resolve_device(device: str) -> str:
-    """Turn "auto" into "cuda" where there is one, else "cpu"."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def _check_same_tokenizer(tokenizer: Any, other: Any, text: Text) -> None:

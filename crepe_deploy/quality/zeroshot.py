@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import CalibrationError, ConfigError, CrepeError
 from crepe_deploy.extras import require
 from crepe_deploy.nearest import meant
@@ -31,7 +32,7 @@ from crepe_deploy.store.reading import DOCUMENT_BYTES, decode, parse_json, read_
 from crepe_deploy.store.stock import check_ids, third_party
 from crepe_deploy.texts import load_tokenizer
 
-from .perplexity import load_model, resolve_device
+from .perplexity import load_model
 from .requests import check_tokenizer, checked
 from .scoring import Estimate, estimate, mean
 
@@ -124,7 +125,7 @@ def zero_shot(
     dtype: str = "auto",
     batch_size: int = 8,
     seed: int = 0,
-    device: str = "auto",
+    device: torch.device = CPU,
 ) -> ZeroShotReport:
     """Zero-shot figures of a model folder, paired with a reference's where `against` names one.
 
@@ -137,14 +138,13 @@ def zero_shot(
     specs, manager = found.specs, found.manager
     for folder in filter(None, (model_dir, against)):
         check_tokenizer(folder, load_tokenizer(folder))
-    place = resolve_device(device)
-    model = load_model(model_dir, dtype, place)
+    model = load_model(model_dir, dtype, device)
     used_dtype = str(model.dtype).removeprefix("torch.")
     results = _run(model, model_dir, manager, specs, limit, batch_size)
     del model
     reference = None
     if against is not None:
-        reference = _run(load_model(against, dtype, place), against, manager, specs, limit, batch_size)
+        reference = _run(load_model(against, dtype, device), against, manager, specs, limit, batch_size)
     return ZeroShotReport(
         model=str(model_dir),
         reference=None if against is None else str(against),
