@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
+from .commands.cache import cache_command
 from .commands.doctor import doctor_command
 from .commands.evaluate import eval_command
 from .commands.experts import experts_command
@@ -62,6 +63,7 @@ for command in (
     eval_command,
     plan_command,
     doctor_command,
+    cache_command,
     inspect_command,
     verify_command,
     search_command,

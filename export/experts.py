@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..device import CPU
 from ..machine import peak_rss_bytes
 from ..model.blocks import expert_layer
 from ..model.calibrate import embed
@@ -71,17 +72,17 @@ class _Run:
 def remove_experts(
     model: Model, out: Path, config: ExpertsConfig, calibration: Callable[[], CalibrationSet] | None,
     scores: Path | None, *, overwrite: bool, show: Show, base_model: str | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `model` without some of its experts into `out`, whole and proven or not at all; returns the report.
 
     calibration: makes the windows that experts are measured on, once nothing else can be refused; or else scores: what
-    an earlier run measured. Raises ConfigError, UnsupportedModel, CheckpointError, OutputError before any work;
+    an earlier run measured. device: to measure on; the proof is the CPU's. Raises ConfigError, UnsupportedModel, CheckpointError, OutputError before any work;
     NumericalError, DiskFullError, ParityError.
     """
     started = time.monotonic()
-    config.check()
     check_output(out, overwrite=overwrite, inputs=(model.folder,), own=OWN)
-    decoder = Decoder(model.folder, config.dtype, experts=True)
+    decoder = Decoder(model.folder, config.dtype, device, experts=True)
     layers = expert_layers(decoder)
     layers.count_removed(config.remove)
     check_tokenizer(model.folder)

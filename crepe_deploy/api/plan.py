@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from crepe_deploy.device import described, resolve
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern, Unstructured
-from crepe_deploy.progress import Say
+from crepe_deploy.progress import Say, unsaid
 from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
-from .inputs import Granularity, find_model, pattern_of
+from .inputs import Granularity, outlined, pattern_of
 
 # Per target: does it load, is it smaller, is it faster. Ratios are not repeated here: they depend on the machine.
 TARGETS: dict[str, str] = {
@@ -30,11 +31,14 @@ ADVICE = (
 class Plan(TypedDict):
     """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors.
 
+    device: that a run would compute on.
+
     heal_memory_estimate_bytes: above the libraries, by the options of `heal` that save memory, where it was asked for.
     """
 
     model: str
     pattern: str
+    device: str
     prunable_tensors: int
     does_not_divide: list[str]
     not_packable: list[str]
@@ -51,18 +55,32 @@ class Plan(TypedDict):
 
 def plan(
     model: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
-    calib_samples: int = 128, calib_length: int = 2048, revision: str | None = None, heal: bool = False,
-    say: Say | None = None,
+    calib_samples: int = 128, calib_length: int = 2048, device: str = "auto", revision: str | None = None,
+    heal: bool = False, say: Say | None = None,
 ) -> Plan:  # fmt: skip
-    """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read.
+    """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read,
+    and of a GGUF file the header alone, which may be all that is there yet.
 
     heal: say what healing this folder, or what is pruned from it, will take too.
 
-    Raises PatternError, CheckpointError, UnsupportedModel, ConfigError (exit code 2).
+    Raises PatternError, CheckpointError, UnsupportedModel, ConfigError, MissingExtra (exit code 2).
     """
-    pattern = pattern_of(sparsity, granularity)
-    folder = find_model(model, revision, say).folder
+    pattern, place = pattern_of(sparsity, granularity), resolve(device)
+    with outlined(model, revision, say) as (folder, shown):
+        result = _plan(folder, pattern, calib_samples, calib_length, described(place), say or unsaid)
+        result["model"] = shown
+        if heal:
+            result["heal_memory_estimate_bytes"] = heal_memory(folder)
+    return result
+
+
+def _plan(
+    folder: Path, pattern: Pattern, calib_samples: int, calib_length: int, device: str, say: Say
+) -> Plan:  # fmt: skip
     decoder = Decoder(folder)
+    if (context := decoder.context_length) < calib_length:
+        say(f"calibration windows would be clipped to the model's context: {context} tokens instead of {calib_length}")
+    tokens = calib_samples * min(calib_length, context)
     reader = decoder.reader
     linears = [spec for block in decoder.linears for spec in block]
     misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]
@@ -72,26 +90,24 @@ def plan(
     unpackable = [spec.key for spec in prunable if not packable(spec, pattern)]
     packed = sum(packed_bytes(reader, spec, pattern) for spec in prunable if packable(spec, pattern))
     kept = sum(reader.info(key).size_bytes for key in unpackable)
-    result: Plan = {
+    return {
         "model": str(folder),
         "pattern": str(pattern),
+        "device": device,
         "prunable_tensors": len(prunable),
         "does_not_divide": misfits,
         "not_packable": unpackable,
         "checkpoint_bytes": total,
         "packed_checkpoint_bytes": total - dense + packed + kept,
         "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
-        "peak_memory_estimate_bytes": peak_memory(decoder, calib_samples * min(calib_length, decoder.context_length)),
+        "peak_memory_estimate_bytes": peak_memory(decoder, tokens),
         "calib_self_memory_estimate_bytes": sampling_bytes(
-            decoder.config, total, decoder.dtype.itemsize, calib_samples, min(calib_length, decoder.context_length)
+            decoder.config, total, decoder.dtype.itemsize, calib_samples, min(calib_length, context)
         ),
         "disk_needed_bytes": 2 * total,
         "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
         "advice": ADVICE,
     }
-    if heal:
-        result["heal_memory_estimate_bytes"] = heal_memory(folder)
-    return result
 
 
 def heal_memory(folder: Path) -> dict[str, int]:

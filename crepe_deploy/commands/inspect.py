@@ -25,7 +25,7 @@ Examples:
 def inspect_command(folder: str, revision: str | None, as_json: bool) -> None:
     """Count the zeros of every tensor in MODEL, name the pattern that holds, and say the widths of uneven layers.
 
-    MODEL is a folder, a hub id or a GGUF file, which is dequantised once."""
+    MODEL is a folder, a hub id or a GGUF file, of which the header is read and its tensors listed."""
     from crepe_deploy.api.inspect import inspect
 
     result = inspect(folder, revision=revision, say=say)
@@ -36,11 +36,15 @@ def inspect_command(folder: str, revision: str | None, as_json: bool) -> None:
 def tensor_lines(tensors: list[TensorRow]) -> list[str]:
     """What `inspect` counted, one line a tensor; 'counted' where no manifest confirms its pattern."""
     return [
-        f"{tensor['sparsity']:8.2%}  {tensor['pattern'] or '-':>6}  {tensor['dtype']:>9}  "
+        f"{_percent(tensor['sparsity']):>8}  {tensor['pattern'] or '-':>6}  {tensor['dtype']:>9}  "
         f"{tensor['shape']!s:>16}  {tensor['name']}{'  packed' if tensor.get('packed') else ''}"
         f"{'  counted' if tensor['pattern_from'] == 'zeros' else ''}"
         for tensor in tensors
     ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
 
 
 def width_lines(layers: list[dict[str, Any]]) -> list[str]:

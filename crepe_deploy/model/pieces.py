@@ -50,7 +50,7 @@ def assembled(pieces: list[Piece], shape: tuple[int, ...], load: Callable[[str],
     first = load(pieces[0].key)
     if pieces[0].expert is None:
         return {pieces[0].key: first, "": first}
-    whole = torch.empty(shape, dtype=first.dtype)
+    whole = torch.empty(shape, dtype=first.dtype, device=first.device)
     weights = {"": whole}
     for piece in pieces:
         weights[piece.key] = whole[piece.expert, piece.first_row : piece.first_row + piece.shape[0]]

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from crepe_deploy.device import CPU, device_of
 from crepe_deploy.errors import NumericalError
 from crepe_deploy.model.blocks import expert_layer
 from crepe_deploy.model.calibrate import embed
@@ -40,10 +41,10 @@ class LayerStats:
     gram: Tensor
 
     @classmethod
-    def zeros(cls, experts: int) -> LayerStats:
+    def zeros(cls, experts: int, device: torch.device = CPU) -> LayerStats:
         """Of nothing seen yet; fp64."""
         shapes = {field.name: (experts,) for field in fields(cls)} | {"gram": (experts, experts)}
-        return cls(**{name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
+        return cls(**{name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()})
 
 
 class Meter:
@@ -57,7 +58,7 @@ class Meter:
         self.compute: Callable[..., Tensor] = experts.forward
         self.spread = spread
         self.count = len(experts.get_parameter("down_proj"))
-        self.stats = LayerStats.zeros(self.count)
+        self.stats = LayerStats.zeros(self.count, device_of(experts))
 
     def __call__(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The experts' output; hidden (tokens, width), chosen and weights (tokens, experts for a token)."""
@@ -97,11 +98,10 @@ class Meter:
 
     def _outputs(self, hidden: Tensor, asked: Tensor) -> Tensor:
         """What each asked expert makes of its token, (tokens, asked, width), fp32."""
-        outputs = torch.empty(*asked.shape, hidden.shape[1])
+        outputs = hidden.new_empty(*asked.shape, hidden.shape[1], dtype=torch.float32)
         for expert in torch.unique(asked).tolist():
             rows, places = (asked == expert).nonzero(as_tuple=True)
-            alone = torch.full((len(rows), 1), expert)
-            ones = torch.ones(len(rows), 1, dtype=hidden.dtype)
+            alone, ones = asked.new_full((len(rows), 1), expert), hidden.new_ones(len(rows), 1)
             outputs[rows, places] = self.compute(hidden[rows], alone, ones).float()
         return outputs
 
@@ -149,7 +149,7 @@ def measure(decoder: Decoder, tokens: Tensor, step: Progress = silent) -> dict[i
 
 
 def _closed(stats: LayerStats, index: int) -> LayerStats:
-    values = {field.name: getattr(stats, field.name).float() for field in fields(LayerStats)}
+    values = {field.name: getattr(stats, field.name).to(CPU, torch.float32) for field in fields(LayerStats)}
     if not all(value.isfinite().all() for value in values.values()):
         raise NumericalError(f"layer {index}: its experts' outputs are not finite: compute with --dtype float32")
     return LayerStats(**values)

@@ -20,6 +20,7 @@ from crepe_deploy.store.manifest import verify
 from tests.moe import FAMILIES, make_moe
 from tests.pico import VOCAB, make_pico_llama
 from tests.routing.reference import without
+from tests.stand_in import NAME, stand_in
 
 TOKENS = torch.randint(3, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
 
@@ -170,6 +171,18 @@ def test_bad_input_ends_before_any_work(
     with pytest.raises(error, match=said) as caught:
         removed(folder, tmp_path / "out", **options)
     assert caught.value.exit_code == 2 and not (tmp_path / "out").exists()
+
+
+def test_another_device_measures_the_same(tmp_path: Path) -> None:
+    for layout in ("qwen3_moe", "deepseek_v3", "gpt_oss"):
+        folder = make_moe(tmp_path / layout, layout)
+        found = []
+        with stand_in():
+            for device in ("cpu", NAME):
+                removed(folder, tmp_path / f"{layout}-{device[:3]}", device=device)
+                found.append(load_file(tmp_path / f"{layout}-{device[:3]}" / "scores.safetensors"))
+        assert found[0].keys() == found[1].keys()
+        assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
 
 
 def test_a_model_without_experts_is_refused_by_name(tmp_path: Path) -> None:
