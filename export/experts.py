@@ -77,7 +77,8 @@ def remove_experts(
     """Write `model` without some of its experts into `out`, whole and proven or not at all; returns the report.
 
     calibration: makes the windows that experts are measured on, once nothing else can be refused; or else scores: what
-    an earlier run measured. device: to measure on; the proof is the CPU's. Raises ConfigError, UnsupportedModel, CheckpointError, OutputError before any work;
+    an earlier run measured. device: to measure on; the proof is the CPU's. Raises ConfigError, UnsupportedModel,
+    CheckpointError, OutputError before any work;
     NumericalError, DiskFullError, ParityError.
     """
     started = time.monotonic()

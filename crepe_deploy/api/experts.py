@@ -18,12 +18,13 @@ def experts(
     model: str | Path, out: str | Path, *, remove: float = 0.25, method: str = "reap", calib: Calibration | None = None,
     calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
     scores: str | Path | None = None, base_model: str | None = None, seed: int = 0, dtype: str = "auto",
-    device: str = "auto", revision: str | None = None, overwrite: bool = False, show: Show | None = None, say: Say | None = None,
+    device: str = "auto", revision: str | None = None, overwrite: bool = False, show: Show | None = None,
+    say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Remove whole experts of every layer of `model`; OUT/dense/ is an ordinary checkpoint with fewer of them.
 
-    model, calib, calib_*, seed, dtype, device, revision: as in `prune`. remove: the share of each layer's experts, below 1, or
-    their number. method: "reap", "output-error", "frequency" or "random" (docs/experts.md). scores: the file
+    model, calib, calib_*, seed, dtype, device, revision: as in `prune`. remove: the share of each layer's experts, below
+    1, or their number. method: "reap", "output-error", "frequency" or "random" (docs/experts.md). scores: the file
     OUT/scores.safetensors of an earlier run on the same model, instead of `calib`: no text passes through the model,
     whatever the share and the method. base_model: hub id of the parent, for the card. show: wraps a label for each
     long step and yields its progress.

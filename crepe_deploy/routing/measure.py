@@ -78,7 +78,7 @@ class Meter:
             without = without * (total / (total - given + its_weight.unsqueeze(-1)))
         elif self.spread == "all":
             without = without / (1 - given).clamp(min=1e-6)
-        self._add(chosen, given.squeeze(-1), shares.norm(dim=-1), without - whole)
+        self._add(chosen, given.squeeze(-1), torch.linalg.vector_norm(shares, dim=-1), without - whole)
         return whole.squeeze(1).to(hidden.dtype)
 
     def _following(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
