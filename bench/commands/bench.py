@@ -83,6 +83,7 @@ def run_command(
     workflow is written by `crepe-deploy bench init-ci`.
     """
     from ...store.files import check_output_file
+    from ...store.folders import held
     from ..benchmark import bench
     from ..gate import render
     from ..gate.gates import raise_for
@@ -92,8 +93,9 @@ def run_command(
     scenario = build_scenario(targets, **options)
     path = check_output_file(out if out is not None else Path(f"{scenario.name}.json"), overwrite=overwrite)
     gating = _gating(budgets, max_rounds, scenario.rounds)
-    run, verdict = bench(scenario, typed, gating=gating)
-    save_run(run, path)
+    with held(path):
+        run, verdict = bench(scenario, typed, gating=gating)
+        save_run(run, path)
     if not as_json:
         click.echo("\n".join([*summary_lines(run), f"written: {path}"]))
     elif verdict is None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from crepe_deploy.progress import Progress, Say, silent
-from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import is_model_name
 
-from .inputs import check_base_model, export_options, find_model
+from .inputs import check_base_model, export_options, find_model, output
 
 
 def default_out(source: str | Path, format: str) -> Path:
@@ -45,8 +44,9 @@ def export(
     target = Path(out) if out is not None else default_out(source, format)
     options = export_options(onnx_flavor, precision, quantise)
     build([format], options)
-    check_output(target, overwrite=overwrite, inputs=(Path(source),))
-    folder = find_model(source, revision, say).folder
-    return export_checkpoint(
-        folder, target, format, overwrite=overwrite, step=progress or silent, options=options, base_model=base_model,
-    )  # fmt: skip
+    with output(target, overwrite, source):
+        folder = find_model(source, revision, say).folder
+        return export_checkpoint(
+            folder, target, format, overwrite=overwrite, step=progress or silent, options=options,
+            base_model=base_model,
+        )  # fmt: skip

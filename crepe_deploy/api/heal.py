@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ from crepe_deploy.selftext import SELF
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
 
-from .inputs import Calibration, Mixture, find_model
+from .inputs import Calibration, Mixture, find_model, output
 
 if TYPE_CHECKING:
     from crepe_deploy.exporting.heal import Healing
@@ -53,10 +55,12 @@ def heal(
         train=tuple(part.strip() for part in parts), dtype=dtype, seed=seed, holdout=holdout,
     )  # fmt: skip
     config.check()
-    return heal_folder(
-        Path(folder), find_model(dense, revision, say), Path(out), config, texts, text_field, resume=resume,
-        overwrite=overwrite, show=show or hidden, say=say or unsaid, seal=partial(seal, Path(folder)),
-    )  # fmt: skip
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun and accelerate start
+    with output(Path(out), overwrite, folder, dense) if first else nullcontext():
+        return heal_folder(
+            Path(folder), find_model(dense, revision, say), Path(out), config, texts, text_field, resume=resume,
+            overwrite=overwrite, show=show or hidden, say=say or unsaid, seal=partial(seal, Path(folder)),
+        )  # fmt: skip
 
 
 def healing_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from crepe_deploy.model.architecture import load_config
 from crepe_deploy.model.gguf_outline import gguf_outline
 from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
+from crepe_deploy.store.folders import check_output, held
 from crepe_deploy.store.sources import Model, gguf_file, is_hub_id, require_pinned, resolve_model
 from crepe_deploy.store.stock import check_ids
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
@@ -40,6 +42,17 @@ def find_model(model: str | Path, revision: str | None = None, say: Say | None =
     source = resolve_model(str(model), revision, say or unsaid)
     require_pinned(revision, source)
     return source
+
+
+@contextmanager
+def output(out: Path, overwrite: bool, *inputs: str | Path) -> Iterator[None]:
+    """Refuse an output that cannot be written before anything is read; inside, it is this run's alone.
+
+    Raises OutputError.
+    """
+    check_output(out, overwrite=overwrite, inputs=tuple(Path(path) for path in inputs if os.path.lexists(path)))
+    with held(out):
+        yield
 
 
 @contextmanager

@@ -16,7 +16,16 @@ from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
 from .heal import healing_of
-from .inputs import Calibration, Granularity, check_base_model, export_options, find_model, pattern_of, windows_of
+from .inputs import (
+    Calibration,
+    Granularity,
+    check_base_model,
+    export_options,
+    find_model,
+    output,
+    pattern_of,
+    windows_of,
+)
 
 
 def prune(
@@ -52,9 +61,10 @@ def prune(
         allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
-    source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
-    return prune_checkpoint(source, Path(out), config, windows, overwrite=overwrite, step=progress or silent)
+    with output(Path(out), overwrite, model):
+        source = find_model(model, revision, say)
+        windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
+        return prune_checkpoint(source, Path(out), config, windows, overwrite=overwrite, step=progress or silent)
 
 
 def prune_and_export(
@@ -88,14 +98,15 @@ def prune_and_export(
         allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
-    source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
-    return run(
-        source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
-        options=export_options(onnx_flavor, precision, quantise),
-        healing=healing_of(source, heal, calib, calib_field, seed, parts(progress), say),
-        base_model=base_model,
-    )  # fmt: skip
+    with output(Path(out), overwrite, model):
+        source = find_model(model, revision, say)
+        windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
+        return run(
+            source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
+            options=export_options(onnx_flavor, precision, quantise),
+            healing=healing_of(source, heal, calib, calib_field, seed, parts(progress), say),
+            base_model=base_model,
+        )  # fmt: skip
 
 
 def _calibration(

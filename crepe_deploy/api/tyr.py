@@ -11,7 +11,7 @@ from crepe_deploy.structural.local import DEFAULT_VARIANT
 from crepe_deploy.structural.tyr import tyr as prune_structurally
 
 from .heal import healing_of
-from .inputs import Calibration, check_base_model, find_model, windows_of
+from .inputs import Calibration, check_base_model, find_model, output, windows_of
 
 
 def tyr(
@@ -52,10 +52,11 @@ def tyr(
         finish=finish, search_samples=search_samples, seed=seed, dtype=dtype,
     )  # fmt: skip
     config.check()
-    source = find_model(model, revision, say)
-    text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed, say, show)
-    healing = healing_of(source, heal, calib, calib_field, seed, show, say)
-    return prune_structurally(
-        source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
-        write=FolderWriter(widths, layout, remote_code, healing, base_model),
-    )  # fmt: skip
+    with output(Path(out), overwrite, model):
+        source = find_model(model, revision, say)
+        text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed, say, show)
+        healing = healing_of(source, heal, calib, calib_field, seed, show, say)
+        return prune_structurally(
+            source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
+            write=FolderWriter(widths, layout, remote_code, healing, base_model),
+        )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Final
 from crepe_deploy.errors import OutputError
 
 from .files import disk_errors
-from .folders import Uninterrupted
+from .signals import Uninterrupted
 
 JOURNAL: Final = "journal.jsonl"
 # The names that a structural search, and healing, give what they keep there.
