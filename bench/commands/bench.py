@@ -155,12 +155,12 @@ def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | Non
     from ...store.sources import is_model_name, resolve_model
     from ..run.scenario import parse_points
 
-    folders = list(targets)
-    if baseline is not None:
-        folders = [Path(baseline), *(folder for folder in folders if folder.resolve() != Path(baseline).resolve())]
+    folders = [*([Path(baseline)] if baseline is not None else []), *targets]
     for folder in folders:
         if not folder.is_dir() and not is_model_name(str(folder)):
             raise ConfigError(f"{folder} is no folder, hub id or GGUF file: give one scenario file, or models")
+    first = folders[0].resolve()
+    folders = [folders[0], *(folder for folder in folders[1:] if baseline is None or folder.resolve() != first)]
     names = short_names(folders)
     if engine is None:
         engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"

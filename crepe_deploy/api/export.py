@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crepe_deploy.progress import Progress, Say, silent
+from crepe_deploy.store.folders import resolved
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import is_model_name
 
@@ -13,7 +14,7 @@ from .inputs import check_base_model, export_options, find_model, output
 
 def default_out(source: str | Path, format: str) -> Path:
     """SOURCE/../FORMAT; of a hub id, a GGUF file or a snapshot in the hub's cache ./NAME-FORMAT."""
-    folder = Path(source).resolve()
+    folder = resolved(Path(source))
     if is_model_name(str(source)):
         return Path(f"{folder.name.removesuffix('.gguf')}-{format}")
     if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():

@@ -22,7 +22,7 @@ CALLS: dict[str, tuple[tuple[str, ...], dict[str, int | tuple[str, ...]]]] = {
               {"model": 1, "--calib": 3, "--preset": ("--preset",), "--recipe": ("--recipe",)}),
     "prune-and-export": (("prune-and-export", "model", *TEXT, "--out", "out"),
                          {"model": 1, "--calib": 3, "--preset": ("--preset",), "--recipe": ("--recipe",)}),
-    "export": (("export", "pruned", "--out", "out"), {"source": 1}),
+    "export": (("export", "pruned", "--format", "packed"), {"source": 1}),
     "search": (("search", "model", *TEXT, *SEARCH), {"model": 1, "--calib": 3, "--text": 9}),
     "tyr": (("tyr", "model", *TEXT, "--search-samples", "1", "--ffn-multiple", "8", "--out", "out"),
             {"model": 1, "--calib": 3}),
@@ -38,10 +38,10 @@ CALLS: dict[str, tuple[tuple[str, ...], dict[str, int | tuple[str, ...]]]] = {
     "gate": (("gate", "run.json", "run.json", "--budgets", "budgets.yaml"),
              {"baseline": 1, "candidate": 2, "--budgets": 4}),
     "report": (("report", "run.json", "--out", "out"), {"runs": 1}),
-    "bench run": (("bench", "run", "model", "--engine", "transformers", "--out", "out.json"),
+    "bench run": (("bench", "run", "model", "--engine", "transformers", "--points", "1x8+2", "--out", "out.json"),
                   {"targets": 2, "--baseline": ("--baseline",), "--text": ("--text",),
                    "--gate": ("--gate",)}),
-    "bench init-ci": (("bench", "init-ci", "suite.yaml", "--budgets", "budgets.yaml", "--requirement", "x"),
+    "bench init-ci": (("bench", "init-ci", "suite.yaml", "--budgets", "budgets.yaml"),
                       {"scenario": 2, "--budgets": 4, "--root": ("--root",), "--from": ("--from",)}),
 }  # fmt: skip
 FILES = {"--preset", "--recipe", "--calib", "--text", "--dense", "--against", "--baseline", "--from"}  # else paths
