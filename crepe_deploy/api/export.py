@@ -45,7 +45,7 @@ def export(
     target = Path(out) if out is not None else default_out(source, format)
     options = export_options(onnx_flavor, precision, quantise)
     build([format], options)
-    with output(target, overwrite, source):
+    with output(target, source, overwrite=overwrite):
         folder = find_model(source, revision, say).folder
         return export_checkpoint(
             folder, target, format, overwrite=overwrite, step=progress or silent, options=options,

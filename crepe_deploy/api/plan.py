@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from crepe_deploy.device import described, resolve
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern, Unstructured
-from crepe_deploy.progress import Say
+from crepe_deploy.progress import Say, unsaid
 from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
@@ -30,11 +31,14 @@ ADVICE = (
 class Plan(TypedDict):
     """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors.
 
+    device: that a run would compute on.
+
     heal_memory_estimate_bytes: above the libraries, by the options of `heal` that save memory, where it was asked for.
     """
 
     model: str
     pattern: str
+    device: str
     prunable_tensors: int
     does_not_divide: list[str]
     not_packable: list[str]
@@ -51,8 +55,8 @@ class Plan(TypedDict):
 
 def plan(
     model: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
-    calib_samples: int = 128, calib_length: int = 2048, revision: str | None = None, heal: bool = False,
-    say: Say | None = None,
+    calib_samples: int = 128, calib_length: int = 2048, device: str = "auto", revision: str | None = None,
+    heal: bool = False, say: Say | None = None,
 ) -> Plan:  # fmt: skip
     """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read,
     and of a GGUF file the header alone, which may be all that is there yet.
@@ -61,17 +65,22 @@ def plan(
 
     Raises PatternError, CheckpointError, UnsupportedModel, ConfigError, MissingExtra (exit code 2).
     """
-    pattern = pattern_of(sparsity, granularity)
+    pattern, place = pattern_of(sparsity, granularity), resolve(device)
     with outlined(model, revision, say) as (folder, shown):
-        result = _plan(folder, pattern, calib_samples, calib_length)
+        result = _plan(folder, pattern, calib_samples, calib_length, described(place), say or unsaid)
         result["model"] = shown
         if heal:
             result["heal_memory_estimate_bytes"] = heal_memory(folder)
     return result
 
 
-def _plan(folder: Path, pattern: Pattern, calib_samples: int, calib_length: int) -> Plan:
+def _plan(
+    folder: Path, pattern: Pattern, calib_samples: int, calib_length: int, device: str, say: Say
+) -> Plan:  # fmt: skip
     decoder = Decoder(folder)
+    if (context := decoder.context_length) < calib_length:
+        say(f"calibration windows would be clipped to the model's context: {context} tokens instead of {calib_length}")
+    tokens = calib_samples * min(calib_length, context)
     reader = decoder.reader
     linears = [spec for block in decoder.linears for spec in block]
     misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]
@@ -84,15 +93,16 @@ def _plan(folder: Path, pattern: Pattern, calib_samples: int, calib_length: int)
     return {
         "model": str(folder),
         "pattern": str(pattern),
+        "device": device,
         "prunable_tensors": len(prunable),
         "does_not_divide": misfits,
         "not_packable": unpackable,
         "checkpoint_bytes": total,
         "packed_checkpoint_bytes": total - dense + packed + kept,
         "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
-        "peak_memory_estimate_bytes": peak_memory(decoder, calib_samples * min(calib_length, decoder.context_length)),
+        "peak_memory_estimate_bytes": peak_memory(decoder, tokens),
         "calib_self_memory_estimate_bytes": sampling_bytes(
-            decoder.config, total, decoder.dtype.itemsize, calib_samples, min(calib_length, decoder.context_length)
+            decoder.config, total, decoder.dtype.itemsize, calib_samples, min(calib_length, context)
         ),
         "disk_needed_bytes": 2 * total,
         "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import completion
-from .options import Count, json_option, print_result, revision_option, say, sparsity_options
+from .options import Count, device_option, json_option, print_result, revision_option, say, sparsity_options
 
 if TYPE_CHECKING:
     from crepe_deploy.api.plan import Plan
@@ -26,6 +26,7 @@ Examples:
 @sparsity_options
 @click.option("--calib-samples", type=Count(1), default=128, show_default=True)
 @click.option("--calib-length", type=Count(2), default=2048, show_default=True)
+@device_option
 @revision_option
 @click.option("--heal", is_flag=True, help="Say what memory healing will take too.")
 @json_option
@@ -46,7 +47,7 @@ def lines(result: Plan) -> list[str]:
         "peak memory above the libraries, at most about": result["peak_memory_estimate_bytes"],
         "while the model writes text of its own (--calib self)": result["calib_self_memory_estimate_bytes"],
     }
-    text = [f"{result['model']} to {result['pattern']}: {result['prunable_tensors']} tensors"]
+    text = [f"{result['model']} to {result['pattern']}: {result['prunable_tensors']} tensors, on {result['device']}"]
     text += [f"  {label}: {size / 1e6:,.0f} MB" for label, size in megabytes.items()]
     text.append(f"  pruned tensors, packed over dense: {result['pruned_tensors_packed_over_dense']:.4f}")
     for label in ("does_not_divide", "not_packable"):

@@ -1,7 +1,8 @@
 """A decoder that computes block by block: its linear layers, and its weights on demand.
 
 A `Decoder` is the architecture built from `config.json` alone. Parameters live on the meta device until a module is
-materialised from the checkpoint and go back there when it is released, so the model is never whole in memory.
+materialised from the checkpoint, on the device that computes, and go back there when it is released, so the model is
+never whole in memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, UnsupportedModel
 from crepe_deploy.nearest import unknown
 from crepe_deploy.store.checkpoint import CheckpointReader
@@ -48,6 +50,7 @@ class LinearSpec:
 class Head:
     """Everything outside the blocks, in memory: tokens (batch, length), states behind the blocks -> logits.
 
+    Both may be on the host; logits come on the decoder's device, where the weights are.
     weights: what it holds by checkpoint name, in the file's dtype; one memory with the module's, as in `Decoder.block`.
     """
 
@@ -62,12 +65,13 @@ class Decoder:
     """A causal language model on the meta device, bound to the checkpoint that holds its weights.
 
     model: the transformers module whose decoder blocks have been replaced by `slots`.
-    blocks: the real blocks. linears: per block, what can be pruned. dtype: of computation. reads: paths of linear
-    layers whose weight the model's code reads beside calling them.
+    blocks: the real blocks. linears: per block, what can be pruned. dtype: of computation. device: that it computes
+    on. reads: paths of linear layers whose weight the model's code reads beside calling them.
     Raises UnsupportedModel naming what is missing, CheckpointError, ConfigError.
     """
 
-    def __init__(self, root: Path, dtype: str = "auto") -> None:
+    def __init__(self, root: Path, dtype: str = "auto", device: torch.device = CPU) -> None:
+        self.device = device
         self.reader = CheckpointReader(root)
         self.config = load_config(root)
         self.dtype = self._compute_dtype(dtype)
@@ -87,6 +91,8 @@ class Decoder:
         self.model.set_submodule(self.blocks_path, nn.ModuleList(self.slots))
         with stand_ins(self.model, {}, set()):
             run(self.model, type(self.model).__name__)  # with slots for blocks as well
+        for module in (self.model, *self.blocks):
+            _move_buffers(module, device)
 
     def _compute_dtype(self, dtype: str) -> torch.dtype:
         check_dtype(dtype)
@@ -181,7 +187,7 @@ class Decoder:
         try:
             for name in meta:
                 key = self.key(prefix + name)
-                weights[key] = self.reader.load_finite(key)
+                weights[key] = self.reader.load_finite(key).to(self.device)
                 _assign(module, name, weights[key].to(self.dtype))
             for name, buffer in module.named_buffers():
                 if prefix + name in self.reader:
@@ -200,7 +206,7 @@ class Decoder:
 
             def embed(tokens: Tensor) -> list[BlockSlot]:
                 try:
-                    base(input_ids=tokens, use_cache=False)
+                    base(input_ids=tokens.to(self.device), use_cache=False)
                 except (IndexError, RuntimeError) as error:
                     raise CalibrationError(
                         f"model type '{self.config.model_type}' cannot embed {tokens.shape[1]} tokens with ids up to "
@@ -226,10 +232,10 @@ class Decoder:
                 _assign(self.model, name, self.model.get_parameter(source).data)
 
             def run(tokens: Tensor, hidden: Tensor) -> Tensor:
-                self.slots[-1].replacement = hidden
+                self.slots[-1].replacement = hidden.to(self.device)
                 try:
                     with torch.inference_mode():
-                        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+                        logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
                 finally:
                     self.slots[-1].replacement = None
                 return logits
@@ -254,6 +260,12 @@ def check_dtype(dtype: str) -> None:
     """Raise ConfigError unless this names a dtype to compute in."""
     if dtype not in ("auto", PROOF_DTYPE, *COMPUTE_DTYPES):
         raise ConfigError(unknown("dtype", dtype, ["auto", *COMPUTE_DTYPES]))
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(device)
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -9,8 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import ConfigError, OutputError
-from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.model.decoder import Decoder, LinearSpec, check_dtype
 from crepe_deploy.nearest import unknown
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
@@ -96,16 +99,18 @@ def search(
     overwrite: bool = False,
     show: Show = hidden,
     say: Say = unsaid,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Search CRePE's hyperparameters for `model` and write the preset `out`; returns its document.
 
     calibration: what the masks are made from, as for `prune`. text: what they are judged on; not a test split.
     The journal beside `out` keeps every evaluation; with `resume` a stopped search goes on to the same result.
     show: wraps the long steps in a progress display. say: receives a line for each stage and each new best.
+    device: that runs the model; proxies, which see a few rows of each layer, stay on the host's threads.
     Raises ConfigError, OutputError, PatternError, MissingExtra before any work, NumericalError, DiskFullError.
     """
     started = time.monotonic()
-    decoder, targets, space = _prepare(model, out, config, calibration, text, overwrite)
+    decoder, targets, space = _prepare(model, out, config, calibration, text, overwrite, device)
     identity = _identity(model, config, calibration, text)
     rule = SampleRule(reach=space.kernel_sizes[-1] // 2, seed=config.seed)
     with held(out), temporary_folder("search") as folder:
@@ -122,9 +127,24 @@ def search(
 
 
 def _prepare(
-    model: Model, out: Path, config: SearchConfig, calibration: CalibrationSet, text: CalibrationSet, overwrite: bool
-) -> tuple[Decoder, list[list[LinearSpec]], Space]:
+    model: Model, out: Path, config: SearchConfig, calibration: CalibrationSet, text: CalibrationSet, overwrite: bool,
+    device: torch.device,
+) -> tuple[Decoder, list[list[LinearSpec]], Space]:  # fmt: skip
     """Everything that can be refused is refused here."""
+    check_options(out, config, overwrite=overwrite)
+    decoder = Decoder(model.folder, config.dtype, device)
+    targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
+    for name, tokens in (("calibration", calibration.tokens), ("search", text.tokens)):
+        if tokens.shape[1] > decoder.context_length:
+            raise ConfigError(
+                f"{name} windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
+            )
+    shortest = min(min(spec.in_features, spec.out_features) for block in targets for spec in block)
+    return decoder, targets, Space(config.kernel_sizes, shortest)
+
+
+def check_options(out: Path, config: SearchConfig, *, overwrite: bool) -> None:
+    """Refuse what needs no model to be judged. Raises OutputError, ConfigError, MissingExtra."""
     if out.suffix != ".json":
         raise OutputError(f"--out {out}: a preset is a .json file")
     check_output_file(out, overwrite=overwrite)
@@ -135,15 +155,7 @@ def _prepare(
     check_proxy(config.proxy)
     if config.optimizer == "pho":
         require_cmaes()
-    decoder = Decoder(model.folder, config.dtype)
-    targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
-    for name, tokens in (("calibration", calibration.tokens), ("search", text.tokens)):
-        if tokens.shape[1] > decoder.context_length:
-            raise ConfigError(
-                f"{name} windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
-            )
-    shortest = min(min(spec.in_features, spec.out_features) for block in targets for spec in block)
-    return decoder, targets, Space(config.kernel_sizes, shortest)
+    check_dtype(config.dtype)
 
 
 def _identity(model: Model, config: SearchConfig, calibration: CalibrationSet, text: CalibrationSet) -> dict[str, Any]:

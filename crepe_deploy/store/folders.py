@@ -129,7 +129,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = 
     Raises OutputError, DiskFullError.
     """
     partial = out.with_name(out.name + ".partial")
-    with Uninterrupted() as signals, _parents(out), _claimed(out) as claim:
+    with Uninterrupted() as signals, parents(out), claimed(out) as claim:
         claim.recover()
         check_output(out, overwrite=overwrite, own=own)
         try:
@@ -146,11 +146,11 @@ def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = 
 def held(out: Path) -> Iterator[None]:
     """Inside, `out`, a folder or a file, is this run's to write: another run for it is refused at once.
 
-    An `atomic_folder` for it inside is under the same hold. Raises OutputError, DiskFullError.
+    An `atomic_folder` or `unfinished` for it inside is under the same hold. Raises OutputError, DiskFullError.
     """
     if not out.name:
         raise OutputError(f"output {out} has no name: choose one")
-    with Uninterrupted() as signals, _parents(out), Claim(out) as claim:
+    with Uninterrupted() as signals, parents(out), Claim(out) as claim:
         token = _HELD.set({**_HELD.get(), _place(out): claim})
         try:
             with signals.delivered():
@@ -185,8 +185,8 @@ _HELD: ContextVar[Mapping[Path, Claim]] = ContextVar("_HELD", default={})  # noq
 
 
 @contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[Claim]:
-    """A claim on `out`: that of the `held` around it where there is one, which nothing inside shares."""
+def claimed(out: Path) -> Iterator[Claim]:
+    """A claim on `out`: that of the `held` around it where there is one, which nothing inside shares. OutputError."""
     place, others = _place(out), dict(_HELD.get())
     claim = others.pop(place, None)
     if claim is None:
@@ -327,7 +327,7 @@ def _sync(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _parents(out: Path) -> Iterator[None]:
+def parents(out: Path) -> Iterator[None]:
     """Inside, the folders above `out` exist; those made for it go again where they stayed empty."""
     missing = [parent for parent in out.absolute().parents if not parent.exists()]
     with disk_errors(out):

@@ -23,17 +23,17 @@ def in_layer(name: str) -> tuple[int, str] | None:
 
 
 def sliced(path: str, tensor: Tensor, plan: LayerPlan, geometry: Geometry) -> Tensor:
-    """What stays of the tensor at `path` of a layer, in its dtype; o_proj and down_proj become the plan's refit ones.
+    """What stays of the tensor at `path` of a layer, where it is, in its dtype; o_proj and down_proj become the plan's.
 
     Norms and the biases of o_proj and down_proj stay whole. Raises NumericalError for a refit that overflows the dtype.
     """
     projections = geometry.structure.projections
     if parts := projections.rows.get(path.rpartition(".")[0]):
-        return tensor[_kept_rows(parts, plan, geometry)]
+        return tensor[_kept_rows(parts, plan, geometry).to(tensor.device)]
     if path == f"{projections.output}.weight":
-        return _cast(path, plan.o_proj, tensor.dtype)
+        return _cast(path, plan.o_proj, tensor)
     if path == f"{projections.down}.weight":
-        return _cast(path, plan.down_proj, tensor.dtype)
+        return _cast(path, plan.down_proj, tensor)
     return tensor
 
 
@@ -68,14 +68,15 @@ def masked(path: str, tensor: Tensor, plan: LayerPlan, geometry: Geometry) -> Te
     else:
         return tensor
     whole = torch.zeros_like(tensor)
-    whole[:, columns] = _cast(path, refit, tensor.dtype)
+    whole[:, columns.to(tensor.device)] = _cast(path, refit, tensor)
     return whole
 
 
-def _cast(path: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = weight.detach().cpu().to(dtype).contiguous()
+def _cast(path: str, weight: Tensor, like: Tensor) -> Tensor:
+    """`weight` where `like` is, in its dtype."""
+    stored = weight.detach().to(like.device, like.dtype).contiguous()
     if not bool(torch.isfinite(stored).all()):
-        raise NumericalError(f"{path}: the refit weight does not fit {str(dtype).removeprefix('torch.')}")
+        raise NumericalError(f"{path}: the refit weight does not fit {str(like.dtype).removeprefix('torch.')}")
     return stored
 
 
