@@ -11,7 +11,7 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.routing.config import ExpertsConfig
 
-from .inputs import Calibration, check_base_model, check_calibration, check_place, find_model, windows_of
+from .inputs import Calibration, check_base_model, check_calibration, find_model, output, windows_of
 
 
 def experts(
@@ -23,8 +23,8 @@ def experts(
 ) -> dict[str, Any]:  # fmt: skip
     """Remove whole experts of every layer of `model`; OUT/dense/ is an ordinary checkpoint with fewer of them.
 
-    model, calib, calib_*, seed, dtype, device, revision: as in `prune`. remove: the share of each layer's experts, below
-    1, or their number. method: "reap", "output-error", "frequency" or "random" (docs/experts.md). scores: the file
+    model, calib, calib_*, seed, dtype, device, revision: as in `prune`. remove: the share of each layer's experts,
+    below 1, or their number. method: "reap", "output-error", "frequency" or "random" (docs/experts.md). scores: the file
     OUT/scores.safetensors of an earlier run on the same model, instead of `calib`: no text passes through the model,
     whatever the share and the method. base_model: hub id of the parent, for the card. show: wraps a label for each
     long step and yields its progress.
@@ -40,14 +40,13 @@ def experts(
     config = ExpertsConfig(remove, method, seed, dtype)
     config.check()
     check_calibration(calib)
-    check_place(out, model, overwrite=overwrite, own=OWN)
-    place = chosen(device, say or unsaid)
-    source = find_model(model, revision, say)
-    return remove_experts(
-        source, Path(out), config,
-        None if calib is None else partial(
-            windows_of, source, calib, calib_field, calib_samples, calib_length, seed, say, show
-        ),
-        None if scores is None else Path(scores), overwrite=overwrite, show=show or hidden, base_model=base_model,
-        device=place,
-    )  # fmt: skip
+    with output(out, model, overwrite=overwrite, own=OWN):
+        place = chosen(device, say or unsaid)
+        source = find_model(model, revision, say)
+        windows = None
+        if calib is not None:
+            windows = partial(windows_of, source, calib, calib_field, calib_samples, calib_length, seed, say, show)
+        return remove_experts(
+            source, Path(out), config, windows, None if scores is None else Path(scores),
+            overwrite=overwrite, show=show or hidden, base_model=base_model, device=place,
+        )  # fmt: skip
