@@ -24,8 +24,8 @@ def experts(
     """Remove whole experts of every layer of `model`; OUT/dense/ is an ordinary checkpoint with fewer of them.
 
     model, calib, calib_*, seed, dtype, device, revision: as in `prune`. remove: the share of each layer's experts,
-    below 1, or their number. method: "reap", "output-error", "frequency" or "random" (docs/experts.md). scores: the file
-    OUT/scores.safetensors of an earlier run on the same model, instead of `calib`: no text passes through the model,
+    below 1, or their number. method: "reap", "output-error", "frequency" or "random" (docs/experts.md). scores:
+    OUT/scores.safetensors of an earlier run on the same model, instead of `calib`: no text passes through it,
     whatever the share and the method. base_model: hub id of the parent, for the card. show: wraps a label for each
     long step and yields its progress.
     Returns the report that is written to OUT/report.json, the path `out` besides. Raises ConfigError, OutputError,
