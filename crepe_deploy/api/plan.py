@@ -9,7 +9,7 @@ from crepe_deploy.device import described, resolve
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern
-from crepe_deploy.progress import Say
+from crepe_deploy.progress import Say, unsaid
 from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
@@ -74,16 +74,21 @@ def plan(
     place = resolve(device)
     with outlined(model, revision, say) as (folder, shown):
         decoder = Decoder(folder)
-        result = _plan(decoder, given, choices_of(given, decoder, say), shown, described(place))
+        result = _plan(decoder, given, choices_of(given, decoder, say), shown, described(place), say or unsaid)
         if heal:
             result["heal_memory_estimate_bytes"] = heal_memory(folder)
     return result
 
 
-def _plan(decoder: Decoder, given: Given, chosen: dict[str, Any], shown: str, device: str) -> Plan:
+def _plan(
+    decoder: Decoder, given: Given, chosen: dict[str, Any], shown: str, device: str, say: Say
+) -> Plan:  # fmt: skip
     options = filled(given.options, chosen)
     pattern = pattern_of(options["sparsity"], given.granularity)
-    samples, length = options["calib_samples"], min(options["calib_length"], decoder.context_length)
+    samples, length = options["calib_samples"], options["calib_length"]
+    if (context := decoder.context_length) < length:
+        say(f"calibration windows would be clipped to the model's context: {context} tokens instead of {length}")
+        length = context
     reader = decoder.reader
     linears = [spec for block in decoder.linears for spec in block]
     misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]

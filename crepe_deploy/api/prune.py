@@ -12,14 +12,26 @@ from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Progress, Say, parts, silent, unsaid
 from crepe_deploy.pruning.config import PruneConfig, prune_config
 from crepe_deploy.pruning.prune import prune as prune_checkpoint
-from crepe_deploy.store.folders import check_output
+from crepe_deploy.pruning.run_plan import check_run
+from crepe_deploy.selftext import SELF
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
 from .choices import FIXED, Given, Target, choices_of, filled
-from .heal import healing_of
-from .inputs import Calibration, Granularity, check_base_model, export_options, find_model, pattern_of, windows_of
+from .heal import check_healing, healing_of
+from .inputs import (
+    Calibration,
+    Granularity,
+    check_base_model,
+    check_calibration,
+    export_options,
+    find_model,
+    output,
+    pattern_of,
+    sources_of,
+    windows_of,
+)
 
 
 def prune(
@@ -30,8 +42,8 @@ def prune(
     reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
     calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
-    dtype: str = "auto", device: str = "auto", revision: str | None = None, overwrite: bool = False,
-    progress: Progress | None = None, say: Say | None = None,
+    dtype: str = "auto", device: str = "auto", revision: str | None = None, resume: bool = False,
+    overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
 ) -> Manifest:  # fmt: skip
     """Prune the linear layers of `model` into the Hugging Face folder `out`, and return its manifest.
 
@@ -49,7 +61,9 @@ def prune(
     tokens in each, clipped to the model's context.
     include, exclude: regular expressions searched in tensor names. dtype: to compute in, "auto" is the checkpoint's.
     device: to compute on, "cpu", "cuda", "cuda:N", or "auto": the first GPU that torch sees, else the CPU.
-    progress: told pieces of work done and in all. say: told what is fetched or converted.
+    resume: go on with OUT.work, which a stopped run leaves: the same bytes, at most one block is pruned again; on the
+    command line that is exit code 75. progress: told pieces of work done and in all. say: told what is fetched or
+    converted.
     Raises ConfigError, PatternError, CheckpointError, UnsupportedModel, CalibrationError, OutputError, MissingExtra
     (exit code 2) before any work that could be spared; NumericalError, VerifyError, ParityError, DiskFullError (1).
     Source of each method: docs/methods.md, docs/crepe.md.
@@ -61,14 +75,21 @@ def prune(
         "permute": permute, "reprune": reprune, "reconstruct": reconstruct, "repair": repair, "rescale": rescale,
         "include": include, "exclude": exclude, "dtype": dtype,
     }  # fmt: skip
-    left = Given(target, sparsity, granularity, calib is not None, calib_samples, calib_length, exports=False)
-    place = chosen_device(device, say or unsaid)
-    source, config, options = _resolved(model, revision, asked, left, say)
-    check_output(Path(out), overwrite=overwrite, inputs=(source.folder,))
-    windows = _windows(config, source, calib, calib_field, options, seed, say, progress)
-    return prune_checkpoint(
-        source, Path(out), config, windows, overwrite=overwrite, step=progress or silent, device=place, seal=seal
+    left = _checked(
+        Given(target, sparsity, granularity, calib is not None, calib_samples, calib_length, exports=False), asked
     )
+    check_calibration(calib)
+    with output(out, model, overwrite=overwrite):
+        place = chosen_device(device, say or unsaid)
+        source = find_model(model, revision, say)
+        config, options = _resolved(source, asked, left, say)
+        if SELF in sources_of(options["calib"] if calib is None else calib):
+            check_run(source, Path(out), config, overwrite=overwrite)
+        windows = _windows(config, source, calib, calib_field, options, seed, say, progress)
+        return prune_checkpoint(
+            source, Path(out), config, windows, resume=resume, overwrite=overwrite, step=progress or silent,
+            device=place, seal=seal,
+        )  # fmt: skip
 
 
 def prune_and_export(
@@ -81,63 +102,75 @@ def prune_and_export(
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
     calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
     dtype: str = "auto", device: str = "auto", heal: float | None = None, base_model: str | None = None,
-    revision: str | None = None, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
+    revision: str | None = None, resume: bool = False, overwrite: bool = False, progress: Progress | None = None,
+    say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune `model` and write OUT/FORMAT/ for each format; returns the report that is OUT/report.json.
 
     format: one or more of "dense", "packed", "int8", "onnx" and "gguf", a list or comma-separated. onnx_flavor,
     precision, quantise: as in `export`. heal: minutes for which the pruned model is trained on the calibration text
-    before it is exported, as by `heal`. base_model: hub id of the parent, for the model cards.
+    before it is exported, as by `heal`. base_model: hub id of the parent, for the model cards. resume: as in `prune`;
+    other formats may be asked for.
     The rest, and what is raised, as in `prune`. The report names the source, what was resolved
     (method, parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on
     disk), `seconds` by phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
     """
-    from crepe_deploy.exporting.pipeline import check_exports
     from crepe_deploy.exporting.pipeline import prune_and_export as run
-    from crepe_deploy.exporting.registry import check_formats
+    from crepe_deploy.exporting.registry import build
 
     check_base_model(base_model)
-    formats = None if format is None else check_formats(_names(format))
+    check_healing(heal, calib)
+    written = export_options(onnx_flavor, precision, quantise)
+    if format is not None:
+        build(_names(format), written)
     asked = {
         "method": method, "preset": preset, "params": params, "recipe": recipe, "feed": feed, "allocate": allocate,
         "permute": permute, "reprune": reprune, "reconstruct": reconstruct, "repair": repair, "rescale": rescale,
         "include": include, "exclude": exclude, "dtype": dtype,
     }  # fmt: skip
-    left = Given(target, sparsity, granularity, calib is not None, calib_samples, calib_length, format)
-    place = chosen_device(device, say or unsaid)
-    source, config, options = _resolved(model, revision, asked, left, say)
-    healing = healing_of(source, heal, calib, calib_field, seed, parts(progress), say, place)
-    formats, export = formats or _names(options["format"]), export_options(onnx_flavor, precision, quantise)
-    check_exports(source, formats, export, config.pattern)
-    check_output(Path(out), overwrite=overwrite, inputs=(source.folder,))
-    windows = _windows(config, source, calib, calib_field, options, seed, say, progress)
-    return run(
-        source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
-        options=export, healing=healing, base_model=base_model, device=place,
-    )  # fmt: skip
+    left = _checked(Given(target, sparsity, granularity, calib is not None, calib_samples, calib_length, format), asked)
+    check_calibration(calib)
+    with output(out, model, overwrite=overwrite):
+        place = chosen_device(device, say or unsaid)
+        source = find_model(model, revision, say)
+        config, options = _resolved(source, asked, left, say)
+        formats = _names(options["format"])
+        for exporter in build(formats, written):
+            exporter.check_pruning(source.folder, config.pattern)
+        healing = healing_of(source, heal, calib, calib_field, seed, parts(progress), say, place)
+        if SELF in sources_of(options["calib"] if calib is None else calib):
+            check_run(source, Path(out), config, overwrite=overwrite)
+        windows = _windows(config, source, calib, calib_field, options, seed, say, progress)
+        return run(
+            source, Path(out), config, windows, formats=formats, resume=resume, overwrite=overwrite,
+            step=progress or silent, options=written, healing=healing, base_model=base_model, device=place,
+        )  # fmt: skip
 
 
 def _names(format: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in format.split(",")] if isinstance(format, str) else list(format)
 
 
-def _resolved(
-    model: str | Path, revision: str | None, asked: Mapping[str, Any], left: Given, say: Say | None
-) -> tuple[Model, PruneConfig, dict[str, Any]]:
-    """The model, what is done to it, and the other options, what was left out chosen and said.
+def _checked(left: Given, asked: Mapping[str, Any]) -> Given:
+    """What was given, with what the options of `prune_config` say of it; these are refused before a model is fetched.
 
-    asked: of `prune_config`, refused before any model is fetched where they do not go together.
+    Raises ConfigError, PatternError.
     """
     pattern = FIXED["sparsity"] if left.sparsity is None else left.sparsity
     checked = prune_config(pattern=pattern_of(pattern, left.granularity), **asked)
     named = any(value for name, value in asked.items() if name not in ("recipe", "dtype"))
-    left = replace(left, named=named, recipe=asked["recipe"] is not None, needs_text=checked.needs_text)
-    source = find_model(model, revision, say)
-    chosen = choices_of(left, source.folder, say)
+    return replace(left, named=named, recipe=asked["recipe"] is not None, needs_text=checked.needs_text)
+
+
+def _resolved(
+    model: Model, asked: Mapping[str, Any], left: Given, say: Say | None
+) -> tuple[PruneConfig, dict[str, Any]]:  # fmt: skip
+    """What is done to the model, and the other options; what was left out is chosen, and said."""
+    chosen = choices_of(left, model.folder, say)
     options = filled(left.options, chosen)
     method = {name: value for name, value in chosen.items() if name in asked}
     config = prune_config(pattern=pattern_of(options["sparsity"], left.granularity), **{**asked, **method})
-    return source, replace(config, origin=replace(config.origin, chosen=chosen)), options
+    return replace(config, origin=replace(config.origin, chosen=chosen)), options
 
 
 def _windows(

@@ -13,8 +13,8 @@ from crepe_deploy.structural.local import DEFAULT_VARIANT
 from crepe_deploy.structural.tyr import tyr as prune_structurally
 
 from .choices import OWN_DOMAIN
-from .heal import healing_of
-from .inputs import Calibration, check_base_model, find_model, windows_of
+from .heal import check_healing, healing_of
+from .inputs import Calibration, check_base_model, check_calibration, find_model, output, windows_of
 
 
 def tyr(
@@ -56,14 +56,19 @@ def tyr(
         finish=finish, search_samples=search_samples, seed=seed, dtype=dtype,
     )  # fmt: skip
     config.check()
-    place = chosen(device, say or unsaid)
-    source = find_model(model, revision, say)
-    healing = healing_of(source, heal, calib, calib_field, seed, show, say, place)
-    if calib is None:
-        (say or unsaid)(f"chosen: --calib {SELF}; {OWN_DOMAIN}")
-    samples = calib_samples + search_samples
-    text = windows_of(source, SELF if calib is None else calib, calib_field, samples, calib_length, seed, say, show)
-    return prune_structurally(
-        source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
-        write=FolderWriter(widths, layout, remote_code, healing, base_model), device=place,
-    )  # fmt: skip
+    check_healing(heal, calib)
+    check_calibration(calib)
+    with output(out, model, overwrite=overwrite):
+        place = chosen(device, say or unsaid)
+        source = find_model(model, revision, say)
+        healing = healing_of(source, heal, calib, calib_field, seed, show, say, place)
+        writer = FolderWriter(widths, layout, remote_code, healing, base_model)
+        writer.check(source)
+        if calib is None:
+            (say or unsaid)(f"chosen: --calib {SELF}; {OWN_DOMAIN}")
+        samples = calib_samples + search_samples
+        text = windows_of(source, SELF if calib is None else calib, calib_field, samples, calib_length, seed, say, show)
+        return prune_structurally(
+            source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
+            write=writer, device=place,
+        )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import prepare_libraries, print_result, prune_options, say, values
+from .options import prepare_libraries, print_result, prune_options, resumable_folder, say, values
 
 EXAMPLES = """\b
 Examples:
@@ -16,6 +16,7 @@ Examples:
   crepe-deploy prune models/llama --method wanda --sparsity 0.5 --calib wiki.txt --out pruned
   crepe-deploy prune models/llama --method magnitude --sparsity 4:8 --exclude lm_head --out pruned
   crepe-deploy prune models/llama --reconstruct exact --feed both --calib allenai/c4:en:train --out pruned
+  crepe-deploy prune models/llama --calib wiki.txt --out pruned --resume
 """
 
 
@@ -24,13 +25,14 @@ Examples:
 def prune_command(out: Path, as_json: bool, **options: Any) -> None:
     """Prune MODEL into the Hugging Face folder OUT, with its manifest.
 
-    What is left out is chosen for the machine, and said.
+    What is left out is chosen for the machine, and said. Exit code 75 means stopped: the same command with --resume
+    goes on.
     """
     prepare_libraries()
     from crepe_deploy.api.prune import prune
     from crepe_deploy.progress import progress
 
-    with progress(f"pruning {options['model']}") as step:
+    with resumable_folder(out), progress(f"pruning {options['model']}") as step:
         manifest = prune(out=out, progress=step, say=say, **values(options))
     asked = {name: manifest.config[name] for name in ("pattern", "method")}
     text = [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros, verified"]

@@ -37,15 +37,15 @@ class Scenario:
 
 
 SCENARIOS: Final = {
-    "prune": Scenario(("calibrated",)),
-    "prune --overwrite": Scenario(("calibrated", "--overwrite"), earlier="pruned"),
-    "prune-and-export": Scenario(("formats",)),
-    "prune-and-export --overwrite": Scenario(("formats", "--overwrite"), earlier="formats"),
+    "prune": Scenario(("calibrated",), resumes=True),
+    "prune --overwrite": Scenario(("calibrated", "--overwrite"), earlier="pruned", resumes=True),
+    "prune-and-export": Scenario(("formats",), resumes=True),
+    "prune-and-export --overwrite": Scenario(("formats", "--overwrite"), earlier="formats", resumes=True),
     "export dense": Scenario(("dense",), "packed"),
     "export packed": Scenario(("packed",), "pruned"),
     "export int8": Scenario(("int8", "--overwrite"), "pruned", earlier="int8"),
     "export deci": Scenario(("deci",), "per-layer"),
-    "prune gguf": Scenario(("prune",), "model.gguf"),
+    "prune gguf": Scenario(("prune",), "model.gguf", resumes=True),
     "search": Scenario(STOPPED["stopped-search"], resumes=True),
     "tyr": Scenario(STOPPED["stopped-tyr"], resumes=True),
     "report": Scenario(("report", "RUN", "--out", "out"), "charts.json"),
@@ -94,7 +94,7 @@ class Bench:
         scenario = SCENARIOS[name]
         first, *more = scenario.arguments
         sample = self.corpus.path(scenario.sample)
-        if scenario.resumes:
+        if name in ("search", "tyr"):
             argv = self.corpus.command(f"stopped-{name}")
         elif first in ("report", "gate", "export"):
             argv = [str(sample) if part in ("RUN", "IN") else part for part in scenario.arguments]
@@ -190,7 +190,7 @@ def _at_the_end(scratch: Path, kind: str, reference: Reference) -> Iterator[str]
         yield f"missing in the end: {min(missing)}"
     left = [name for name in sorted(set(present) - reference.names) if ".failed" not in name]
     if kind in ("EIO", "EACCES", "SIGKILL") and "cwd/out" in present:  # done, but for clearing up
-        left = [name for name in left if not re.match(r"cwd/(\.\w+\.crepe-deploy|out\.work|out\.old)(/|$)", name)]
+        left = [name for name in left if not re.match(r"cwd/(\.[\w.]+\.crepe-deploy|out\.work|out\.old)(/|$)", name)]
     if left:
         yield f"left in the end: {left[0]}"
     if changed := [name for name, value in reference.stable.items() if present.get(name, value) != value]:
