@@ -67,7 +67,7 @@ def model_table(results: dict[str, Any]) -> str:
 def prune_table(rows: dict[str, dict[str, Any]]) -> str:
     """Seconds a block on either side, the device's peak memory, and the share of equal mask entries."""
     lines = [
-        "| pruned, two blocks of Llama-3.1-8B's width | CPU s a block | device s a block | peak GB | equal masks |"
+        "| pruned, Llama-3.1-8B's width | CPU s a block | device s a block | peak GB | equal masks |"
     ]
     lines.append("|---|---:|---:|---:|---:|")
     for name, row in rows.items():
