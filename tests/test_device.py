@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from crepe_deploy import cli, device
 from crepe_deploy.api.evaluate import evaluate
 from crepe_deploy.api.heal import heal
+from crepe_deploy.api.inputs import find_model, windows_of
 from crepe_deploy.api.prune import prune
 from crepe_deploy.api.search import search
 from crepe_deploy.errors import ConfigError
@@ -183,3 +184,15 @@ def test_heal(tmp_path: Path, model: Path, text: Path, monkeypatch: pytest.Monke
     for name, tensor in expected.items():
         assert torch.equal(found[name] == 0, tensor == 0), name
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_text_of_the_models_own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def run() -> torch.Tensor:
+        return windows_of(find_model(model), "self", "text", 2, 8, 0, device=device.resolve("auto")).tokens
+
+    expected = run()
+    with stand_in():
+        assert torch.equal(run(), expected)
+    assert len(list(tmp_path.rglob("self/*.json"))) == 2  # what rounding decides is kept by device

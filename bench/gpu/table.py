@@ -66,9 +66,7 @@ def model_table(results: dict[str, Any]) -> str:
 
 def prune_table(rows: dict[str, dict[str, Any]]) -> str:
     """Seconds a block on either side, the device's peak memory, and the share of equal mask entries."""
-    lines = [
-        "| pruned, Llama-3.1-8B's width | CPU s a block | device s a block | peak GB | equal masks |"
-    ]
+    lines = ["| pruned, Llama-3.1-8B's width | CPU s a block | device s a block | peak GB | equal masks |"]
     lines.append("|---|---:|---:|---:|---:|")
     for name, row in rows.items():
         seconds = [f"{row[place]['seconds_a_block']:.2f}" for place in ("cpu", "device")]

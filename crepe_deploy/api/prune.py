@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crepe_deploy.device import chosen
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.pattern import Pattern
@@ -57,7 +59,7 @@ def prune(
     )  # fmt: skip
     place = chosen(device, say or unsaid)
     source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
+    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress, place)
     return prune_checkpoint(
         source, Path(out), config, windows, overwrite=overwrite, step=progress or silent, device=place
     )
@@ -96,7 +98,7 @@ def prune_and_export(
     )  # fmt: skip
     place = chosen(device, say or unsaid)
     source = find_model(model, revision, say)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress)
+    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress, place)
     return run(
         source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
         options=export_options(onnx_flavor, precision, quantise),
@@ -107,10 +109,10 @@ def prune_and_export(
 
 def _calibration(
     config: PruneConfig, model: Model, calib: Calibration | None, field: str, samples: int, length: int, seed: int,
-    say: Say | None, step: Progress | None,
+    say: Say | None, step: Progress | None, device: torch.device,
 ) -> CalibrationSet | None:  # fmt: skip
     if not config.needs_text:
         return None
     if calib is None:
         raise ConfigError("this method needs calibration text: give --calib FILE_OR_DATASET, or --calib self")
-    return windows_of(model, calib, field, samples, length, seed, say, parts(step))
+    return windows_of(model, calib, field, samples, length, seed, say, parts(step), device)

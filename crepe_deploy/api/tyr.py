@@ -55,7 +55,8 @@ def tyr(
     config.check()
     place = chosen(device, say or unsaid)
     source = find_model(model, revision, say)
-    text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed, say, show)
+    samples = calib_samples + search_samples
+    text = windows_of(source, calib, calib_field, samples, calib_length, seed, say, show, place)
     healing = healing_of(source, heal, calib, calib_field, seed, show, say, place)
     return prune_structurally(
         source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
