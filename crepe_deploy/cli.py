@@ -125,6 +125,9 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             reason = f"{error.filename!s:.80}... is too long for the name of a file: give a shorter one"
             return fail(InputError(), reason, InputError.exit_code, as_json=as_json)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            reason = "the GPU has too little memory for this: give fewer or shorter windows, or --device cpu"
+            return fail(CrepeError(), reason, CrepeError.exit_code, as_json=as_json)
         return report_unexpected(error, typed, debug="--debug" in arguments[:1], as_json=as_json)
 
 

@@ -186,6 +186,17 @@ def test_heal(tmp_path: Path, model: Path, text: Path, monkeypatch: pytest.Monke
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-3)
 
 
+def test_a_gpu_that_is_too_small_is_no_defect(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fill)
+    assert cli.run(["eval", str(model), "--text", str(text), "--max-tokens", "64", "--window", "32"]) == 1
+    assert "error: the GPU has too little memory for this" in capsys.readouterr().err
+
+
 def test_text_of_the_models_own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 

@@ -20,6 +20,7 @@ from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, 
 from crepe_deploy.nearest import unknown
 from crepe_deploy.store.checkpoint import CheckpointReader
 
+from .ahead import ReadAhead
 from .architecture import build_meta, load_config, outline
 from .blocks import find_blocks, is_linear
 from .calls import BlockSlot
@@ -72,6 +73,7 @@ class Decoder:
 
     def __init__(self, root: Path, dtype: str = "auto", device: torch.device = CPU) -> None:
         self.device = device
+        self._ahead = ReadAhead()
         self.reader = CheckpointReader(root)
         self.config = load_config(root)
         self.dtype = self._compute_dtype(dtype)
@@ -174,10 +176,13 @@ class Decoder:
     def block(self, index: int) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
         """Yield a block with its weights in memory, and those weights by checkpoint name in the file's dtype.
 
-        Where the file's dtype is the compute dtype both are one memory: writing to a weight changes the block.
+        Where the file's dtype is the compute dtype both are one memory: writing to a weight changes the block. While
+        another device than the CPU computes, the host reads the next block.
         """
         prefix = f"{self.blocks_path}.{index}."
         with self._materialised(self.blocks[index], prefix) as weights:
+            if self.device != CPU and index + 1 < len(self.blocks):  # the CPU reads no faster for being busy
+                self._ahead.start(self.block_keys(index + 1), self.reader.load_finite)
             yield self.blocks[index], weights
 
     @contextlib.contextmanager
@@ -187,7 +192,7 @@ class Decoder:
         try:
             for name in meta:
                 key = self.key(prefix + name)
-                weights[key] = self.reader.load_finite(key).to(self.device)
+                weights[key] = self._ahead.get(key, self.reader.load_finite).to(self.device)
                 _assign(module, name, weights[key].to(self.dtype))
             for name, buffer in module.named_buffers():
                 if prefix + name in self.reader:
