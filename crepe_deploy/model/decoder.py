@@ -212,6 +212,8 @@ class Decoder:
             def embed(tokens: Tensor) -> list[BlockSlot]:
                 try:
                     base(input_ids=tokens.to(self.device), use_cache=False)
+                except torch.OutOfMemoryError:
+                    raise
                 except (IndexError, RuntimeError) as error:
                     raise CalibrationError(
                         f"model type '{self.config.model_type}' cannot embed {tokens.shape[1]} tokens with ids up to "
