@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import importlib.util
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from .errors import CalibrationError, MissingExtra
+from .errors import CalibrationError
+from .extras import require
 from .store.reading import DOCUMENT_BYTES, decode, open_file, parse_json
 from .store.stock import third_party
 
@@ -23,6 +24,7 @@ DATASET_MAX_CHARS: Final = 50_000_000
 FILE_KINDS: Final = (".txt", ".jsonl", ".parquet")
 _SPLIT_NAMES = ("train", "valid", "test", "dev")
 _CHUNK: Final = 1 << 20
+_PARQUET: Final = "reading a .parquet file"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,33 @@ def load_text(
     return text
 
 
+def check_text(source: str | Path) -> None:
+    """Refuse a source that shows without reading that it has no text: missing, empty, of no kind that is read.
+
+    Raises CalibrationError, MissingExtra.
+    """
+    path = Path(source)
+    if path.suffix not in FILE_KINDS and not _is_file(path):
+        parse_dataset_name(str(source), "train")
+        require(_no_file(source), "datasets")
+        return
+    _check_kind(path)
+    with open_file(path, CalibrationError) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise CalibrationError(f"{path} is empty")
+    if path.suffix == ".parquet":
+        require(_PARQUET, "pyarrow")
+
+
+def _check_kind(path: Path) -> None:
+    if path.suffix not in FILE_KINDS:
+        raise CalibrationError(f"{path} is not one of the kinds that can be read: {', '.join(FILE_KINDS)}")
+
+
+def _no_file(source: str | Path) -> str:
+    return f"'{source}' is no file on this disk; reading it as a dataset"
+
+
 def _is_file(path: Path) -> bool:
     """Whether something lies there that is no folder; nothing does under a name that is too long for a file."""
     try:
@@ -81,8 +110,7 @@ def load_documents(source: str | Path, field: str = "text") -> list[str]:
 
 
 def _load_file(path: Path, field: str, chars: int | None) -> Text:
-    if path.suffix not in FILE_KINDS:
-        raise CalibrationError(f"{path} is not one of the kinds that can be read: {', '.join(FILE_KINDS)}")
+    _check_kind(path)
     with open_file(path, CalibrationError) as file:
         try:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -159,8 +187,7 @@ def _field_of(row: Any, field: str, place: str) -> str:
 
 
 def _parquet_rows(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise MissingExtra("pyarrow", "eval", "reading a .parquet file")
+    require(_PARQUET, "pyarrow")
     import pyarrow
     import pyarrow.parquet
 
@@ -192,8 +219,7 @@ def parse_dataset_name(source: str, split: str) -> tuple[str, str | None, str]:
 
 def _load_dataset(source: str, field: str, split: str, max_chars: int) -> Text:
     name, config, split = parse_dataset_name(source, split)
-    if importlib.util.find_spec("datasets") is None:
-        raise MissingExtra("datasets", "eval", f"'{source}' is no file on this disk; reading it as a dataset")
+    require(_no_file(source), "datasets")
     from datasets import load_dataset
 
     what = (

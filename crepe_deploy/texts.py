@@ -125,10 +125,12 @@ def calibration_windows(
     if samples < len(names):
         raise ConfigError(f"{samples} calibration samples cannot come from {len(names)} sources: raise the samples")
     share, more = divmod(samples, len(names))
-    return _mixed([
-        _windows(name, tokenizer, share + (index < more), length, seed, field, say, show, device)
-        for index, name in enumerate(names)
-    ])  # fmt: skip
+    counts = {name: share + (index < more) for index, name in enumerate(names)}
+    drawn = {
+        name: _windows(name, tokenizer, counts[name], length, seed, field, say, show, device)
+        for name in sorted(names, key=SELF.__eq__)  # what is written after what is read, which may be refused
+    }
+    return _mixed([drawn[name] for name in names])
 
 
 def _mixed(sets: list[CalibrationSet]) -> CalibrationSet:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from ...errors import MissingExtra
+from ...extras import require
 from ..run.result import Interval
 from .compare import Entry
 
@@ -93,11 +93,10 @@ def short(name: str) -> str:
 @contextmanager
 def drawing(width: float = 4.8, height: float = 3.4, rows: int = 1) -> Iterator[tuple[Drawing, list[Axes]]]:
     """A figure in inches with `rows` panels that share the x axis. Raises MissingExtra without matplotlib."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure as Drawing
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "bench", "the report") from error
+    require("the report", "matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Drawing
+
     with rc_context(_SETTINGS), warnings.catch_warnings():
         # A name may hold characters that the PNG's font lacks; the page's browser has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")

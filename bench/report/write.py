@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import ConfigError
+from ...extras import require
 from ...store.files import disk_errors
 from ...store.folders import atomic_folder, check_output
 from .advice import MAX_PERPLEXITY_RATIO
@@ -36,6 +37,7 @@ def make_report(
     """
     if not paths:
         raise ConfigError("no run file given: name at least one RUN.json that `crepe-deploy bench` wrote")
+    require("the report", "jinja2", "matplotlib")
     out = out.absolute()
     check_output(out, overwrite=overwrite, inputs=tuple(paths), own=OWN)
     report = build_report(load_groups(paths), max_perplexity_ratio, context_tokens)

@@ -11,9 +11,9 @@ from crepe_deploy.device import chosen
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.progress import Progress, Say, part, silent, unsaid
 from crepe_deploy.quality import perplexity
-from crepe_deploy.quality.zeroshot import ZeroShotReport, zero_shot
+from crepe_deploy.quality.zeroshot import ZeroShotReport, find_tasks, zero_shot
 
-from .inputs import find_model
+from .inputs import check_calibration, find_model
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ def evaluate(
         raise ConfigError(f"--update-card writes into a folder, and {model} is none")
     if update_card:
         measured.check_card(Path(model))
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks or ())
+    if text is not None:
+        perplexity.check_options(dtype, bos, seed, window, stride)
+        check_calibration(text)
+    found = None if tasks is None else find_tasks(names, None if task_dir is None else Path(task_dir))
     place = chosen(device, say or unsaid)
     folder = find_model(model, say=say).folder
     reference = None if against is None else find_model(against, say=say).folder
@@ -68,13 +73,11 @@ def evaluate(
     if text is not None:
         quality = perplexity.evaluate(
             folder, text, field=text_field, window=window, stride=stride, max_tokens=max_tokens, dtype=dtype, bos=bos,
-            against=reference, seed=seed, device=place, progress=progress,
+            against=reference, seed=seed, device=place, progress=progress, say=say or unsaid,
         )  # fmt: skip
-    if tasks is not None:
-        names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-        local = None if task_dir is None else Path(task_dir)
+    if found is not None:
         part(progress or silent, f"answering {', '.join(names)}")
-        answers = zero_shot(folder, names, task_dir=local, limit=limit, against=reference, device=place)
+        answers = zero_shot(folder, found, limit=limit, against=reference, device=place)
     evaluation = Evaluation(str(model), quality, answers)
     if update_card:
         measured.update_card(Path(model), evaluation.to_dict())

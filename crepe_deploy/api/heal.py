@@ -11,15 +11,17 @@ import torch
 
 from crepe_deploy.device import chosen
 from crepe_deploy.errors import ConfigError
-from crepe_deploy.healing.config import HealConfig
+from crepe_deploy.healing.config import DEFAULT_STEPS, HealConfig
+from crepe_deploy.healing.heal import check_extras
 from crepe_deploy.healing.heal import heal as heal_folder
 from crepe_deploy.model.architecture import load_config
 from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.selftext import SELF
+from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
 
-from .inputs import Calibration, Mixture, find_model
+from .inputs import Calibration, Mixture, check_calibration, find_model, sources_of
 
 if TYPE_CHECKING:
     from crepe_deploy.exporting.heal import Healing
@@ -49,7 +51,7 @@ def heal(
     """
     from crepe_deploy.exporting.heal import seal
 
-    texts = [text] if isinstance(text, str | Path) else list(text)
+    texts, given = [text] if isinstance(text, str | Path) else list(text), Path(dense).expanduser()
     parts = train.split(",") if isinstance(train, str) else list(train)
     config = HealConfig(
         steps=steps, minutes=minutes, learning_rate=learning_rate, batch_tokens=batch_tokens, window=window,
@@ -57,11 +59,28 @@ def heal(
         train=tuple(part.strip() for part in parts), dtype=dtype, seed=seed, holdout=holdout,
     )  # fmt: skip
     config.check()
+    check_extras(config)
+    check_output(Path(out), overwrite=overwrite, inputs=(Path(folder), *([given] if given.exists() else [])))
+    check_calibration(*texts)
+    if steps is None and minutes is None:
+        (say or unsaid)(f"the budget is {DEFAULT_STEPS} steps (--steps or --minutes chooses)")
     place = chosen(device, say or unsaid)
     return heal_folder(
         Path(folder), find_model(dense, revision, say), Path(out), config, texts, text_field, resume=resume,
         overwrite=overwrite, show=show or hidden, say=say or unsaid, seal=partial(seal, Path(folder)), device=place,
     )  # fmt: skip
+
+
+def check_healing(minutes: float | None, calib: Calibration | None) -> None:
+    """Refuse healing, where minutes are given, on what is no text to be read again, tokens or the model's own for
+    example, and without its libraries. Raises ConfigError, MissingExtra."""
+    if minutes is None:
+        return
+    check_extras(HealConfig(minutes=minutes))
+    several = calib.sources if isinstance(calib, Mixture) else [calib]
+    texts = [source for source in sources_of(calib) if source != SELF]
+    if not texts or len(texts) < len(several):
+        raise ConfigError("--heal trains on the calibration text: give --calib FILE_OR_DATASET")
 
 
 def healing_of(
@@ -70,16 +89,14 @@ def healing_of(
 ) -> Healing | None:  # fmt: skip
     """Healing for so many minutes on the calibration text, at the defaults of `heal`; None for None.
 
-    Raises ConfigError where that is no text to be read again, tokens or the model's own for example.
+    Raises as `check_healing` does.
     """
     from crepe_deploy.exporting.heal import Healing
 
     if minutes is None:
         return None
-    sources = list(calib.sources) if isinstance(calib, Mixture) else [calib]
-    texts = [source for source in sources if isinstance(source, str | Path) and source != SELF]
-    if not texts or len(texts) < len(sources):
-        raise ConfigError("--heal trains on the calibration text: give --calib FILE_OR_DATASET")
+    check_healing(minutes, calib)
+    texts = sources_of(calib)
     context = int(getattr(load_config(model.folder), "max_position_embeddings", None) or HealConfig.window)
     config = HealConfig(minutes=minutes, window=min(HealConfig.window, context), seed=seed)
     config.check()

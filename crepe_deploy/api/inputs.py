@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from crepe_deploy.device import CPU
-from crepe_deploy.documents import SEPARATOR, Text
+from crepe_deploy.documents import SEPARATOR, Text, check_text
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.model.architecture import load_config
 from crepe_deploy.model.gguf_outline import gguf_outline
 from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
+from crepe_deploy.selftext import SELF
+from crepe_deploy.store.folders import check_output
 from crepe_deploy.store.sources import Model, gguf_file, is_hub_id, require_pinned, resolve_model
 from crepe_deploy.store.stock import check_ids
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
@@ -59,6 +61,25 @@ def outlined(model: str | Path, revision: str | None, say: Say | None) -> Iterat
         yield folder, str(file)
 
 
+def sources_of(calib: Calibration | None) -> list[str | Path]:
+    """Where text comes from that is not given as it is."""
+    several = calib.sources if isinstance(calib, Mixture) else [calib]
+    return [source for source in several if isinstance(source, str | Path)]
+
+
+def check_calibration(*given: Calibration | None) -> None:
+    """Refuse sources of text that show without reading that they have none. Raises CalibrationError, MissingExtra."""
+    for source in (source for calib in given for source in sources_of(calib)):
+        if source != SELF:
+            check_text(source)
+
+
+def check_place(out: str | Path, model: str | Path, *, overwrite: bool) -> None:
+    """Refuse an output folder before MODEL is fetched or converted. Raises OutputError."""
+    given = Path(model).expanduser()
+    check_output(Path(out), overwrite=overwrite, inputs=(given,) if given.exists() else ())
+
+
 def pattern_of(sparsity: Pattern | str | float, granularity: Granularity = "row") -> Pattern:
     """The pattern of "2:4" (N kept of M), or of 0.5 or "0.5" of zeros, counted by row or matrix. PatternError."""
     if isinstance(sparsity, NM | Unstructured):
@@ -97,6 +118,8 @@ def windows_of(
         return _varied(_as_given(calib, rows, seed))
     source = calib if isinstance(calib, str | Path) else _several(calib)
     context = int(getattr(config, "max_position_embeddings", None) or length)
+    if context < length:
+        (say or unsaid)(f"calibration windows are clipped to the model's context: {context} tokens instead of {length}")
     tokenizer = load_tokenizer(model.folder)
     windows = calibration_windows(
         source, tokenizer, samples, min(length, context), seed, field, say or unsaid, show or hidden, device

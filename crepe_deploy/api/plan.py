@@ -9,7 +9,7 @@ from crepe_deploy.device import described, resolve
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern, Unstructured
-from crepe_deploy.progress import Say
+from crepe_deploy.progress import Say, unsaid
 from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
@@ -67,15 +67,20 @@ def plan(
     """
     pattern, place = pattern_of(sparsity, granularity), resolve(device)
     with outlined(model, revision, say) as (folder, shown):
-        result = _plan(folder, pattern, calib_samples, calib_length, described(place))
+        result = _plan(folder, pattern, calib_samples, calib_length, described(place), say or unsaid)
         result["model"] = shown
         if heal:
             result["heal_memory_estimate_bytes"] = heal_memory(folder)
     return result
 
 
-def _plan(folder: Path, pattern: Pattern, calib_samples: int, calib_length: int, device: str) -> Plan:
+def _plan(
+    folder: Path, pattern: Pattern, calib_samples: int, calib_length: int, device: str, say: Say
+) -> Plan:  # fmt: skip
     decoder = Decoder(folder)
+    if (context := decoder.context_length) < calib_length:
+        say(f"calibration windows would be clipped to the model's context: {context} tokens instead of {calib_length}")
+    tokens = calib_samples * min(calib_length, context)
     reader = decoder.reader
     linears = [spec for block in decoder.linears for spec in block]
     misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]
@@ -95,9 +100,9 @@ def _plan(folder: Path, pattern: Pattern, calib_samples: int, calib_length: int,
         "checkpoint_bytes": total,
         "packed_checkpoint_bytes": total - dense + packed + kept,
         "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
-        "peak_memory_estimate_bytes": peak_memory(decoder, calib_samples * min(calib_length, decoder.context_length)),
+        "peak_memory_estimate_bytes": peak_memory(decoder, tokens),
         "calib_self_memory_estimate_bytes": sampling_bytes(
-            decoder.config, total, decoder.dtype.itemsize, calib_samples, min(calib_length, decoder.context_length)
+            decoder.config, total, decoder.dtype.itemsize, calib_samples, min(calib_length, context)
         ),
         "disk_needed_bytes": 2 * total,
         "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},

@@ -14,12 +14,25 @@ from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Progress, Say, parts, silent, unsaid
 from crepe_deploy.pruning.config import PruneConfig, prune_config
 from crepe_deploy.pruning.prune import prune as prune_checkpoint
+from crepe_deploy.pruning.run_plan import check_run
+from crepe_deploy.selftext import SELF
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
 from crepe_deploy.texts import CalibrationSet
 
-from .heal import healing_of
-from .inputs import Calibration, Granularity, check_base_model, export_options, find_model, pattern_of, windows_of
+from .heal import check_healing, healing_of
+from .inputs import (
+    Calibration,
+    Granularity,
+    check_base_model,
+    check_calibration,
+    check_place,
+    export_options,
+    find_model,
+    pattern_of,
+    sources_of,
+    windows_of,
+)
 
 
 def prune(
@@ -30,7 +43,8 @@ def prune(
     rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
     seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
-    device: str = "auto", revision: str | None = None, overwrite: bool = False, progress: Progress | None = None,
+    device: str = "auto", revision: str | None = None, resume: bool = False, overwrite: bool = False,
+    progress: Progress | None = None,
     say: Say | None = None,
 ) -> Manifest:  # fmt: skip
     """Prune the linear layers of `model` into the Hugging Face folder `out`, and return its manifest.
@@ -47,7 +61,9 @@ def prune(
     tokens in each, clipped to the model's context.
     include, exclude: regular expressions searched in tensor names. dtype: to compute in, "auto" is the checkpoint's.
     device: to compute on, "cpu", "cuda", "cuda:N", or "auto": the first GPU that torch sees, else the CPU.
-    progress: told pieces of work done and in all. say: told what is fetched or converted.
+    resume: go on with OUT.work, which a stopped run leaves: the same bytes, at most one block is pruned again; on the
+    command line that is exit code 75. progress: told pieces of work done and in all. say: told what is fetched or
+    converted.
     Raises ConfigError, PatternError, CheckpointError, UnsupportedModel, CalibrationError, OutputError, MissingExtra
     (exit code 2) before any work that could be spared; NumericalError, VerifyError, ParityError, DiskFullError (1).
     Source of each method: docs/methods.md, docs/crepe.md.
@@ -57,11 +73,15 @@ def prune(
         allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
+    check_calibration(calib)
+    check_place(out, model, overwrite=overwrite)
     place = chosen(device, say or unsaid)
     source = find_model(model, revision, say)
+    if SELF in sources_of(calib):
+        check_run(source, Path(out), config, overwrite=overwrite)
     windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress, place)
     return prune_checkpoint(
-        source, Path(out), config, windows, overwrite=overwrite, step=progress or silent, device=place
+        source, Path(out), config, windows, resume=resume, overwrite=overwrite, step=progress or silent, device=place
     )
 
 
@@ -74,35 +94,44 @@ def prune_and_export(
     reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int = 128, calib_length: int = 2048,
     seed: int = 0, include: str | None = None, exclude: str | None = None, dtype: str = "auto", device: str = "auto",
-    heal: float | None = None, base_model: str | None = None, revision: str | None = None, overwrite: bool = False,
-    progress: Progress | None = None, say: Say | None = None,
+    heal: float | None = None, base_model: str | None = None, revision: str | None = None, resume: bool = False,
+    overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune `model` and write OUT/FORMAT/ for each format; returns the report that is OUT/report.json.
 
     format: one or more of "dense", "packed", "int8", "onnx" and "gguf", a list or comma-separated. onnx_flavor,
     precision, quantise: as in `export`. heal: minutes for which the pruned model is trained on the calibration text
-    before it is exported, as by `heal`. base_model: hub id of the parent, for the model cards.
+    before it is exported, as by `heal`. base_model: hub id of the parent, for the model cards. resume: as in `prune`;
+    other formats may be asked for.
     The rest, and what is raised, as in `prune`. The report names the source, what was resolved
     (method, parameters, steps, patterns), `sparsity_of_pruned_tensors` (zeros over entries, counted on
     disk), `seconds` by phase, `parity` of the logits, and for each format its path, `weight_file_bytes` and `size`.
     """
     from crepe_deploy.exporting.pipeline import prune_and_export as run
-    from crepe_deploy.exporting.registry import check_formats
+    from crepe_deploy.exporting.registry import build, check_formats
 
     check_base_model(base_model)
+    check_healing(heal, calib)
     formats = check_formats([name.strip() for name in format.split(",")] if isinstance(format, str) else list(format))
+    exporters = build(formats, export_options(onnx_flavor, precision, quantise))
     config = prune_config(
         method, pattern_of(sparsity, granularity), preset=preset, params=params, recipe=recipe, feed=feed,
         allocate=allocate, permute=permute, reprune=reprune, reconstruct=reconstruct, repair=repair, rescale=rescale,
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
+    check_calibration(calib)
+    check_place(out, model, overwrite=overwrite)
     place = chosen(device, say or unsaid)
     source = find_model(model, revision, say)
+    for exporter in exporters:
+        exporter.check_pruning(source.folder, config.pattern)
+    healing = healing_of(source, heal, calib, calib_field, seed, parts(progress), say, place)
+    if SELF in sources_of(calib):
+        check_run(source, Path(out), config, overwrite=overwrite)
     windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress, place)
     return run(
-        source, Path(out), config, windows, formats=formats, overwrite=overwrite, step=progress or silent,
-        options=export_options(onnx_flavor, precision, quantise),
-        healing=healing_of(source, heal, calib, calib_field, seed, parts(progress), say, place),
+        source, Path(out), config, windows, formats=formats, resume=resume, overwrite=overwrite,
+        step=progress or silent, options=export_options(onnx_flavor, precision, quantise), healing=healing,
         base_model=base_model, device=place,
     )  # fmt: skip
 

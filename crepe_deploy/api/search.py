@@ -11,11 +11,11 @@ from crepe_deploy.device import chosen
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
-from crepe_deploy.searching.run import SearchConfig
+from crepe_deploy.searching.run import SearchConfig, check_options
 from crepe_deploy.searching.run import search as search_preset
 from crepe_deploy.searching.space import KERNEL_SIZES
 
-from .inputs import Calibration, Granularity, find_model, pattern_of, windows_of
+from .inputs import Calibration, Granularity, check_calibration, find_model, pattern_of, windows_of
 
 
 def search(
@@ -48,10 +48,12 @@ def search(
         fit=fit, finalists=finalists, kernel_sizes=tuple(kernels), seed=seed, workers=workers, include=include,
         exclude=exclude, dtype=dtype,
     )  # fmt: skip
+    check_options(Path(out), config, overwrite=overwrite)
+    check_calibration(text, calib)
     place = chosen(device, say or unsaid)
     source = find_model(model, revision, say)
-    calibration = windows_of(source, calib, calib_field, calib_samples, calib_length, seed, say, show, place)
     judged_on = windows_of(source, text, text_field, text_samples, text_length, seed, say, show, place)
+    calibration = windows_of(source, calib, calib_field, calib_samples, calib_length, seed, say, show, place)
     return search_preset(
         source, Path(out), config, calibration, judged_on, resume=resume, overwrite=overwrite,
         show=show or hidden, say=say or unsaid, device=place,

@@ -11,8 +11,8 @@ from crepe_deploy.structural.config import TyrConfig
 from crepe_deploy.structural.local import DEFAULT_VARIANT
 from crepe_deploy.structural.tyr import tyr as prune_structurally
 
-from .heal import healing_of
-from .inputs import Calibration, check_base_model, find_model, windows_of
+from .heal import check_healing, healing_of
+from .inputs import Calibration, check_base_model, check_calibration, check_place, find_model, windows_of
 
 
 def tyr(
@@ -53,12 +53,17 @@ def tyr(
         finish=finish, search_samples=search_samples, seed=seed, dtype=dtype,
     )  # fmt: skip
     config.check()
+    check_healing(heal, calib)
+    check_calibration(calib)
+    check_place(out, model, overwrite=overwrite)
     place = chosen(device, say or unsaid)
     source = find_model(model, revision, say)
+    healing = healing_of(source, heal, calib, calib_field, seed, show, say, place)
+    writer = FolderWriter(widths, layout, remote_code, healing, base_model)
+    writer.check(source)
     samples = calib_samples + search_samples
     text = windows_of(source, calib, calib_field, samples, calib_length, seed, say, show, place)
-    healing = healing_of(source, heal, calib, calib_field, seed, show, say, place)
     return prune_structurally(
         source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
-        write=FolderWriter(widths, layout, remote_code, healing, base_model), device=place,
+        write=writer, device=place,
     )  # fmt: skip

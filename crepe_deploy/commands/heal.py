@@ -19,7 +19,8 @@ from .options import (
     overwrite_option,
     prepare_libraries,
     print_result,
-    resumable,
+    resumable_folder,
+    resume_option,
     revision_option,
     say,
 )
@@ -60,7 +61,7 @@ heal_options = options(
                  help="Share of each text that decides which step is best."),
     click.option("--seed", type=SEED, default=0, show_default=True),
     revision_option,
-    click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run."),
+    resume_option,
     overwrite_option,
     json_option,
 )  # fmt: skip
@@ -77,9 +78,8 @@ def heal_command(out: Path, text: tuple[str, ...], as_json: bool, **options: Any
     prepare_libraries()
     from crepe_deploy.api.heal import heal
     from crepe_deploy.progress import progress
-    from crepe_deploy.store.work import JOURNAL, work_folder
 
-    with resumable(work_folder(out) / JOURNAL):
+    with resumable_folder(out):
         manifest = heal(out=out, text=list(text), show=progress, say=say, **options)
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         healed = manifest.config["healed"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +73,13 @@ def resumable(journal: Path) -> Iterator[None]:
         raise Stopped("stopped; the same command with --resume goes on") from stop
 
 
+def resumable_folder(out: Path) -> AbstractContextManager[None]:
+    """A stop becomes `Stopped` where OUT.work has a journal to go on from."""
+    from crepe_deploy.store.work import JOURNAL, work_folder
+
+    return resumable(work_folder(out) / JOURNAL)
+
+
 def options(*several: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several click options as one decorator."""
 
@@ -107,6 +114,7 @@ device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
     help="To compute on; auto: the first GPU that torch sees, else the CPU.",
 )  # fmt: skip
+resume_option = click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
 revision_option = click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
@@ -202,6 +210,7 @@ prune_options = options(
                  help="To compute in: auto, bfloat16, float16, float32."),
     device_option,
     revision_option,
+    resume_option,
     overwrite_option,
     json_option,
 )  # fmt: skip

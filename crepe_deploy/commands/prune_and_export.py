@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from .options import (
     print_result,
     prune_options,
     quantise_option,
+    resumable_folder,
     say,
     values,
 )
@@ -36,14 +38,17 @@ Examples:
 @quantise_option
 @heal_option
 @base_model_option
-def prune_and_export_command(as_json: bool, **options: Any) -> None:
-    """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
+def prune_and_export_command(out: Path, as_json: bool, **options: Any) -> None:
+    """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json.
+
+    Exit code 75 means stopped: the same command with --resume goes on, also to other formats.
+    """
     prepare_libraries()
     from crepe_deploy.api.prune import prune_and_export
     from crepe_deploy.progress import progress
 
-    with progress(f"pruning {options['model']}") as step:
-        report = prune_and_export(progress=step, say=say, **values(options))
+    with resumable_folder(out), progress(f"pruning {options['model']}") as step:
+        report = prune_and_export(out=out, progress=step, say=say, **values(options))
     print_result(report, as_json, lines(report))
 
 

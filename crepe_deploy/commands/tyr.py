@@ -22,7 +22,8 @@ from .options import (
     overwrite_option,
     prepare_libraries,
     print_result,
-    resumable,
+    resumable_folder,
+    resume_option,
     revision_option,
     say,
 )
@@ -91,7 +92,7 @@ tyr_options = options(
                  help="To compute in: auto, bfloat16, float16, float32."),
     device_option,
     revision_option,
-    click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run."),
+    resume_option,
     base_model_option,
     overwrite_option,
     json_option,
@@ -110,9 +111,8 @@ def tyr_command(out: Path, calib: tuple[str, ...], as_json: bool, **options: Any
     from crepe_deploy.api.inputs import Mixture
     from crepe_deploy.api.tyr import tyr
     from crepe_deploy.progress import progress
-    from crepe_deploy.store.work import JOURNAL, work_folder
 
-    with resumable(work_folder(out) / JOURNAL):
+    with resumable_folder(out):
         report = tyr(out=out, calib=Mixture(calib), show=progress, say=say, **options)
     print_result(report, as_json, lines(report))
 

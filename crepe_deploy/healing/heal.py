@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 
 from crepe_deploy.device import CPU
-from crepe_deploy.errors import CheckpointError, ConfigError, MissingExtra, NoTokenizer, NumericalError, ParityError
+from crepe_deploy.errors import CheckpointError, ConfigError, NoTokenizer, NumericalError, ParityError
+from crepe_deploy.extras import require
 from crepe_deploy.model.architecture import whole_model
 from crepe_deploy.model.decoder import COMPUTE_DTYPES, Decoder
 from crepe_deploy.progress import Say, Show, hidden, unsaid
@@ -63,7 +63,7 @@ def heal(
     and NumericalError where training made nothing better; then nothing is written, and nothing left.
     """
     config.check()
-    _check_extras(config)
+    check_extras(config)
     check_output(out, overwrite=overwrite, inputs=(folder, dense.folder))
     accelerator = accelerator_on(device)
     if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
@@ -96,9 +96,9 @@ def accelerator_on(device: torch.device) -> Any:
     return accelerator
 
 
-def _check_extras(config: HealConfig) -> None:
-    if importlib.util.find_spec("accelerate") is None:
-        raise MissingExtra("accelerate", "heal", "healing")
+def check_extras(config: HealConfig) -> None:
+    """Raise MissingExtra without what this training takes."""
+    require("healing", "accelerate")
     if config.lora is not None:
         check_lora()
 

@@ -13,7 +13,7 @@ import torch
 
 from crepe_deploy.device import CPU, described
 from crepe_deploy.errors import ConfigError, OutputError
-from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.model.decoder import Decoder, LinearSpec, check_dtype
 from crepe_deploy.nearest import unknown
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
@@ -130,6 +130,20 @@ def _prepare(
     device: torch.device,
 ) -> tuple[Decoder, list[list[LinearSpec]], Space]:  # fmt: skip
     """Everything that can be refused is refused here."""
+    check_options(out, config, overwrite=overwrite)
+    decoder = Decoder(model.folder, config.dtype, device)
+    targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
+    for name, tokens in (("calibration", calibration.tokens), ("search", text.tokens)):
+        if tokens.shape[1] > decoder.context_length:
+            raise ConfigError(
+                f"{name} windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
+            )
+    shortest = min(min(spec.in_features, spec.out_features) for block in targets for spec in block)
+    return decoder, targets, Space(config.kernel_sizes, shortest)
+
+
+def check_options(out: Path, config: SearchConfig, *, overwrite: bool) -> None:
+    """Refuse what needs no model to be judged. Raises OutputError, ConfigError, MissingExtra."""
     if out.suffix != ".json":
         raise OutputError(f"--out {out}: a preset is a .json file")
     check_output_file(out, overwrite=overwrite)
@@ -140,15 +154,7 @@ def _prepare(
     check_proxy(config.proxy)
     if config.optimizer == "pho":
         require_cmaes()
-    decoder = Decoder(model.folder, config.dtype, device)
-    targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
-    for name, tokens in (("calibration", calibration.tokens), ("search", text.tokens)):
-        if tokens.shape[1] > decoder.context_length:
-            raise ConfigError(
-                f"{name} windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
-            )
-    shortest = min(min(spec.in_features, spec.out_features) for block in targets for spec in block)
-    return decoder, targets, Space(config.kernel_sizes, shortest)
+    check_dtype(config.dtype)
 
 
 def _identity(model: Model, config: SearchConfig, calibration: CalibrationSet, text: CalibrationSet) -> dict[str, Any]:

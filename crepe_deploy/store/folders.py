@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +22,7 @@ from typing import Any, Final
 from crepe_deploy.errors import OutputError
 
 from .files import disk_errors
+from .signals import Uninterrupted
 
 # Folders beside OUT that belong to the run that writes it.
 DERIVED: Final = (".partial", ".old", ".work", ".failed", ".unpacked")
@@ -30,7 +30,6 @@ MANIFEST: Final = "manifest.json"
 REPORT: Final = "report.json"
 _RECORD_BYTES: Final = 1 << 16
 _JSON_BYTES: Final = 1 << 28
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = (), own: tuple[str, ...] = ()) -> None:
@@ -129,7 +128,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = 
     Raises OutputError, DiskFullError.
     """
     partial = out.with_name(out.name + ".partial")
-    with Uninterrupted() as signals, _parents(out), Claim(out) as claim:
+    with Uninterrupted() as signals, parents(out), Claim(out) as claim:
         claim.recover()
         check_output(out, overwrite=overwrite, own=own)
         try:
@@ -287,7 +286,7 @@ def _sync(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _parents(out: Path) -> Iterator[None]:
+def parents(out: Path) -> Iterator[None]:
     """Inside, the folders above `out` exist; those made for it go again where they stayed empty."""
     missing = [parent for parent in out.absolute().parents if not parent.exists()]
     with disk_errors(out):
@@ -298,23 +297,3 @@ def _parents(out: Path) -> Iterator[None]:
         for parent in missing:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-
-
-class Uninterrupted:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP wait: claiming, renaming and clearing up are never left half done."""
-
-    def __enter__(self) -> Uninterrupted:
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
-
-    @contextlib.contextmanager
-    def delivered(self) -> Iterator[None]:
-        """Inside, they come through as before, those that waited first."""
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import shutil
 from collections import Counter
@@ -13,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, MissingExtra, OutputError, UnsupportedModel
+from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, OutputError, UnsupportedModel
+from crepe_deploy.extras import require
 from crepe_deploy.nearest import unknown
 
 from .cache import PROVENANCE
@@ -186,8 +186,7 @@ def named(names: Iterable[str], most: int = 5) -> str:
 
 def need(package: str) -> None:
     """Raises MissingExtra where a package that reading takes is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise MissingExtra(package, "gguf", "reading a GGUF file")
+    require("reading a GGUF file", package, extra="gguf")
 
 
 def _card(provenance: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ the file holds. llama.cpp itself is not needed.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -22,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import MissingExtra, ParityError
+from ...errors import ParityError
+from ...extras import require
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import PARITY_TOLERANCE, walk_logits
 from ...pattern import Pattern, parse_record
@@ -86,8 +86,7 @@ class Gguf(Exporter[GgufPlan]):
 
     def check(self) -> None:
         check_type(self.quantise)
-        if importlib.util.find_spec("gguf") is None:
-            raise MissingExtra("gguf", "gguf", "writing a GGUF file")
+        require("writing a GGUF file", "gguf")
 
     def check_pruning(self, model: Path, pattern: Pattern) -> None:
         architecture = architecture_of(model)

@@ -37,15 +37,15 @@ class Scenario:
 
 
 SCENARIOS: Final = {
-    "prune": Scenario(("calibrated",)),
-    "prune --overwrite": Scenario(("calibrated", "--overwrite"), earlier="pruned"),
-    "prune-and-export": Scenario(("formats",)),
-    "prune-and-export --overwrite": Scenario(("formats", "--overwrite"), earlier="formats"),
+    "prune": Scenario(("calibrated",), resumes=True),
+    "prune --overwrite": Scenario(("calibrated", "--overwrite"), earlier="pruned", resumes=True),
+    "prune-and-export": Scenario(("formats",), resumes=True),
+    "prune-and-export --overwrite": Scenario(("formats", "--overwrite"), earlier="formats", resumes=True),
     "export dense": Scenario(("dense",), "packed"),
     "export packed": Scenario(("packed",), "pruned"),
     "export int8": Scenario(("int8", "--overwrite"), "pruned", earlier="int8"),
     "export deci": Scenario(("deci",), "per-layer"),
-    "prune gguf": Scenario(("prune",), "model.gguf"),
+    "prune gguf": Scenario(("prune",), "model.gguf", resumes=True),
     "search": Scenario(STOPPED["stopped-search"], resumes=True),
     "tyr": Scenario(STOPPED["stopped-tyr"], resumes=True),
     "report": Scenario(("report", "RUN", "--out", "out"), "charts.json"),
@@ -94,7 +94,7 @@ class Bench:
         scenario = SCENARIOS[name]
         first, *more = scenario.arguments
         sample = self.corpus.path(scenario.sample)
-        if scenario.resumes:
+        if name in ("search", "tyr"):
             argv = self.corpus.command(f"stopped-{name}")
         elif first in ("report", "gate", "export"):
             argv = [str(sample) if part in ("RUN", "IN") else part for part in scenario.arguments]
