@@ -189,7 +189,7 @@ def test_heal(tmp_path: Path, model: Path, text: Path, monkeypatch: pytest.Monke
 def test_a_gpu_that_is_too_small_is_no_defect(
     model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fill(*_: object) -> None:
+    def fill(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fill)
