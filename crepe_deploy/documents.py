@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Final
 
 from .errors import CalibrationError
 from .extras import require
-from .store.reading import DOCUMENT_BYTES, decode, open_file, parse_json
+from .store.reading import DOCUMENT_BYTES, decode, open_file, parse_json, refuse_lost_link
 from .store.stock import third_party
 
 SEPARATOR: Final = "\n\n"
@@ -63,6 +63,7 @@ def load_text(
     if path.suffix in FILE_KINDS or _is_file(path):
         text = _load_file(path, field, file_chars)
     else:
+        refuse_lost_link(path, CalibrationError)
         text = _load_dataset(str(source), field, split, max_chars)
     if not any(document.strip() for document in text.documents) and not text.truncated:
         raise CalibrationError(f"{source} holds no text")

@@ -37,6 +37,7 @@ from .key import RequireKey, error_body
 from .onnx_model import Answer, Model, Piece
 from .onnx_requests import Ask
 from .passed_on import ONNX_CONTEXT
+from .patience import Patient
 
 MAX_BODY_BYTES: Final = 4 << 20
 MAX_DISCARDED_BYTES: Final = 256 << 20  # of a body that is refused: read, so that its sender reads why
@@ -252,7 +253,7 @@ def main() -> None:
         signal.signal(number, lambda *_: None)
     try:
         uvicorn.run(
-            application(service), host=options.host, port=options.port, http="h11", ws="none", lifespan="off",
+            application(service), host=options.host, port=options.port, http=Patient, ws="none", lifespan="off",
             loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING_S,
         )  # fmt: skip
     finally:

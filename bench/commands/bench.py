@@ -85,6 +85,7 @@ def run_command(
     workflow is written by `crepe-deploy bench init-ci`.
     """
     from ...store.files import check_output_file
+    from ...store.folders import held
     from ..benchmark import Gating, bench
     from ..gate import render
     from ..gate.gates import raise_for
@@ -99,8 +100,9 @@ def run_command(
     gating = None if limits is None else Gating(limits, max_rounds or scenario.rounds)
     for line in choices(scenario):
         say(line)
-    run, verdict = bench(scenario, typed, gating=gating)
-    save_run(run, path)
+    with held(path):
+        run, verdict = bench(scenario, typed, gating=gating)
+        save_run(run, path)
     if not as_json:
         click.echo("\n".join([*summary_lines(run), f"written: {path}"]))
     elif verdict is None:
@@ -184,12 +186,12 @@ def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | Non
     from ..run.measure import require_engine
     from ..run.scenario import parse_points
 
-    folders = list(targets)
-    if baseline is not None:
-        folders = [Path(baseline), *(folder for folder in folders if folder.resolve() != Path(baseline).resolve())]
+    folders = [*([Path(baseline)] if baseline is not None else []), *targets]
     for folder in folders:
         if not folder.is_dir() and not is_model_name(str(folder)):
             raise ConfigError(f"{folder} is no folder, hub id or GGUF file: give one scenario file, or models")
+    first = folders[0].resolve()
+    folders = [folders[0], *(folder for folder in folders[1:] if baseline is None or folder.resolve() != first)]
     names = short_names(folders)
     if engine is None:
         engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +19,7 @@ from crepe_deploy.healing.heal import heal as heal_folder
 from crepe_deploy.model.architecture import load_config
 from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.selftext import SELF
-from crepe_deploy.store.folders import check_output
+from crepe_deploy.store.folders import check_output, held
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
 
@@ -51,7 +53,8 @@ def heal(
     """
     from crepe_deploy.exporting.heal import seal
 
-    texts, given = [text] if isinstance(text, str | Path) else list(text), Path(dense).expanduser()
+    texts = [text] if isinstance(text, str | Path) else list(text)
+    given = Path(os.path.expanduser(dense))  # noqa: PTH111 - this one raises nothing
     parts = train.split(",") if isinstance(train, str) else list(train)
     config = HealConfig(
         steps=steps, minutes=minutes, learning_rate=learning_rate, batch_tokens=batch_tokens, window=window,
@@ -65,10 +68,12 @@ def heal(
     if steps is None and minutes is None:
         (say or unsaid)(f"the budget is {DEFAULT_STEPS} steps (--steps or --minutes chooses)")
     place = chosen(device, say or unsaid)
-    return heal_folder(
-        Path(folder), find_model(dense, revision, say), Path(out), config, texts, text_field, resume=resume,
-        overwrite=overwrite, show=show or hidden, say=say or unsaid, seal=partial(seal, Path(folder)), device=place,
-    )  # fmt: skip
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun and accelerate start
+    with held(Path(out)) if first else nullcontext():
+        return heal_folder(
+            Path(folder), find_model(dense, revision, say), Path(out), config, texts, text_field, resume=resume,
+            overwrite=overwrite, show=show or hidden, say=say or unsaid, seal=partial(seal, Path(folder)), device=place,
+        )  # fmt: skip
 
 
 def check_healing(minutes: float | None, calib: Calibration | None) -> None:

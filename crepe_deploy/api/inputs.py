@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from crepe_deploy.model.gguf_outline import gguf_outline
 from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.selftext import SELF
-from crepe_deploy.store.folders import check_output
+from crepe_deploy.store.folders import check_output, held
 from crepe_deploy.store.sources import Model, gguf_file, is_hub_id, require_pinned, resolve_model
 from crepe_deploy.store.stock import check_ids
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
@@ -76,8 +77,16 @@ def check_calibration(*given: Calibration | None) -> None:
 
 def check_place(out: str | Path, model: str | Path, *, overwrite: bool) -> None:
     """Refuse an output folder before MODEL is fetched or converted. Raises OutputError."""
-    given = Path(model).expanduser()
-    check_output(Path(out), overwrite=overwrite, inputs=(given,) if given.exists() else ())
+    given = Path(os.path.expanduser(model))  # noqa: PTH111 - this one raises nothing
+    check_output(Path(out), overwrite=overwrite, inputs=(given,) if os.path.lexists(given) else ())
+
+
+@contextmanager
+def output(out: str | Path, model: str | Path, *, overwrite: bool) -> Iterator[None]:
+    """What `check_place` does; inside, the output is this run's alone. Raises OutputError."""
+    check_place(out, model, overwrite=overwrite)
+    with held(Path(out)):
+        yield
 
 
 def pattern_of(sparsity: Pattern | str | float, granularity: Granularity = "row") -> Pattern:

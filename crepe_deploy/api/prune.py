@@ -26,9 +26,9 @@ from .inputs import (
     Granularity,
     check_base_model,
     check_calibration,
-    check_place,
     export_options,
     find_model,
+    output,
     pattern_of,
     sources_of,
     windows_of,
@@ -74,15 +74,24 @@ def prune(
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
     check_calibration(calib)
-    check_place(out, model, overwrite=overwrite)
-    place = chosen(device, say or unsaid)
-    source = find_model(model, revision, say)
-    if SELF in sources_of(calib):
-        check_run(source, Path(out), config, overwrite=overwrite)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress, place)
-    return prune_checkpoint(
-        source, Path(out), config, windows, resume=resume, overwrite=overwrite, step=progress or silent, device=place
-    )
+    with output(out, model, overwrite=overwrite):
+        place = chosen(device, say or unsaid)
+        source = find_model(model, revision, say)
+        if SELF in sources_of(calib):
+            check_run(source, Path(out), config, overwrite=overwrite)
+        windows = _calibration(
+            config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress, place
+        )
+        return prune_checkpoint(
+            source,
+            Path(out),
+            config,
+            windows,
+            resume=resume,
+            overwrite=overwrite,
+            step=progress or silent,
+            device=place,
+        )
 
 
 def prune_and_export(
@@ -120,20 +129,22 @@ def prune_and_export(
         include=include, exclude=exclude, dtype=dtype,
     )  # fmt: skip
     check_calibration(calib)
-    check_place(out, model, overwrite=overwrite)
-    place = chosen(device, say or unsaid)
-    source = find_model(model, revision, say)
-    for exporter in exporters:
-        exporter.check_pruning(source.folder, config.pattern)
-    healing = healing_of(source, heal, calib, calib_field, seed, parts(progress), say, place)
-    if SELF in sources_of(calib):
-        check_run(source, Path(out), config, overwrite=overwrite)
-    windows = _calibration(config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress, place)
-    return run(
-        source, Path(out), config, windows, formats=formats, resume=resume, overwrite=overwrite,
-        step=progress or silent, options=export_options(onnx_flavor, precision, quantise), healing=healing,
-        base_model=base_model, device=place,
-    )  # fmt: skip
+    with output(out, model, overwrite=overwrite):
+        place = chosen(device, say or unsaid)
+        source = find_model(model, revision, say)
+        for exporter in exporters:
+            exporter.check_pruning(source.folder, config.pattern)
+        healing = healing_of(source, heal, calib, calib_field, seed, parts(progress), say, place)
+        if SELF in sources_of(calib):
+            check_run(source, Path(out), config, overwrite=overwrite)
+        windows = _calibration(
+            config, source, calib, calib_field, calib_samples, calib_length, seed, say, progress, place
+        )
+        return run(
+            source, Path(out), config, windows, formats=formats, resume=resume, overwrite=overwrite,
+            step=progress or silent, options=export_options(onnx_flavor, precision, quantise), healing=healing,
+            base_model=base_model, device=place,
+        )  # fmt: skip
 
 
 def _calibration(

@@ -12,7 +12,7 @@ from crepe_deploy.structural.local import DEFAULT_VARIANT
 from crepe_deploy.structural.tyr import tyr as prune_structurally
 
 from .heal import check_healing, healing_of
-from .inputs import Calibration, check_base_model, check_calibration, check_place, find_model, windows_of
+from .inputs import Calibration, check_base_model, check_calibration, find_model, output, windows_of
 
 
 def tyr(
@@ -55,15 +55,15 @@ def tyr(
     config.check()
     check_healing(heal, calib)
     check_calibration(calib)
-    check_place(out, model, overwrite=overwrite)
-    place = chosen(device, say or unsaid)
-    source = find_model(model, revision, say)
-    healing = healing_of(source, heal, calib, calib_field, seed, show, say, place)
-    writer = FolderWriter(widths, layout, remote_code, healing, base_model)
-    writer.check(source)
-    samples = calib_samples + search_samples
-    text = windows_of(source, calib, calib_field, samples, calib_length, seed, say, show, place)
-    return prune_structurally(
-        source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
-        write=writer, device=place,
-    )  # fmt: skip
+    with output(out, model, overwrite=overwrite):
+        place = chosen(device, say or unsaid)
+        source = find_model(model, revision, say)
+        healing = healing_of(source, heal, calib, calib_field, seed, show, say, place)
+        writer = FolderWriter(widths, layout, remote_code, healing, base_model)
+        writer.check(source)
+        samples = calib_samples + search_samples
+        text = windows_of(source, calib, calib_field, samples, calib_length, seed, say, show, place)
+        return prune_structurally(
+            source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
+            write=writer, device=place,
+        )  # fmt: skip

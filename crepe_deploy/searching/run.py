@@ -20,6 +20,7 @@ from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.pruning.recipe import Preset
 from crepe_deploy.pruning.targets import choose_targets
 from crepe_deploy.store.files import check_output_file, write_json
+from crepe_deploy.store.folders import held
 from crepe_deploy.store.journal import open_journal
 from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model, describe_source
@@ -111,17 +112,17 @@ def search(
     started = time.monotonic()
     decoder, targets, space = _prepare(model, out, config, calibration, text, overwrite, device)
     identity = _identity(model, config, calibration, text)
-    journal = open_journal(journal_path(out), identity, resume=resume, overwrite=overwrite)
     rule = SampleRule(reach=space.kernel_sizes[-1] // 2, seed=config.seed)
-    with temporary_folder("search") as folder:
+    with held(out), temporary_folder("search") as folder:
+        journal = open_journal(journal_path(out), identity, resume=resume, overwrite=overwrite)
         evaluator = Evaluator(
             decoder, targets, config.pattern, calibration, text, rule, journal, folder, config.workers, show
         )
         run = _Search(config, space, evaluator, started, say)
         result = _pho(run) if config.optimizer == "pho" else _climb(run)
         document = _document(out, run, identity, result)
-    Preset.model_validate(document)  # what cannot be used is not written
-    write_json(out, document)
+        Preset.model_validate(document)  # what cannot be used is not written
+        write_json(out, document)
     return document
 
 

@@ -15,7 +15,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final
 
@@ -128,7 +129,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = 
     Raises OutputError, DiskFullError.
     """
     partial = out.with_name(out.name + ".partial")
-    with Uninterrupted() as signals, parents(out), Claim(out) as claim:
+    with Uninterrupted() as signals, parents(out), claimed(out) as claim:
         claim.recover()
         check_output(out, overwrite=overwrite, own=own)
         try:
@@ -139,6 +140,23 @@ def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = 
                 claim.publish(partial)
         finally:
             claim.recover()
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Inside, `out`, a folder or a file, is this run's to write: another run for it is refused at once.
+
+    An `atomic_folder` or `unfinished` for it inside is under the same hold. Raises OutputError, DiskFullError.
+    """
+    if not out.name:
+        raise OutputError(f"output {out} has no name: choose one")
+    with Uninterrupted() as signals, parents(out), Claim(out) as claim:
+        token = _HELD.set({**_HELD.get(), _place(out): claim})
+        try:
+            with signals.delivered():
+                yield
+        finally:
+            _HELD.reset(token)
 
 
 @contextlib.contextmanager
@@ -161,6 +179,29 @@ def free_name(place: Path) -> Path:
     """`place`, or with -2, -3, ... behind it the first name that nothing bears yet."""
     numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain([place], numbered) if not name.exists() and not name.is_symlink())
+
+
+_HELD: ContextVar[Mapping[Path, Claim]] = ContextVar("_HELD", default={})  # noqa: B039 - never changed in place
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[Claim]:
+    """A claim on `out`: that of the `held` around it where there is one, which nothing inside shares. OutputError."""
+    place, others = _place(out), dict(_HELD.get())
+    claim = others.pop(place, None)
+    if claim is None:
+        with Claim(out) as claim:
+            yield claim
+        return
+    token = _HELD.set(others)
+    try:
+        yield claim
+    finally:
+        _HELD.reset(token)
+
+
+def _place(out: Path) -> Path:
+    return resolved(out.absolute().parent) / out.name
 
 
 class Claim:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from .cache import GGUF_CACHE
 from .checkpoint import shard_paths
 from .gguf_split import parts_of
 from .manifest import Source, sha256_file
-from .reading import read_front_matter
+from .reading import read_front_matter, refuse_lost_link
 from .temporary import remove_abandoned
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
@@ -54,6 +55,7 @@ def resolve_model(model: str, revision: str | None = None, say: Callable[[str], 
         return Model(path, "folder", str(path), None, {})
     if path.exists():
         raise CheckpointError(f"{path} is neither a model folder nor a .gguf file")
+    refuse_lost_link(path, CheckpointError)
     if not is_hub_id(model):
         raise CheckpointError(f"model '{model}' is no folder on this disk and no hub id of the form owner/name")
     return _from_hub(model, revision, say)
@@ -90,7 +92,7 @@ def is_model_name(model: str) -> bool:
     path = Path(model)
     if path.suffix == ".gguf":
         return path.is_file()
-    return path.suffix not in (".yaml", ".yml", ".json") and not path.exists() and is_hub_id(model)
+    return path.suffix not in (".yaml", ".yml", ".json") and not os.path.lexists(path) and is_hub_id(model)
 
 
 def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:

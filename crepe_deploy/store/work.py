@@ -16,7 +16,7 @@ from typing import Any, Final
 from crepe_deploy.errors import CheckpointError, NumericalError, OutputError
 
 from .files import disk_errors
-from .folders import Claim, check_output, parents
+from .folders import check_output, claimed, parents
 from .journal import Journal, open_journal
 from .signals import Uninterrupted
 
@@ -49,7 +49,7 @@ def unfinished(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrit
     Raises OutputError and ConfigError as `open_journal` does, DiskFullError.
     """
     work = work_folder(out)
-    with Uninterrupted() as signals, parents(out), Claim(out) as claim:
+    with Uninterrupted() as signals, parents(out), claimed(out) as claim:
         claim.recover()
         check_output(out, overwrite=overwrite)
         anew = not resume and (overwrite or not _begun(work))

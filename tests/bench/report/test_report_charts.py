@@ -121,7 +121,7 @@ def _entry(run: Document, *names: Any) -> Any:
         (("quality", "perplexity_ratio", "value"), 0), (("quality", "perplexity_ratio", "low"), -1),
         (("quality", "perplexity_ratio", "high"), -1e308), (("layers", 0, "sparsity"), 2),
         (("layers", 0, "sparsity"), -1), (("layers", 0, "error"), -1), (("layers", 0, "error"), 1e308),
-        (("layers", 0, "shape", 0), 0),
+        (("layers", 0, "shape", 0), 0), (("series", 0, "visits", 0, "round"), 2**63),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(tmp_path: Path, place: tuple[Any, ...], value: float) -> None:
