@@ -19,6 +19,7 @@ from . import __version__
 from .commands.cache import cache_command
 from .commands.doctor import doctor_command
 from .commands.evaluate import eval_command
+from .commands.experts import experts_command
 from .commands.export import export_command
 from .commands.heal import heal_command
 from .commands.inspect import inspect_command
@@ -56,6 +57,7 @@ for command in (
     prune_and_export_command,
     prune_command,
     tyr_command,
+    experts_command,
     heal_command,
     export_command,
     eval_command,

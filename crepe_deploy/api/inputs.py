@@ -75,16 +75,16 @@ def check_calibration(*given: Calibration | None) -> None:
             check_text(source)
 
 
-def check_place(out: str | Path, model: str | Path, *, overwrite: bool) -> None:
-    """Refuse an output folder before MODEL is fetched or converted. Raises OutputError."""
+def check_place(out: str | Path, model: str | Path, *, overwrite: bool, own: tuple[str, ...] = ()) -> None:
+    """Refuse an output folder before MODEL is fetched or converted; own: as of `check_output`. Raises OutputError."""
     given = Path(os.path.expanduser(model))  # noqa: PTH111 - this one raises nothing
-    check_output(Path(out), overwrite=overwrite, inputs=(given,) if os.path.lexists(given) else ())
+    check_output(Path(out), overwrite=overwrite, inputs=(given,) if os.path.lexists(given) else (), own=own)
 
 
 @contextmanager
-def output(out: str | Path, model: str | Path, *, overwrite: bool) -> Iterator[None]:
+def output(out: str | Path, model: str | Path, *, overwrite: bool, own: tuple[str, ...] = ()) -> Iterator[None]:
     """What `check_place` does; inside, the output is this run's alone. Raises OutputError."""
-    check_place(out, model, overwrite=overwrite)
+    check_place(out, model, overwrite=overwrite, own=own)
     with held(Path(out)):
         yield
 
