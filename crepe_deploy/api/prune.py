@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crepe_deploy.device import chosen as chosen_device
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Progress, Say, parts, silent, unsaid
@@ -85,7 +87,7 @@ def prune(
         config, options = _resolved(source, asked, left, say)
         if SELF in sources_of(options["calib"] if calib is None else calib):
             check_run(source, Path(out), config, overwrite=overwrite)
-        windows = _windows(config, source, calib, calib_field, options, seed, say, progress)
+        windows = _windows(config, source, calib, calib_field, options, seed, say, progress, place)
         return prune_checkpoint(
             source, Path(out), config, windows, resume=resume, overwrite=overwrite, step=progress or silent,
             device=place, seal=seal,
@@ -140,7 +142,7 @@ def prune_and_export(
         healing = healing_of(source, heal, calib, calib_field, seed, parts(progress), say, place)
         if SELF in sources_of(options["calib"] if calib is None else calib):
             check_run(source, Path(out), config, overwrite=overwrite)
-        windows = _windows(config, source, calib, calib_field, options, seed, say, progress)
+        windows = _windows(config, source, calib, calib_field, options, seed, say, progress, place)
         return run(
             source, Path(out), config, windows, formats=formats, resume=resume, overwrite=overwrite,
             step=progress or silent, options=written, healing=healing, base_model=base_model, device=place,
@@ -175,9 +177,10 @@ def _resolved(
 
 def _windows(
     config: PruneConfig, model: Model, calib: Calibration | None, field: str, options: Mapping[str, Any], seed: int,
-    say: Say | None, step: Progress | None,
+    say: Say | None, step: Progress | None, device: torch.device,
 ) -> CalibrationSet | None:  # fmt: skip
     if not config.needs_text:
         return None
     text = options["calib"] if calib is None else calib
-    return windows_of(model, text, field, options["calib_samples"], options["calib_length"], seed, say, parts(step))
+    samples, length = options["calib_samples"], options["calib_length"]
+    return windows_of(model, text, field, samples, length, seed, say, parts(step), device)

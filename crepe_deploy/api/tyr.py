@@ -67,7 +67,8 @@ def tyr(
         if calib is None:
             (say or unsaid)(f"chosen: --calib {SELF}; {OWN_DOMAIN}")
         samples = calib_samples + search_samples
-        text = windows_of(source, SELF if calib is None else calib, calib_field, samples, calib_length, seed, say, show)
+        given = SELF if calib is None else calib
+        text = windows_of(source, given, calib_field, samples, calib_length, seed, say, show, place)
         return prune_structurally(
             source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
             write=writer, device=place,

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crepe_deploy.device import CPU
+from crepe_deploy.device import CPU, described
 from crepe_deploy.errors import NumericalError, VerifyError
 from crepe_deploy.model.decoder import Head
 from crepe_deploy.model.proof import check_parity
@@ -286,6 +286,7 @@ def _metrics(
         **({"repair": [asdict(block) for block in pruned.repaired]} if pruned.repaired else {}),
         **({} if pruned.rescaled is None else {"rescale": asdict(pruned.rescaled)}),
         **({"limits": plan.limits} if plan.limits else {}),
+        "device": described(plan.decoder.device),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "parity": parity,
     }
