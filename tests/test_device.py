@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from crepe_deploy import cli, device
 from crepe_deploy.api.evaluate import evaluate
+from crepe_deploy.api.experts import experts
 from crepe_deploy.api.heal import heal
 from crepe_deploy.api.inputs import find_model, windows_of
 from crepe_deploy.api.prune import prune
@@ -20,7 +21,8 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.healing import heal as healing
 from crepe_deploy.pattern import parse_pattern
 from crepe_deploy.select import select
-from tests.pico import make_pico_llama, sample_text
+from tests.moe import make_moe
+from tests.pico import VOCAB, make_pico_llama, sample_text
 from tests.stand_in import NAME, PLACE, MixedDevicesError, stand_in
 
 
@@ -207,3 +209,13 @@ def test_text_of_the_models_own(model: Path, tmp_path: Path, monkeypatch: pytest
     with stand_in():
         assert torch.equal(run(), expected)
     assert len(list(tmp_path.rglob("self/*.json"))) == 2  # what rounding decides is kept by device
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "deepseek_v3"])
+def test_experts(tmp_path: Path, layout: str) -> None:
+    tokens = torch.randint(3, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
+    folder = make_moe(tmp_path / "moe", layout)
+    expected = experts(folder, tmp_path / "cpu", calib=tokens, remove=0.25)
+    with stand_in():
+        found = experts(folder, tmp_path / "device", calib=tokens, remove=0.25)
+    assert found["experts"]["layers"] == expected["experts"]["layers"]
