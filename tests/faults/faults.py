@@ -194,7 +194,8 @@ def _at_the_end(scratch: Path, kind: str, reference: Reference) -> Iterator[str]
     if missing := reference.names - set(present):
         yield f"missing in the end: {min(missing)}"
     left = [name for name in sorted(set(present) - reference.names) if ".failed" not in name]
-    if kind in ("EIO", "EACCES", "SIGKILL") and "cwd/out" in present:  # done, but for clearing up
+    written = {"cwd/out", "cwd/out.json", "cwd/preset.json"} & present.keys()
+    if kind in ("EIO", "EACCES", "SIGKILL") and written:  # done, but for clearing up
         left = [name for name in left if not re.match(r"cwd/(\.[\w.]+\.crepe-deploy|out\.work|out\.old)(/|$)", name)]
     if left:
         yield f"left in the end: {left[0]}"
