@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from crepe_deploy.device import CPU
 from crepe_deploy.documents import SEPARATOR, Text, check_text
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.model.architecture import load_config
@@ -74,16 +75,16 @@ def check_calibration(*given: Calibration | None) -> None:
             check_text(source)
 
 
-def check_place(out: str | Path, model: str | Path, *, overwrite: bool) -> None:
-    """Refuse an output folder before MODEL is fetched or converted. Raises OutputError."""
+def check_place(out: str | Path, model: str | Path, *, overwrite: bool, own: tuple[str, ...] = ()) -> None:
+    """Refuse an output folder before MODEL is fetched or converted; own: as of `check_output`. Raises OutputError."""
     given = Path(os.path.expanduser(model))  # noqa: PTH111 - this one raises nothing
-    check_output(Path(out), overwrite=overwrite, inputs=(given,) if os.path.lexists(given) else ())
+    check_output(Path(out), overwrite=overwrite, inputs=(given,) if os.path.lexists(given) else (), own=own)
 
 
 @contextmanager
-def output(out: str | Path, model: str | Path, *, overwrite: bool) -> Iterator[None]:
+def output(out: str | Path, model: str | Path, *, overwrite: bool, own: tuple[str, ...] = ()) -> Iterator[None]:
     """What `check_place` does; inside, the output is this run's alone. Raises OutputError."""
-    check_place(out, model, overwrite=overwrite)
+    check_place(out, model, overwrite=overwrite, own=own)
     with held(Path(out)):
         yield
 
@@ -109,13 +110,14 @@ def export_options(onnx_flavor: str | None, precision: str | None, quantise: str
 
 def windows_of(
     model: Model, calib: Calibration, field: str, samples: int, length: int, seed: int, say: Say | None = None,
-    show: Show | None = None,
+    show: Show | None = None, device: torch.device = CPU,
 ) -> CalibrationSet:  # fmt: skip
     """Calibration windows of a source, of documents, or as given.
 
     calib: a file or `datasets` name, "self" for text that the model writes (say is told so); a `Mixture` of those;
     documents; token ids, integer (samples, length), which are taken as they are. length: clipped to the model's
-    context. show: wraps the writing. Raises CalibrationError, CheckpointError, ConfigError, MissingExtra.
+    context. show: wraps the writing, which `device` does. Raises CalibrationError, CheckpointError, ConfigError,
+    MissingExtra.
     """
     if isinstance(calib, CalibrationSet):
         return _varied(calib)
@@ -129,7 +131,7 @@ def windows_of(
         (say or unsaid)(f"calibration windows are clipped to the model's context: {context} tokens instead of {length}")
     tokenizer = load_tokenizer(model.folder)
     windows = calibration_windows(
-        source, tokenizer, samples, min(length, context), seed, field, say or unsaid, show or hidden
+        source, tokenizer, samples, min(length, context), seed, field, say or unsaid, show or hidden, device
     )
     check_ids(tokenizer, windows.tokens.flatten().tolist(), rows)
     return _varied(windows)

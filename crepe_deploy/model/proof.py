@@ -29,7 +29,7 @@ def check_parity(
 
     expected: on the host. look: as in `walk_logits`. device: that the walk computes on.
     """
-    written = walk_logits(Decoder(folder, dtype, device), probe_tokens, look)
+    written = walk_logits(Decoder(folder, dtype, device, experts=True), probe_tokens, look)
     difference = float((written - expected).abs().max())
     scale = max(1.0, float(expected.abs().max()))
     if not difference <= PARITY_TOLERANCE * scale:
