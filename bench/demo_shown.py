@@ -99,7 +99,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.bar_label(bars, [_beside(row, value) for row, value in zip(rows, values, strict=True)], padding=4)
         if max(values) > 20:
             log_axis(axes)
-        axes.set_xlim(0 if max(values) <= 20 else 0.8, max(values) * (1.4 if max(values) <= 20 else 8))
+        axes.set_xlim(0 if max(values) <= 20 else 0.8, max(values) * (1.8 if max(values) <= 20 else 8))
         axes.grid(visible=False)
         axes.set_xlabel(
             "perplexity over dense (lower is better; 1 is no loss)\nin brackets: weight files; blue: packed"
