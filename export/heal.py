@@ -16,10 +16,9 @@ from ..progress import Say, Show
 from ..store.manifest import Manifest, load_manifest, save_manifest
 from ..store.sources import Model
 from ..store.work import JOURNAL, work_folder
-from .formats.dense import Dense
 from .frame.card import CARD_NAME
 from .frame.greedy import with_greedy
-from .frame.run import finish
+from .prune import seal as with_card
 
 
 def seal(source: Path, folder: Path, manifest: Manifest) -> Manifest:
@@ -28,7 +27,7 @@ def seal(source: Path, folder: Path, manifest: Manifest) -> Manifest:
     if "greedy" in before.metrics:
         manifest = with_greedy(folder, manifest)
     if CARD_NAME in before.files:
-        return finish(folder, manifest, Dense().words_of(manifest), manifest.files)
+        return with_card(folder, manifest)
     save_manifest(folder, manifest)
     return manifest
 

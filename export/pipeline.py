@@ -179,4 +179,5 @@ def _report(manifest: Manifest, exports: dict[str, Any]) -> dict[str, Any]:
         "seconds": manifest.metrics["seconds"],
         "versions": manifest.versions,
         "formats": exports,
+        **({"chosen": chosen} if (chosen := manifest.config.get("chosen")) else {}),
     }

@@ -45,7 +45,9 @@ def experts(
         source = find_model(model, revision, say)
         windows = None
         if calib is not None:
-            windows = partial(windows_of, source, calib, calib_field, calib_samples, calib_length, seed, say, show)
+            windows = partial(
+                windows_of, source, calib, calib_field, calib_samples, calib_length, seed, say, show, place
+            )
         return remove_experts(
             source, Path(out), config, windows, None if scores is None else Path(scores),
             overwrite=overwrite, show=show or hidden, base_model=base_model, device=place,

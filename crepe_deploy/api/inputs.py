@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from crepe_deploy.device import CPU
 from crepe_deploy.documents import SEPARATOR, Text, check_text
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.model.architecture import load_config
@@ -109,13 +110,14 @@ def export_options(onnx_flavor: str | None, precision: str | None, quantise: str
 
 def windows_of(
     model: Model, calib: Calibration, field: str, samples: int, length: int, seed: int, say: Say | None = None,
-    show: Show | None = None,
+    show: Show | None = None, device: torch.device = CPU,
 ) -> CalibrationSet:  # fmt: skip
     """Calibration windows of a source, of documents, or as given.
 
     calib: a file or `datasets` name, "self" for text that the model writes (say is told so); a `Mixture` of those;
     documents; token ids, integer (samples, length), which are taken as they are. length: clipped to the model's
-    context. show: wraps the writing. Raises CalibrationError, CheckpointError, ConfigError, MissingExtra.
+    context. show: wraps the writing, which `device` does. Raises CalibrationError, CheckpointError, ConfigError,
+    MissingExtra.
     """
     if isinstance(calib, CalibrationSet):
         return _varied(calib)
@@ -129,7 +131,7 @@ def windows_of(
         (say or unsaid)(f"calibration windows are clipped to the model's context: {context} tokens instead of {length}")
     tokenizer = load_tokenizer(model.folder)
     windows = calibration_windows(
-        source, tokenizer, samples, min(length, context), seed, field, say or unsaid, show or hidden
+        source, tokenizer, samples, min(length, context), seed, field, say or unsaid, show or hidden, device
     )
     check_ids(tokenizer, windows.tokens.flatten().tolist(), rows)
     return _varied(windows)

@@ -52,8 +52,8 @@ def search(
     check_calibration(text, calib)
     place = chosen(device, say or unsaid)
     source = find_model(model, revision, say)
-    judged_on = windows_of(source, text, text_field, text_samples, text_length, seed, say, show)
-    calibration = windows_of(source, calib, calib_field, calib_samples, calib_length, seed, say, show)
+    judged_on = windows_of(source, text, text_field, text_samples, text_length, seed, say, show, place)
+    calibration = windows_of(source, calib, calib_field, calib_samples, calib_length, seed, say, show, place)
     return search_preset(
         source, Path(out), config, calibration, judged_on, resume=resume, overwrite=overwrite,
         show=show or hidden, say=say or unsaid, device=place,

@@ -7,16 +7,18 @@ from typing import Any, Literal
 
 from crepe_deploy.device import chosen
 from crepe_deploy.progress import Say, Show, hidden, unsaid
+from crepe_deploy.selftext import SELF
 from crepe_deploy.structural.config import TyrConfig
 from crepe_deploy.structural.local import DEFAULT_VARIANT
 from crepe_deploy.structural.tyr import tyr as prune_structurally
 
+from .choices import OWN_DOMAIN
 from .heal import check_healing, healing_of
 from .inputs import Calibration, check_base_model, check_calibration, find_model, output, windows_of
 
 
 def tyr(
-    model: str | Path, out: str | Path, *, calib: Calibration, sparsity: float = 0.5,
+    model: str | Path, out: str | Path, *, calib: Calibration | None = None, sparsity: float = 0.5,
     method: Literal["tyr", "flap", "uniform", "magnitude", "random"] = "tyr",
     widths: Literal["per-layer", "uniform"] = "per-layer", calib_field: str = "text", calib_samples: int = 16,
     calib_length: int = 512, search_samples: int = 0, iterations: int = 4, generations: int = 10, offspring: int = 16,
@@ -30,10 +32,11 @@ def tyr(
 ) -> dict[str, Any]:  # fmt: skip
     """Remove attention units and FFN neurons from `model`; OUT/dense/ is a physically smaller checkpoint.
 
-    model, calib, calib_*, seed, dtype, device, revision: as in `prune`; tokens given are `calib_samples` windows and
-    then `search_samples` that only the search sees. sparsity: share of the decoder layers' linear parameters to remove;
-    embeddings, norms and lm_head stay. method: "tyr" searches the widths, the others are baselines. widths: "uniform"
-    is one width for all layers, a plain checkpoint. The rest: `structural.config.TyrConfig` and docs/tyr.md.
+    model, calib, calib_*, seed, dtype, device, revision: as in `prune`; without `calib` the model writes it. Tokens
+    given are `calib_samples` windows and then `search_samples` that only the search sees. sparsity: share of the
+    decoder layers' linear parameters to remove; embeddings, norms and lm_head stay. method: "tyr" searches the widths,
+    the others are baselines. widths: "uniform" is one width for all layers, a plain checkpoint. The rest:
+    `structural.config.TyrConfig` and docs/tyr.md.
     heal: minutes for which the smaller model is trained on the calibration text, as `heal` does.
     base_model: hub id of the parent, for the card.
     layout, remote_code: of the folder, docs/structural-serving.md. resume: go on with OUT.work, which a stopped run
@@ -61,7 +64,11 @@ def tyr(
         healing = healing_of(source, heal, calib, calib_field, seed, show, say, place)
         writer = FolderWriter(widths, layout, remote_code, healing, base_model)
         writer.check(source)
-        text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed, say, show)
+        if calib is None:
+            (say or unsaid)(f"chosen: --calib {SELF}; {OWN_DOMAIN}")
+        samples = calib_samples + search_samples
+        given = SELF if calib is None else calib
+        text = windows_of(source, given, calib_field, samples, calib_length, seed, say, show, place)
         return prune_structurally(
             source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
             write=writer, device=place,

@@ -91,8 +91,10 @@ def options(*several: Callable[[Command], Command]) -> Callable[[Command], Comma
     return decorate
 
 
-def calibration_options(*, samples: int, length: int, required: bool = False) -> Callable[[Command], Command]:
-    """The calibration text and how much of it is read; samples, length: the defaults."""
+def calibration_options(
+    *, samples: int | None, length: int | None, required: bool = False, left_out: str = ""
+) -> Callable[[Command], Command]:
+    """The calibration text and how much of it is read; samples, length: the defaults, or None and `left_out` says."""
     return options(
         click.option("--calib", multiple=True, required=required, metavar="FILE_OR_DATASET",
                      shell_complete=completion.one_of("self", or_file=True),
@@ -100,7 +102,8 @@ def calibration_options(*, samples: int, length: int, required: bool = False) ->
                           "Several give equal shares."),
         click.option("--calib-field", default="text", show_default=True,
                      help="Field of .jsonl, .parquet or dataset rows."),
-        click.option("--calib-samples", type=Count(1), default=samples, show_default=True),
+        click.option("--calib-samples", type=Count(1), default=samples, show_default=True,
+                     help=f"Windows that are drawn.{left_out}"),
         click.option("--calib-length", type=Count(2), default=length, show_default=True,
                      help="Tokens in each sample, clipped to the model's context."),
     )  # fmt: skip
@@ -118,10 +121,22 @@ resume_option = click.option("--resume", is_flag=True, help="Go on with OUT.work
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
 revision_option = click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
+_granularity_option = click.option(
+    "--granularity", type=click.Choice(["row", "matrix"]), default="row", show_default=True,
+    help="Where a fraction of zeros is counted.",
+)  # fmt: skip
 sparsity_options = options(
     click.option("--sparsity", default="2:4", show_default=True, help="N:M (N kept of M) or a fraction of zeros."),
-    click.option("--granularity", type=click.Choice(["row", "matrix"]), default="row", show_default=True,
-                 help="Where a fraction of zeros is counted."),
+    _granularity_option,
+)  # fmt: skip
+chosen_sparsity_options = options(
+    click.option("--target", type=click.Choice(["auto", "cpu", "gpu"]), default=None,
+                 help="Where it will be served: pattern, recipe, text and formats that are left out are chosen for it, "
+                 "and said. Default: auto, this machine; of a named method, step or layers only text is chosen."),
+    click.option("--sparsity", default=None,
+                 help="N:M (N kept of M) or a fraction of zeros. Default: 16:32 for a CPU, 2:4 for a GPU, 2:4 beside a "
+                 "named method."),
+    _granularity_option,
 )  # fmt: skip
 
 
@@ -155,12 +170,12 @@ class _FormatOption(click.Option):
             self.help = help_text
 
 
-def format_option(meaning: str) -> Callable[[Command], Command]:
+def format_option(meaning: str, default: str | None = "dense") -> Callable[[Command], Command]:
     """`--format`; meaning: what comes before the names of the formats in its help."""
     return click.option(
         "--format",
         cls=_FormatOption,
-        default="dense",
+        default=default,
         show_default=True,
         help=meaning,
         shell_complete=completion.formats,
@@ -181,8 +196,9 @@ prune_options = options(
     click.argument("model", shell_complete=completion.files),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist."),
     click.option("--method", default=None, shell_complete=completion.methods,
-                 help="crepe (default), ria, wanda, sparsegpt or magnitude."),
-    sparsity_options,
+                 help="crepe, ria, wanda, sparsegpt or magnitude. Default: --recipe best, or crepe where --sparsity, "
+                 "--calib and --format are all given."),
+    chosen_sparsity_options,
     click.option("--preset", default=None, shell_complete=completion.shipped("presets"),
                  help="Named or JSON-file hyperparameters; crepe's default is 'default'."),
     click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="One hyperparameter of the method."),
@@ -202,7 +218,8 @@ prune_options = options(
                  help="block: tune the kept weights of each block to the dense model's output behind it."),
     click.option("--rescale", default=None, metavar="STEP", shell_complete=completion.steps["rescale"],
                  help="logits: fit their scale to the dense model on held-out calibration windows."),
-    calibration_options(samples=128, length=2048),
+    calibration_options(samples=None, length=None,
+                        left_out=" Default, with the length: 128 x 2048; 64 x 512 where --calib is left out."),
     click.option("--seed", type=SEED, default=0, show_default=True),
     click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches."),
     click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense."),

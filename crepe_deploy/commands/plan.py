@@ -8,7 +8,15 @@ import click
 
 from . import completion
 from .inspect import expert_lines
-from .options import Count, device_option, json_option, print_result, revision_option, say, sparsity_options
+from .options import (
+    Count,
+    chosen_sparsity_options,
+    device_option,
+    json_option,
+    print_result,
+    revision_option,
+    say,
+)
 
 if TYPE_CHECKING:
     from crepe_deploy.api.plan import Plan
@@ -24,9 +32,9 @@ Examples:
 
 @click.command("plan", epilog=EXAMPLES)
 @click.argument("model", shell_complete=completion.files)
-@sparsity_options
-@click.option("--calib-samples", type=Count(1), default=128, show_default=True)
-@click.option("--calib-length", type=Count(2), default=2048, show_default=True)
+@chosen_sparsity_options
+@click.option("--calib-samples", type=Count(1), default=None, help="Default: 64, as is chosen.")
+@click.option("--calib-length", type=Count(2), default=None, help="Default: 512, as is chosen.")
 @device_option
 @revision_option
 @click.option("--heal", is_flag=True, help="Say what memory healing will take too.")

@@ -11,6 +11,7 @@ from .options import prepare_libraries, print_result, prune_options, resumable_f
 
 EXAMPLES = """\b
 Examples:
+  crepe-deploy prune models/llama --out pruned
   crepe-deploy prune models/llama --calib wiki.txt --out pruned
   crepe-deploy prune models/llama --method wanda --sparsity 0.5 --calib wiki.txt --out pruned
   crepe-deploy prune models/llama --method magnitude --sparsity 4:8 --exclude lm_head --out pruned
@@ -24,7 +25,8 @@ Examples:
 def prune_command(out: Path, as_json: bool, **options: Any) -> None:
     """Prune MODEL into the Hugging Face folder OUT, with its manifest.
 
-    Exit code 75 means stopped: the same command with --resume goes on.
+    What is left out is chosen for the machine, and said. Exit code 75 means stopped: the same command with --resume
+    goes on.
     """
     prepare_libraries()
     from crepe_deploy.api.prune import prune
@@ -34,4 +36,7 @@ def prune_command(out: Path, as_json: bool, **options: Any) -> None:
         manifest = prune(out=out, progress=step, say=say, **values(options))
     asked = {name: manifest.config[name] for name in ("pattern", "method")}
     text = [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros, verified"]
-    print_result({"out": str(out), **asked, **manifest.metrics}, as_json, text + manifest.metrics.get("limits", []))
+    chosen = {"chosen": manifest.config["chosen"]} if "chosen" in manifest.config else {}
+    print_result(
+        {"out": str(out), **asked, **chosen, **manifest.metrics}, as_json, text + manifest.metrics.get("limits", [])
+    )

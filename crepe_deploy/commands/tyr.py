@@ -30,6 +30,7 @@ from .options import (
 
 EXAMPLES = """\b
 Examples:
+  crepe-deploy tyr models/llama --sparsity 0.25 --out out
   crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --out out
   crepe-deploy tyr models/llama --widths uniform --calib wiki.txt --calib c4.txt --out out
   crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --heal 30 --out out
@@ -56,7 +57,7 @@ tyr_options = options(
                  show_default=True, help="tyr searches the widths; the others are baselines with as many parameters."),
     click.option("--widths", type=click.Choice(["per-layer", "uniform"]), default="per-layer", show_default=True,
                  help="uniform: one width for all layers, a plain checkpoint for any server."),
-    calibration_options(samples=16, length=512, required=True),
+    calibration_options(samples=16, length=512, left_out=" Without --calib the model writes them (self)."),
     click.option("--search-samples", type=Count(0), default=0, show_default=True,
                  help="Further windows that only the search sees; 0: it sees the calibration samples."),
     click.option("--iterations", type=Count(1, 8), default=4, show_default=True,
@@ -113,7 +114,7 @@ def tyr_command(out: Path, calib: tuple[str, ...], as_json: bool, **options: Any
     from crepe_deploy.progress import progress
 
     with resumable_folder(out):
-        report = tyr(out=out, calib=Mixture(calib), show=progress, say=say, **options)
+        report = tyr(out=out, calib=Mixture(calib) if calib else None, show=progress, say=say, **options)
     print_result(report, as_json, lines(report))
 
 

@@ -90,7 +90,10 @@ def accelerator_on(device: torch.device) -> Any:
 
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what one process takes; of several each sets its own
-    return Accelerator(cpu=device.type != "cuda")
+    accelerator = Accelerator(cpu=device.type != "cuda")
+    if accelerator.device.type != device.type:  # it keeps what it was first told
+        raise ConfigError(f"--device {device}: accelerate computes on {accelerator.device} in this process already")
+    return accelerator
 
 
 def check_extras(config: HealConfig) -> None:

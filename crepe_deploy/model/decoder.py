@@ -20,6 +20,7 @@ from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, 
 from crepe_deploy.nearest import unknown
 from crepe_deploy.store.checkpoint import CheckpointReader, TensorInfo
 
+from .ahead import ReadAhead
 from .architecture import build_meta, load_config, outline
 from .blocks import find_blocks, is_linear
 from .calls import BlockSlot
@@ -74,6 +75,7 @@ class Decoder:
 
     def __init__(self, root: Path, dtype: str = "auto", device: torch.device = CPU, *, experts: bool = False) -> None:
         self.device = device
+        self._ahead = ReadAhead()
         self.reader = CheckpointReader(root)
         self.config = load_config(root)
         self.dtype = self._compute_dtype(dtype)
@@ -196,14 +198,17 @@ class Decoder:
     def block(self, index: int) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
         """Yield a block with its weights in memory, and those weights by checkpoint name in the file's dtype.
 
-        Where the file's dtype is the compute dtype both are one memory: writing to a weight changes the block.
+        Where the file's dtype is the compute dtype both are one memory: writing to a weight changes the block. While
+        another device than the CPU computes, the host reads the next block.
         """
         prefix = f"{self.blocks_path}.{index}."
         with self._materialised(self.blocks[index], prefix) as weights:
+            if self.device != CPU and index + 1 < len(self.blocks):  # the CPU reads no faster for being busy
+                self._ahead.start(self.block_keys(index + 1), self.reader.load_finite)
             yield self.blocks[index], weights
 
     def _loaded(self, key: str) -> Tensor:
-        return self.reader.load_finite(key).to(self.device)
+        return self._ahead.get(key, self.reader.load_finite).to(self.device)
 
     @contextlib.contextmanager
     def _materialised(self, module: nn.Module, prefix: str) -> Iterator[dict[str, Tensor]]:
@@ -232,6 +237,8 @@ class Decoder:
             def embed(tokens: Tensor) -> list[BlockSlot]:
                 try:
                     base(input_ids=tokens.to(self.device), use_cache=False)
+                except torch.OutOfMemoryError:
+                    raise
                 except (IndexError, RuntimeError) as error:
                     raise CalibrationError(
                         f"model type '{self.config.model_type}' cannot embed {tokens.shape[1]} tokens with ids up to "

@@ -14,7 +14,7 @@ output  walk        embeddings, blocks, head, from the disk: logits against memo
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crepe_deploy.device import CPU
+from crepe_deploy.device import CPU, described
 from crepe_deploy.errors import NumericalError, VerifyError
 from crepe_deploy.model.decoder import Head
 from crepe_deploy.model.proof import check_parity
@@ -64,6 +64,15 @@ class Pruned:
     seconds: dict[str, float]
 
 
+Seal = Callable[[Path, Manifest], Manifest]  # what the core cannot do: a model card beside the manifest
+
+
+def saved(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest, saved in `folder`."""
+    save_manifest(folder, manifest)
+    return manifest
+
+
 def prune(
     model: Model,
     out: Path,
@@ -74,19 +83,20 @@ def prune(
     overwrite: bool = False,
     step: Progress = silent,
     device: torch.device = CPU,
+    seal: Seal = saved,
 ) -> Manifest:
     """Prune `model` into the checkpoint folder `out`, which appears whole and verified or not at all.
 
     calibration: needed by methods with statistics. step: told of weights read and pruned, many times in each block.
     resume: go on with what a stopped run left in OUT.work: at most one block is pruned again. device: that computes;
-    weights come to it block by block, and go back to be written.
+    weights come to it block by block, and go back to be written. seal: saves the manifest.
     Returns the manifest that was written. Raises InputError before any work that could be spared,
     NumericalError, DiskFullError, VerifyError, ParityError.
     """
     plan = plan_run(model, out, config, calibration, overwrite=overwrite, device=device)
     origin = describe_origin(model, plan, calibration)
     with unfinished(out, origin.identity(), resume=resume, overwrite=overwrite) as run:
-        return prune_into(run.folder, run.journal, plan, origin, step)
+        return prune_into(run.folder, run.journal, plan, origin, step, seal)
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,9 @@ def describe_origin(model: Model, plan: RunPlan, calibration: CalibrationSet | N
     return Origin(model.folder, describe_source(model), plan.config.record(), read, plan.decoder.device.type)
 
 
-def prune_into(folder: Path, journal: Journal, plan: RunPlan, origin: Origin, step: Progress) -> Manifest:
+def prune_into(
+    folder: Path, journal: Journal, plan: RunPlan, origin: Origin, step: Progress, seal: Seal = saved
+) -> Manifest:  # fmt: skip
     """Prune into `folder`, going on with what it and `journal` hold of this run; returns the manifest that was saved.
 
     Raises as `prune` does.
@@ -147,8 +159,7 @@ def prune_into(folder: Path, journal: Journal, plan: RunPlan, origin: Origin, st
         files=files,
         parent=parent,
     )
-    save_manifest(folder, manifest)
-    return manifest
+    return seal(folder, manifest)
 
 
 def _allocated(plan: RunPlan, streams: Streams, journal: Journal, step: Progress) -> dict[str, Pattern]:
@@ -275,6 +286,7 @@ def _metrics(
         **({"repair": [asdict(block) for block in pruned.repaired]} if pruned.repaired else {}),
         **({} if pruned.rescaled is None else {"rescale": asdict(pruned.rescaled)}),
         **({"limits": plan.limits} if plan.limits else {}),
+        "device": described(plan.decoder.device),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "parity": parity,
     }

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from crepe_deploy.device import CPU
+from crepe_deploy.device import CPU, described
 from crepe_deploy.errors import ConfigError, OutputError
 from crepe_deploy.model.decoder import Decoder, LinearSpec, check_dtype
 from crepe_deploy.nearest import unknown
@@ -231,6 +231,7 @@ def _document(out: Path, run: _Search, identity: dict[str, Any], result: SearchR
         "proxies": run.evaluator.proxies([setting])[0],
         "proxy_standard_errors": run.evaluator.errors(setting),
         "sample": asdict(run.evaluator.rule),
+        "device": described(run.evaluator.decoder.device),
         "seconds": round(time.monotonic() - run.started, 1),
         "versions": versions(),
     }

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from crepe_deploy.device import CPU
+from crepe_deploy.device import CPU, described
 from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.progress import Say, Show
 from crepe_deploy.store.manifest import versions
@@ -91,6 +91,7 @@ def _report(run: Run, plans: Sequence[LayerPlan], facts: dict[str, Any], seconds
         "config": asdict(run.config),
         "calibration": run.calibration.record(),
         **facts,
+        "device": described(run.decoder.device),
         "seconds": {**{name: round(value, 2) for name, value in run.phases.seconds.items()}, "all": round(seconds, 2)},
         "peak_rss_bytes": peak_rss_bytes(),
         "versions": versions(),

@@ -32,6 +32,7 @@ from ...store.files import disk_errors
 from ...store.gguf import check_gguf
 from ...store.manifest import Manifest, TensorRecord
 from ...structural.check import is_structural
+from ..frame import usage
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from ..frame.greedy import GREEDY_TOKENS, greedy_of
 from ..llamacpp.architecture import Architecture, Field, Stored, architecture_of, tensors_of
@@ -82,7 +83,7 @@ class Gguf(Exporter[GgufPlan]):
     suffixes: ClassVar[tuple[str, ...]] = (".gguf",)
     stale: ClassVar[tuple[str, ...]] = ("left_dense", "greedy")
     needs_manifest: ClassVar[bool] = False
-    words: ClassVar[Words] = Words(_TRUTH, tags=("gguf",))
+    words: ClassVar[Words] = Words(_TRUTH, tags=("gguf",), use=usage.GGUF, library="llama-cpp-python")
 
     def check(self) -> None:
         check_type(self.quantise)
@@ -193,7 +194,7 @@ class Gguf(Exporter[GgufPlan]):
         truth = f"{_TRUTH} Removing whole heads and neurons did." if is_structural(manifest) else _TRUTH
         types = ", ".join(f"{count} {name}" for name, count in manifest.metrics["gguf"]["types"].items())
         rounded = "" if manifest.metrics["gguf"]["exact"] else "quantised as GGUF"
-        return Words(f"{truth} Its tensors: {types}.", self.words.tags, rounded or None)
+        return replace(self.words, truth=f"{truth} Its tensors: {types}.", done=rounded or None)
 
 
 def _rows(architecture: Architecture) -> int:

@@ -243,6 +243,16 @@ points:
 rounds: 1
 warmup: 0
 """
+_BENCH = """name: tiny
+engine: transformers
+threads: 1
+candidates:
+  - {name: dense, folder: MODEL, dtype: float32}
+points:
+  - {name: b1, batch: 1, prompt_tokens: 8, output_tokens: 2}
+rounds: 1
+warmup: 0
+"""
 _RECIPE = """name: mine
 method: ria
 params: {exponent: 0.5}
@@ -274,6 +284,7 @@ _FILES: dict[str, Callable[[Path], object]] = {
     "charts.json": _charts,
     "benchmark.json": _pytest_benchmark,
     "suite.yaml": lambda place: place.write_text(_SUITE),
+    "bench.yaml": lambda place: place.write_text(_BENCH.replace("MODEL", str(place.parent / "model"))),
     "recipe.yaml": lambda place: place.write_text(_RECIPE),
     "request.json": lambda place: place.write_text(_REQUEST),
     "budgets.yaml": lambda place: place.write_text(_BUDGETS),

@@ -49,11 +49,14 @@ SCENARIOS: Final = {
     "search": Scenario(STOPPED["stopped-search"], resumes=True),
     "tyr": Scenario(STOPPED["stopped-tyr"], resumes=True),
     "report": Scenario(("report", "RUN", "--out", "out"), "charts.json"),
+    "heal": Scenario(("heal", "IN", "--dense", "GOOD", "--text", "TEXT", "--steps", "2", "--window", "16",
+                      "--batch-tokens", "32", "--dtype", "float32", "--out", "out"), "pruned", resumes=True),
+    "bench": Scenario(("bench", "run", "SUITE", "--out", "out.json"), "bench.yaml"),
     "gate": Scenario(("gate", "RUN", "RUN", "--max-slowdown", "1", "--markdown", "gate.md", "--junit", "gate.xml"),
                      "run.json"),
     "export onnx": Scenario(("export", "IN", "--out", "out", "--format", "onnx"), "pruned"),
 }  # fmt: skip
-SLOW: Final = {"export onnx", "report"}  # a few of their events only
+SLOW: Final = {"export onnx", "report", "bench"}  # a few of their events only
 
 
 @dataclass
@@ -96,8 +99,10 @@ class Bench:
         sample = self.corpus.path(scenario.sample)
         if name in ("search", "tyr"):
             argv = self.corpus.command(f"stopped-{name}")
-        elif first in ("report", "gate", "export"):
-            argv = [str(sample) if part in ("RUN", "IN") else part for part in scenario.arguments]
+        elif first in ("report", "gate", "export", "heal", "bench"):
+            stands = {"GOOD": str(self.corpus.path("model")), "TEXT": str(self.corpus.path("text.txt"))}
+            stands |= dict.fromkeys(("RUN", "IN", "SUITE"), str(sample))
+            argv = [stands.get(part, part) for part in scenario.arguments]
         else:
             argv = [*use(first, sample, self.corpus), *more]
         return [*argv, "--resume"] if resume else argv
@@ -189,7 +194,8 @@ def _at_the_end(scratch: Path, kind: str, reference: Reference) -> Iterator[str]
     if missing := reference.names - set(present):
         yield f"missing in the end: {min(missing)}"
     left = [name for name in sorted(set(present) - reference.names) if ".failed" not in name]
-    if kind in ("EIO", "EACCES", "SIGKILL") and "cwd/out" in present:  # done, but for clearing up
+    written = {"cwd/out", "cwd/out.json", "cwd/preset.json"} & present.keys()
+    if kind in ("EIO", "EACCES", "SIGKILL") and written:  # done, but for clearing up
         left = [name for name in left if not re.match(r"cwd/(\.[\w.]+\.crepe-deploy|out\.work|out\.old)(/|$)", name)]
     if left:
         yield f"left in the end: {left[0]}"

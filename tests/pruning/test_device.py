@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from crepe_deploy import device
 from crepe_deploy.pattern import Unstructured
+from crepe_deploy.pruning import prune as pruning
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.methods import METHODS
 from crepe_deploy.pruning.prune import prune
@@ -20,6 +21,7 @@ from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.texts import calibration_windows, load_tokenizer
 from tests.pico import make_pico, make_pico_llama, sample_text
 from tests.pruning.test_prune import CONFIGS
+from tests.pruning.test_resume import Pruned
 from tests.stand_in import stand_in
 
 
@@ -36,11 +38,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pruned(
-    model: Path, out: Path, text: Path, method: str = "crepe", pattern: Any = "2:4", **options: Any
+    model: Path,
+    out: Path,
+    text: Path,
+    method: str = "crepe",
+    pattern: Any = "2:4",
+    resume: bool = False,
+    **options: Any,
 ) -> tuple[Manifest, dict[str, torch.Tensor]]:
     calibration = calibration_windows(text, load_tokenizer(model), 8, 32, seed=0)
     config = prune_config(method, pattern, **options)
-    manifest = prune(resolve_model(str(model)), out, config, calibration, device=device.resolve("auto"))
+    manifest = prune(resolve_model(str(model)), out, config, calibration, resume=resume, device=device.resolve("auto"))
     return manifest, load_file(out / "model.safetensors")
 
 
@@ -96,3 +104,15 @@ def test_hidden_states_may_stay_on_the_device(
 
 def test_a_pattern_over_the_matrix_and_another_dtype_to_compute_in(tmp_path: Path, model: Path, text: Path) -> None:
     check_same(model, tmp_path, text, pattern=Unstructured(0.5, "matrix"), dtype="float32", reconstruct="admm")
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"method": "wanda", "feed": "both", "reconstruct": "exact"}
+    _, expected = pruned(model, tmp_path / "cpu", text, **options)
+    with stand_in():
+        with monkeypatch.context() as patch:
+            patch.setattr(pruning, "prune_block", Pruned(1, KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                pruned(model, tmp_path / "device", text, **options)
+        _, found = pruned(model, tmp_path / "device", text, resume=True, **options)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
