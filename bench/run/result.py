@@ -121,7 +121,7 @@ class Request(_Record):
 class Visit(_Record):
     """One candidate's turn at one point. Two visits make a round, in the order A B B A. `round` 0 is the first."""
 
-    round: Count
+    round: Annotated[int, Field(gt=-(1 << 53), lt=1 << 53)]  # below 0 while warming up, which no run file keeps
     duration_s: Seconds
     requests: list[Request]
 
