@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from crepe_deploy.errors import InputError
+from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.model.families import family_of
 from crepe_deploy.packed.config import QUANT_METHOD
 from crepe_deploy.progress import Say, unsaid
+from crepe_deploy.routing.layers import layers_if_any
 from crepe_deploy.store.audit import audit, inspect_folder, recorded
 from crepe_deploy.store.checkpoint import read_config, require_folder
 from crepe_deploy.store.gguf_headers import headers_of
@@ -45,19 +48,21 @@ class Inspection:
     """What `inspect` counted.
 
     layers: the widths of each layer where layers may differ, else None. damage: why the folder's tokenizer does not
-    work, or None.
+    work, or None. experts: of a mixture whose files this can walk, `routing.layers.ExpertLayers.record`.
     """
 
     folder: Path
     tensors: list[TensorRow]
     layers: list[dict[str, Any]] | None
     damage: str | None = None
+    experts: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What the command prints with --json."""
         layers = {"layers": self.layers} if self.layers else {}
         damage = {"damage": self.damage} if self.damage else {}
-        return {"folder": str(self.folder), "tensors": self.tensors, **layers, **damage}
+        experts = {"experts": self.experts} if self.experts else {}
+        return {"folder": str(self.folder), "tensors": self.tensors, **layers, **damage, **experts}
 
 
 def inspect(folder: str | Path, *, revision: str | None = None, say: Say | None = None) -> Inspection:
@@ -76,7 +81,7 @@ def inspect(folder: str | Path, *, revision: str | None = None, say: Say | None 
     if is_onnx(root):
         return Inspection(root, cast(list[TensorRow], inspect_onnx(root)), None, _damage(root))
     rows = _packed_rows(root) if _is_packed(root) else cast(list[TensorRow], inspect_folder(root))
-    return Inspection(root, rows, describe(root), _damage(root))
+    return Inspection(root, rows, describe(root), _damage(root), _experts(root))
 
 
 def _gguf_rows(file: Path, say: Say) -> list[TensorRow]:
@@ -98,6 +103,17 @@ def _gguf_rows(file: Path, say: Say) -> list[TensorRow]:
             }
             for tensor in tensors
         ]
+
+
+def _experts(root: Path) -> dict[str, Any] | None:
+    kind = read_config(root).get("model_type") if (root / "config.json").is_file() else None
+    if not isinstance(kind, str) or family_of(kind).experts is None:
+        return None
+    try:
+        layers = layers_if_any(Decoder(root, experts=True))
+    except InputError:
+        return None  # quantised files, for example: their tensors are listed all the same
+    return None if layers is None else layers.record()
 
 
 def _damage(root: Path) -> str | None:

@@ -10,6 +10,7 @@ from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern
 from crepe_deploy.progress import Say, unsaid
+from crepe_deploy.routing.layers import layers_if_any
 from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
@@ -27,6 +28,10 @@ ADVICE = (
     "On a CPU every 50 % pattern costs the same bytes and runs at the same speed, and quality rises with M: "
     "choose 16:32. Choose 2:4 only for the sparse tensor cores of NVIDIA GPUs."
 )
+EXPERTS_ADVICE = (
+    "This model is a mixture of experts: prune does not handle it; crepe-deploy experts removes whole experts, and the "
+    "folder loads wherever the model does (docs/experts.md)."
+)
 
 
 class Plan(TypedDict):
@@ -34,6 +39,7 @@ class Plan(TypedDict):
 
     device: that a run would compute on. chosen: what `prune-and-export` chooses of what was left out, by option.
 
+    experts: of a mixture of experts, in which only whole experts can be pruned, `routing.layers.ExpertLayers.record`.
     heal_memory_estimate_bytes: above the libraries, by the options of `heal` that save memory, where it was asked for.
     """
 
@@ -53,6 +59,7 @@ class Plan(TypedDict):
     targets: dict[str, str]
     advice: str
     heal_memory_estimate_bytes: NotRequired[dict[str, int]]
+    experts: NotRequired[dict[str, Any]]
 
 
 def plan(
@@ -73,7 +80,7 @@ def plan(
     given = Given(target, sparsity, granularity, calib_samples=calib_samples, calib_length=calib_length)
     place = resolve(device)
     with outlined(model, revision, say) as (folder, shown):
-        decoder = Decoder(folder)
+        decoder = Decoder(folder, experts=True)
         result = _plan(decoder, given, choices_of(given, decoder, say), shown, described(place), say or unsaid)
         if heal:
             result["heal_memory_estimate_bytes"] = heal_memory(folder)
@@ -83,6 +90,7 @@ def plan(
 def _plan(
     decoder: Decoder, given: Given, chosen: dict[str, Any], shown: str, device: str, say: Say
 ) -> Plan:  # fmt: skip
+    layers = layers_if_any(decoder)
     options = filled(given.options, chosen)
     pattern = pattern_of(options["sparsity"], given.granularity)
     samples, length = options["calib_samples"], options["calib_length"]
@@ -90,7 +98,7 @@ def _plan(
         say(f"calibration windows would be clipped to the model's context: {context} tokens instead of {length}")
         length = context
     reader = decoder.reader
-    linears = [spec for block in decoder.linears for spec in block]
+    linears = [spec for block in decoder.linears for spec in block if layers is None]
     misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]
     prunable = [spec for spec in linears if spec.key not in misfits]
     total = sum(info.size_bytes for info in reader)
@@ -98,7 +106,7 @@ def _plan(
     unpackable = [spec.key for spec in prunable if not packable(spec, pattern)]
     packed = sum(packed_bytes(reader, spec, pattern) for spec in prunable if packable(spec, pattern))
     kept = sum(reader.info(key).size_bytes for key in unpackable)
-    return {
+    plan: Plan = {
         "model": shown,
         "chosen": chosen,
         "pattern": str(pattern),
@@ -117,6 +125,9 @@ def _plan(
         "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
         "advice": ADVICE,
     }
+    if layers is not None:
+        plan |= {"targets": {}, "advice": EXPERTS_ADVICE, "experts": layers.record()}
+    return plan
 
 
 def heal_memory(folder: Path) -> dict[str, int]:

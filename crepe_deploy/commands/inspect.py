@@ -29,8 +29,11 @@ def inspect_command(folder: str, revision: str | None, as_json: bool) -> None:
     from crepe_deploy.api.inspect import inspect
 
     result = inspect(folder, revision=revision, say=say)
+    experts = expert_lines(result.experts) if result.experts else []
     damage = [f"damaged: {result.damage}"] if result.damage else []
-    print_result(result.to_dict(), as_json, [*tensor_lines(result.tensors), *width_lines(result.layers or []), *damage])
+    print_result(
+        result.to_dict(), as_json, [*tensor_lines(result.tensors), *width_lines(result.layers or []), *experts, *damage]
+    )
 
 
 def tensor_lines(tensors: list[TensorRow]) -> list[str]:
@@ -45,6 +48,16 @@ def tensor_lines(tensors: list[TensorRow]) -> list[str]:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.2%}"
+
+
+def expert_lines(experts: dict[str, Any]) -> list[str]:
+    """The experts of a mixture, and what stays without some."""
+    sizes = experts["parameters"]
+    text = [
+        f"  {experts['layers']} layers of {experts['experts']} experts, {experts['per_token']} for a token; parameters "
+        f"held {sizes['held']:,}, active {sizes['active']:,}"
+    ]
+    return text + [f"  without {share} of them: {held:,} held" for share, held in experts["held_without"].items()]
 
 
 def width_lines(layers: list[dict[str, Any]]) -> list[str]:

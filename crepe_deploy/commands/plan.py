@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import completion
+from .inspect import expert_lines
 from .options import (
     Count,
     chosen_sparsity_options,
@@ -48,6 +49,14 @@ def plan_command(model: str, as_json: bool, **options: Any) -> None:
 
 def lines(result: Plan) -> list[str]:
     """The plan for a reader at a terminal."""
+    if experts := result.get("experts"):
+        peak = result["peak_memory_estimate_bytes"] / 1e6
+        return [
+            f"{result['model']}, on {result['device']}: {result['checkpoint_bytes'] / 1e6:,.0f} MB",
+            *expert_lines(experts),
+            f"  peak memory above the libraries, at most about: {peak:,.0f} MB",
+            f"  {result['advice']}",
+        ]
     megabytes = {
         "checkpoint": result["checkpoint_bytes"],
         "packed checkpoint": result["packed_checkpoint_bytes"],

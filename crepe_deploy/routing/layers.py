@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from crepe_deploy.errors import ConfigError, UnsupportedModel
 from crepe_deploy.model.blocks import expert_layer
@@ -34,6 +35,15 @@ class ExpertLayers:
         held = self.parameters - expert * (self.experts - (self.experts if kept is None else kept))
         return {"held": held, "active": self.parameters - expert * (self.experts - self.per_token)}
 
+    def record(self) -> dict[str, Any]:
+        """What `plan` and `inspect` say of them; held_without: parameters that stay, by share removed."""
+        shares = {str(share): math.floor(share * self.experts + 0.5) for share in (0.25, 0.5)}
+        return {
+            "layers": len(self.indices), "experts": self.experts, "per_token": self.per_token, "groups": self.groups,
+            "parameters": self.sizes(),
+            "held_without": {share: self.sizes(self.experts - count)["held"] for share, count in shares.items()},
+        }  # fmt: skip
+
     def count_removed(self, remove: float) -> int:
         """How many experts of each layer go: `remove` of them below 1, a share, rounded; or so many.
 
@@ -52,6 +62,12 @@ class ExpertLayers:
             offer = f"; --remove {' or '.join(map(str, near))} would do" if near else ""
             raise ConfigError(f"--remove {remove:g} is {count} experts of each layer, and {', '.join(because)}{offer}")
         return count
+
+
+def layers_if_any(decoder: Decoder) -> ExpertLayers | None:
+    """As `expert_layers`; None for a model without experts that are known."""
+    held = decoder.experts is not None and any(expert_layer(block, decoder.experts) for block in decoder.blocks)
+    return expert_layers(decoder) if held else None
 
 
 def expert_layers(decoder: Decoder) -> ExpertLayers:
