@@ -63,7 +63,11 @@ docs-serve: $(VENV)/.docs
 assets: $(VENV)/.base
 	@$(BIN)/python -m crepe_deploy.bench.assets
 
-demo: assets $(VENV)/.vllm
+$(VENV)/.demo: $(VENV)/.vllm
+	@$(PIP) -e '.[gguf,bench,heal]'
+	@touch $@
+
+demo: assets $(VENV)/.demo
 	@$(BIN)/python -m crepe_deploy.bench.demo
 
 # The report's tests open it in a real browser, which is the system's.

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import bz2
 import html
-import importlib.util
 import io
 import re
 import subprocess
@@ -27,10 +26,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError, CrepeError, MissingExtra
+from ..errors import CheckpointError, CrepeError
+from ..extras import require
 from ..progress import Say
+from ..store.cache import PROVENANCE
 from ..store.files import write_text
-from ..store.gguf import PROVENANCE, convert_gguf
+from ..store.gguf import convert_gguf
 from ..store.manifest import sha256_file
 
 MODEL_NAME = "SmolLM2-135M-Instruct, dequantised Q4_1"
@@ -172,8 +173,8 @@ def ensure_assets(directory: Path = DEFAULT_DIR, enwiki: bool = False, say: Say 
     assets = Assets(directory)
     tell = say or _silent
     directory.mkdir(parents=True, exist_ok=True)
-    if enwiki and importlib.util.find_spec("mwparserfromhell") is None:
-        raise MissingExtra("mwparserfromhell", "bench", "stripping wikitext")
+    if enwiki:
+        require("stripping wikitext", "mwparserfromhell")
     for text in (WIKI, C4, ENWIKI) if enwiki else (WIKI, C4):
         _ensure_text(assets, text, tell)
     _ensure_model(assets, tell)

@@ -15,6 +15,7 @@ from .errors import CrepeError
 if TYPE_CHECKING:
     from .api.doctor import doctor
     from .api.evaluate import Evaluation, evaluate
+    from .api.experts import experts
     from .api.export import export
     from .api.heal import heal
     from .api.inputs import Mixture
@@ -36,6 +37,7 @@ __all__ = [
     "Plan",
     "doctor",
     "evaluate",
+    "experts",
     "export",
     "heal",
     "inspect",
@@ -56,6 +58,7 @@ _MODULES = {
     "Plan": "api.plan",
     "doctor": "api.doctor",
     "evaluate": "api.evaluate",
+    "experts": "api.experts",
     "export": "api.export",
     "heal": "api.heal",
     "inspect": "api.inspect",

@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
+from .commands.cache import cache_command
 from .commands.doctor import doctor_command
 from .commands.evaluate import eval_command
+from .commands.experts import experts_command
 from .commands.export import export_command
 from .commands.heal import heal_command
 from .commands.inspect import inspect_command
@@ -28,7 +30,7 @@ from .commands.prune_and_export import prune_and_export_command
 from .commands.search import search_command
 from .commands.tyr import tyr_command
 from .commands.verify import verify_command
-from .errors import EXIT_INTERRUPTED, CrepeError, InputError, Stopped
+from .errors import EXIT_INTERRUPTED, GPU_IS_FULL, CrepeError, InputError, Stopped
 from .project import project_url
 from .store.files import to_json
 
@@ -55,11 +57,13 @@ for command in (
     prune_and_export_command,
     prune_command,
     tyr_command,
+    experts_command,
     heal_command,
     export_command,
     eval_command,
     plan_command,
     doctor_command,
+    cache_command,
     inspect_command,
     verify_command,
     search_command,
@@ -123,6 +127,9 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             reason = f"{error.filename!s:.80}... is too long for the name of a file: give a shorter one"
             return fail(InputError(), reason, InputError.exit_code, as_json=as_json)
+        if type(error).__name__ == GPU_IS_FULL:
+            reason = "the GPU has too little memory for this: give fewer or shorter windows, or --device cpu"
+            return fail(CrepeError(), reason, CrepeError.exit_code, as_json=as_json)
         return report_unexpected(error, typed, debug="--debug" in arguments[:1], as_json=as_json)
 
 

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import importlib.util
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from .errors import CalibrationError, MissingExtra
-from .store.reading import DOCUMENT_BYTES, decode, open_file, parse_json
+from .errors import CalibrationError
+from .extras import require
+from .store.reading import DOCUMENT_BYTES, decode, open_file, parse_json, refuse_lost_link
+from .store.stock import third_party
 
 SEPARATOR: Final = "\n\n"
 DATASET_MAX_CHARS: Final = 50_000_000
 FILE_KINDS: Final = (".txt", ".jsonl", ".parquet")
 _SPLIT_NAMES = ("train", "valid", "test", "dev")
 _CHUNK: Final = 1 << 20
+_PARQUET: Final = "reading a .parquet file"
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,38 @@ def load_text(
     if path.suffix in FILE_KINDS or _is_file(path):
         text = _load_file(path, field, file_chars)
     else:
+        refuse_lost_link(path, CalibrationError)
         text = _load_dataset(str(source), field, split, max_chars)
     if not any(document.strip() for document in text.documents) and not text.truncated:
         raise CalibrationError(f"{source} holds no text")
     return text
+
+
+def check_text(source: str | Path) -> None:
+    """Refuse a source that shows without reading that it has no text: missing, empty, of no kind that is read.
+
+    Raises CalibrationError, MissingExtra.
+    """
+    path = Path(source)
+    if path.suffix not in FILE_KINDS and not _is_file(path):
+        parse_dataset_name(str(source), "train")
+        require(_no_file(source), "datasets")
+        return
+    _check_kind(path)
+    with open_file(path, CalibrationError) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise CalibrationError(f"{path} is empty")
+    if path.suffix == ".parquet":
+        require(_PARQUET, "pyarrow")
+
+
+def _check_kind(path: Path) -> None:
+    if path.suffix not in FILE_KINDS:
+        raise CalibrationError(f"{path} is not one of the kinds that can be read: {', '.join(FILE_KINDS)}")
+
+
+def _no_file(source: str | Path) -> str:
+    return f"'{source}' is no file on this disk; reading it as a dataset"
 
 
 def _is_file(path: Path) -> bool:
@@ -80,8 +111,7 @@ def load_documents(source: str | Path, field: str = "text") -> list[str]:
 
 
 def _load_file(path: Path, field: str, chars: int | None) -> Text:
-    if path.suffix not in FILE_KINDS:
-        raise CalibrationError(f"{path} is not one of the kinds that can be read: {', '.join(FILE_KINDS)}")
+    _check_kind(path)
     with open_file(path, CalibrationError) as file:
         try:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -158,8 +188,7 @@ def _field_of(row: Any, field: str, place: str) -> str:
 
 
 def _parquet_rows(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise MissingExtra("pyarrow", "eval", "reading a .parquet file")
+    require(_PARQUET, "pyarrow")
     import pyarrow
     import pyarrow.parquet
 
@@ -191,22 +220,17 @@ def parse_dataset_name(source: str, split: str) -> tuple[str, str | None, str]:
 
 def _load_dataset(source: str, field: str, split: str, max_chars: int) -> Text:
     name, config, split = parse_dataset_name(source, split)
-    if importlib.util.find_spec("datasets") is None:
-        raise MissingExtra("datasets", "eval", f"'{source}' is no file on this disk; reading it as a dataset")
-    import httpx
+    require(_no_file(source), "datasets")
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    what = (
+        f"'{source}' is no file on this disk, and dataset '{name}' (config {config}, split {split}) could not be read"
+    )
+    if not name.strip("/"):
+        raise CalibrationError(f"{what}: that is the root of the file system")
+    with third_party(what, CalibrationError):
         rows = load_dataset(name, config, split=split, streaming=True)
         documents, truncated = _take(rows, field, source, max_chars)
-    except (OSError, ValueError, KeyError, DatasetsError, HfHubHTTPError, httpx.HTTPError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CalibrationError(
-            f"'{source}' is no file on this disk, and dataset '{name}' (config {config}, split {split}) could not be "
-            f"read: {reason}"
-        ) from error
     digest = hashlib.sha256(SEPARATOR.join(documents).encode()).hexdigest()
     return Text(source, documents, digest, truncated)
 

@@ -31,6 +31,7 @@ from typing import ClassVar, Final
 
 EXIT_RESUMABLE: Final = 75
 EXIT_INTERRUPTED: Final = 130
+GPU_IS_FULL: Final = "OutOfMemoryError"  # what torch calls its error, by name, for this imports no torch
 
 
 class CrepeError(Exception):

@@ -5,8 +5,8 @@ The mechanism: the largest score that must go is the group's threshold, everythi
 at the threshold stay from the lowest column on until the count is exact. Groups of up to `RANKED_GROUP` columns count
 for every entry how many of its group beat it, which is several times faster for so few.
 
-The arithmetic runs in numpy on the host whatever device the score is on: its comparisons and partitions are several
-times faster than torch's on CPU, and there is one code path to trust.
+A score on the CPU is worked on in numpy, whose comparisons and partitions are several times faster than torch's there;
+one on another device stays there and is sorted. Both give the same mask of the same score.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .pattern import NM, Pattern, check_divides, fraction_of
 Array: TypeAlias = npt.NDArray[Any]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
+NAN = "the score contains NaN: the weight or its calibration statistics are not finite"
 RANKED_GROUP = 8  # above it, sorting each group is faster than comparing all pairs (measured)
 CHUNK = 32768  # entries per step of the pairwise comparison: scores, ranks and flags stay in the L2 cache
 
@@ -45,19 +46,24 @@ def select(score: Tensor, pattern: Pattern) -> Tensor:
 
 def largest_per_group(score: Tensor, n: int, m: int) -> Tensor:
     """Keep the `n` largest of every `m` consecutive columns of each row; otherwise as `select`."""
-    values = _host(score)
-    check_divides(NM(n, m), "score", values.shape[1])
-    groups = values.reshape(-1, m)
+    check_divides(NM(n, m), "score", _checked(score).shape[1])
+    if score.device.type != "cpu":
+        return _keep_sorted(score.reshape(-1, m), n).view(score.shape)
+    groups = _host(score).reshape(-1, m)
     return _mask(_keep_ranked(groups, n) if m <= RANKED_GROUP else _keep_largest(groups, n), score)
 
 
 def largest_per_row(score: Tensor, keep: int) -> Tensor:
     """Keep the `keep` largest of each row; otherwise as `select`."""
+    if _checked(score).device.type != "cpu":
+        return _keep_sorted(score, keep)
     return _mask(_keep_largest(_host(score), keep), score)
 
 
 def largest_in_matrix(score: Tensor, keep: int) -> Tensor:
     """Keep the `keep` largest of the whole matrix; otherwise as `select`."""
+    if _checked(score).device.type != "cpu":  # transposed: the lowest column first, then the lowest row
+        return _keep_sorted(score.T.reshape(1, -1), keep).view(score.shape[::-1]).T.contiguous()
     values = _host(score)
     mask = _above_threshold(values.reshape(1, -1), keep)
     if mask is None:
@@ -70,21 +76,33 @@ def largest_in_matrix(score: Tensor, keep: int) -> Tensor:
     return _mask(above, score)
 
 
-def _host(score: Tensor) -> Array:
-    """`score` as a C-contiguous host array, checked for shape and NaN."""
+def _checked(score: Tensor) -> Tensor:
     if score.ndim != 2 or score.numel() == 0:
         raise PatternError(f"a score has shape (out, in) and is not empty, got {tuple(score.shape)}")
-    values = score.detach().cpu()
+    return score
+
+
+def _keep_sorted(score: Tensor, keep: int) -> Tensor:
+    """The `keep` largest of each row (rows, width), equal values from the left, where the score is."""
+    if bool(score.isnan().any()):
+        raise NumericalError(NAN)
+    order = (score.detach() + 0.0).sort(dim=1, descending=True, stable=True).indices  # + 0.0: negative zeros are zeros
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order[:, :keep], True)
+
+
+def _host(score: Tensor) -> Array:
+    """`score` as a C-contiguous host array, checked for NaN."""
+    values = score.detach()
     if values.dtype not in (torch.float32, torch.float64):
         values = values.float()
     array: Array = values.contiguous().numpy()
     if np.isnan(array.max()):  # max propagates NaN
-        raise NumericalError("the score contains NaN: the weight or its calibration statistics are not finite")
+        raise NumericalError(NAN)
     return array
 
 
 def _mask(keep: Mask, score: Tensor) -> Tensor:
-    return torch.from_numpy(keep.reshape(score.shape)).to(score.device)
+    return torch.from_numpy(keep.reshape(score.shape))
 
 
 def _above_threshold(values: Array, keep: int) -> tuple[Mask, Array] | None:

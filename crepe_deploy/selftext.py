@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from .device import CPU, described
 from .errors import CheckpointError, CrepeError, NumericalError, UnsupportedModel
 from .machine import cache_dir
 from .model.architecture import load_config, whole_model
@@ -45,23 +46,26 @@ class OwnText:
 
 
 def own_text(
-    folder: Path, tokenizer: Any, samples: int, length: int, seed: int, *, bos: bool, say: Say, show: Show = hidden
-) -> OwnText:
+    folder: Path, tokenizer: Any, samples: int, length: int, seed: int, *, bos: bool, say: Say, show: Show = hidden,
+    device: torch.device = CPU,
+) -> OwnText:  # fmt: skip
     """Windows that the model in `folder` wrote, from the cache where it has written them before.
 
-    bos: whether every window has to start with BOS. say: told before anything is sampled, which `show` wraps. Raises
-    CheckpointError, UnsupportedModel, NumericalError, DiskFullError, OutputError.
+    bos: whether every window has to start with BOS. say: told before anything is sampled, which `show` wraps. device:
+    that the model writes on, whose rounding is part of what decides the text. Raises CheckpointError, UnsupportedModel,
+    NumericalError, DiskFullError, OutputError.
     """
     starts, words = starts_of(tokenizer, bos=bos)
     starts = [start[:length] for start in starts]
     ends = sorted({token for token in (tokenizer.eos_token_id, *_end_ids(folder)) if token is not None})
     rows = int(load_config(folder).get_text_config().vocab_size)
     check_ids(tokenizer, [token for start in starts for token in start], rows)
-    path = _path(folder, {"starts": starts, "ends": ends, "samples": samples, "length": length, "seed": seed})
+    asked: dict[str, Any] = {"starts": starts, "ends": ends, "samples": samples, "length": length, "seed": seed}
+    path = _path(folder, asked if device.type == CPU.type else {**asked, "device": described(device)})
     tokens = _kept(path, samples, length, rows)
     if tokens is None:
         say(f"the model writes {samples} windows of {length} tokens of its own (once; kept in {path})")
-        model = whole_model(folder, dtype="auto")
+        model = whole_model(folder, dtype="auto").to(device)
         with show("writing calibration text") as step:
             tokens = sample(model, starts, ends, samples, length, seed, step)
         write_json(path, {"tokens": [" ".join(map(str, row)) for row in tokens.tolist()]})
@@ -163,7 +167,8 @@ def sample(
                     queue += [token, *starts[row % len(starts)]]
                 read.append(queue.pop(0) if queue else token)
             whole[begin : rows.stop, position] = torch.tensor(read)
-            output = model(input_ids=torch.tensor(read).unsqueeze(1), past_key_values=cache, use_cache=True)
+            tokens = torch.tensor(read).unsqueeze(1).to(model.device)
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
             cache = getattr(output, "past_key_values", None)
             if cache is None:
                 raise UnsupportedModel(f"model type '{model.config.model_type}' keeps no cache: give --calib FILE")
@@ -177,5 +182,5 @@ def _drawn(logits: Tensor, draws: Tensor) -> Tensor:
     if not logits.isfinite().all():
         raise NumericalError("the model's logits are not finite while it writes text of its own: give --calib FILE")
     summed = torch.softmax(logits.float() / TEMPERATURE, dim=-1).double().cumsum(-1)
-    picked = torch.searchsorted(summed, draws.unsqueeze(1) * summed[:, -1:], right=True)
+    picked = torch.searchsorted(summed, draws.to(summed.device).unsqueeze(1) * summed[:, -1:], right=True)
     return picked.squeeze(1).clamp_max(logits.shape[-1] - 1)

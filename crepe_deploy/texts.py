@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device import CPU
 from .documents import Text, load_text
 from .errors import CalibrationError, CheckpointError, ConfigError
 from .limits import MOST, check_seed
@@ -98,6 +99,7 @@ def calibration_windows(
     field: str = "text",
     say: Say = unsaid,
     show: Show = hidden,
+    device: torch.device = CPU,
 ) -> CalibrationSet:
     """Draw `samples` windows of `length` tokens from a source, at random without overlap, by a generator of its own.
 
@@ -105,7 +107,7 @@ def calibration_windows(
     the family needs it. A text far longer than wanted is first cut to CHARS_PER_TOKEN characters a token, or MIN_CHARS.
     Of several sources each gives as many windows as the others (the first ones one more where that does not come out
     even), in one random order. The source "self" is the model beside the tokenizer, which writes them (`own_text`,
-    which is told `say` and shown by `show`).
+    which is told `say` and shown by `show`) on this device.
     Raises CalibrationError saying how many tokens are missing, ConfigError, and as `load_text` does.
     """
     check_seed(seed)
@@ -114,19 +116,21 @@ def calibration_windows(
             f"{samples} calibration samples of {length} tokens: it must be 1 of 2, and {MOST} tokens at most"
         )
     if isinstance(source, (str, Path, Text)):
-        return _windows(source, tokenizer, samples, length, seed, field, say, show)
+        return _windows(source, tokenizer, samples, length, seed, field, say, show, device)
     names = [str(one) for one in source]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"calibration sources must be given, and each once: {', '.join(names) or 'none is'}")
     if len(names) == 1:
-        return _windows(names[0], tokenizer, samples, length, seed, field, say, show)
+        return _windows(names[0], tokenizer, samples, length, seed, field, say, show, device)
     if samples < len(names):
         raise ConfigError(f"{samples} calibration samples cannot come from {len(names)} sources: raise the samples")
     share, more = divmod(samples, len(names))
-    return _mixed([
-        _windows(name, tokenizer, share + (index < more), length, seed, field, say, show)
-        for index, name in enumerate(names)
-    ])  # fmt: skip
+    counts = {name: share + (index < more) for index, name in enumerate(names)}
+    drawn = {
+        name: _windows(name, tokenizer, counts[name], length, seed, field, say, show, device)
+        for name in sorted(names, key=SELF.__eq__)  # what is written after what is read, which may be refused
+    }
+    return _mixed([drawn[name] for name in names])
 
 
 def _mixed(sets: list[CalibrationSet]) -> CalibrationSet:
@@ -147,11 +151,13 @@ def _mixed(sets: list[CalibrationSet]) -> CalibrationSet:
 
 
 def _windows(
-    source: str | Path | Text, tokenizer: Any, samples: int, length: int, seed: int, field: str, say: Say, show: Show
-) -> CalibrationSet:
+    source: str | Path | Text, tokenizer: Any, samples: int, length: int, seed: int, field: str, say: Say, show: Show,
+    device: torch.device,
+) -> CalibrationSet:  # fmt: skip
     bos = wants_bos_each_window(tokenizer)
     if source == SELF:
-        own = own_text(Path(tokenizer.name_or_path), tokenizer, samples, length, seed, bos=bos, say=say, show=show)
+        folder = Path(tokenizer.name_or_path)
+        own = own_text(folder, tokenizer, samples, length, seed, bos=bos, say=say, show=show, device=device)
         said = "window" if bos else "none"
         return CalibrationSet(own.tokens, SELF, own.sha256, "", seed, own.tokens.numel(), own.rule, said)
     body = length - 1 if bos else length

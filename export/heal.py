@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..healing.config import HealConfig
 from ..healing.heal import heal
 from ..progress import Say, Show
-from ..store.files import disk_errors
 from ..store.manifest import Manifest, load_manifest, save_manifest
 from ..store.sources import Model
-from .formats.dense import Dense
+from ..store.work import JOURNAL, work_folder
 from .frame.card import CARD_NAME
 from .frame.greedy import with_greedy
-from .frame.run import finish
+from .prune import seal as with_card
 
 
 def seal(source: Path, folder: Path, manifest: Manifest) -> Manifest:
@@ -27,7 +27,7 @@ def seal(source: Path, folder: Path, manifest: Manifest) -> Manifest:
     if "greedy" in before.metrics:
         manifest = with_greedy(folder, manifest)
     if CARD_NAME in before.files:
-        return finish(folder, manifest, Dense().words_of(manifest), manifest.files)
+        return with_card(folder, manifest)
     save_manifest(folder, manifest)
     return manifest
 
@@ -42,16 +42,22 @@ class Healing:
     field: str
     show: Show
     say: Say
+    device: torch.device
 
-    def __call__(self, folder: Path) -> dict[str, Any]:
-        """Heal the pruned folder in its place; returns what its manifest says of that. Raises as `heal` does."""
+    def record(self) -> dict[str, Any]:
+        """What decides what is made, for telling runs apart."""
+        return {"config": self.config.record(), "texts": [str(text) for text in self.texts], "field": self.field}
+
+    def __call__(self, folder: Path) -> Path:
+        """Heal the pruned folder; returns the healed one beside it. One that is there is not healed again.
+
+        Raises as `heal` does.
+        """
         healed = folder.with_name(f"{folder.name}-healed")
-        manifest = heal(
-            folder, self.dense, healed, self.config, self.texts, self.field, resume=False, overwrite=False,
-            show=self.show, say=self.say, seal=partial(seal, folder),
-        )  # fmt: skip
-        with disk_errors(folder):
-            shutil.rmtree(folder)
-            healed.rename(folder)
-        found: dict[str, Any] = manifest.config["healed"]
-        return found
+        if not healed.exists():
+            heal(
+                folder, self.dense, healed, self.config, self.texts, self.field,
+                resume=(work_folder(healed) / JOURNAL).exists(), overwrite=False, show=self.show, say=self.say,
+                seal=partial(seal, folder), device=self.device,
+            )  # fmt: skip
+        return healed

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ParityError
+import torch
+
+from ..device import CPU
+from ..errors import CrepeError, ParityError
 from ..progress import Progress, part, silent
 from ..pruning.config import PruneConfig
-from ..pruning.prune import prune
+from ..pruning.prune import Origin, describe_origin, prune_into
+from ..pruning.run_plan import RunPlan, plan_run
 from ..store.files import disk_errors, write_json
 from ..store.folders import atomic_folder, check_output, free_name
-from ..store.manifest import Manifest, load_manifest, save_manifest
+from ..store.manifest import Manifest, load_manifest, save_manifest, verify
 from ..store.sources import Model
+from ..store.work import PRUNED, Unfinished, unfinished
 from ..texts import CalibrationSet
 from .frame.exporter import Exporter
 from .frame.greedy import with_greedy
@@ -64,46 +69,93 @@ def prune_and_export(
     calibration: CalibrationSet | None,
     *,
     formats: Sequence[str] = ("dense",),
+    resume: bool = False,
     overwrite: bool = False,
     step: Progress = silent,
     options: Mapping[str, str] | None = None,
     healing: Healing | None = None,
     base_model: str | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Prune `model` and write `out/FORMAT/` for each format and `out/report.json`; returns the report.
 
     options: as of `export_checkpoint`; each format is given those that it takes, and one that none of them takes is
-    refused. healing: what is done to the pruned checkpoint before it is exported. base_model: as of `run`. Raises what
-    `prune`, `heal` and `export_checkpoint` raise; what an export would refuse is refused before pruning.
+    refused. healing: what is done to the pruned checkpoint before it is exported. base_model: as of `run`. resume: go
+    on with what a stopped run left in OUT.work: pruned blocks, steps of healing, whole formats; other formats may be
+    asked for. device: that prunes. Raises what `prune`, `heal` and `export_checkpoint` raise; what an export would
+    refuse is refused before pruning.
     """
     exporters = build(formats, options)
     for exporter in exporters:
         exporter.check_pruning(model.folder, config.pattern)
-    check_output(out, overwrite=overwrite, inputs=(model.folder,))
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        pruned = folder / "pruned"
-        manifest = prune(model, pruned, config, calibration, step=step)
-        healed = None if healing is None else healing(pruned)
+    plan = plan_run(model, out, config, calibration, overwrite=overwrite, device=device)
+    origin = describe_origin(model, plan, calibration)
+    identity = origin.identity() | {"what": "pruning for export", "healing": healing and healing.record()}
+    with unfinished(out, identity, resume=resume, overwrite=overwrite) as work:
+        manifest, pruned = _pruned(work, plan, origin, step)
+        if healing is not None:
+            pruned = healing(pruned)
         save_manifest(pruned, with_greedy(pruned, load_manifest(pruned)))  # once, for every format
+        _remove(path for path in work.folder.iterdir() if not _is_done(work, path, exporters, base_model))
         exports = {}
         for exporter in exporters:
-            target = folder / exporter.name
-            with disk_errors(target):
-                target.mkdir()
-            with kept_if_wrong(target, out):
-                shown = part(step, f"exporting as {exporter.name}")
-                written = run(exporter, pruned, target, fresh=True, step=shown, base_model=base_model)
-            exports[exporter.name] = _summary(exporter, written, out / exporter.name, target)
-        with disk_errors(pruned):
-            shutil.rmtree(pruned)
-        report = _report(manifest, exports) | ({} if healed is None else {"healed": healed})
-        write_json(folder / "report.json", report)
+            target, key = work.folder / exporter.name, _key(exporter, base_model)
+            if not target.exists():
+                with disk_errors(target):
+                    target.mkdir()
+                with kept_if_wrong(target, out):
+                    shown = part(step, f"exporting as {exporter.name}")
+                    written = run(exporter, pruned, target, fresh=True, step=shown, base_model=base_model)
+                work.journal.add("format", key, _summary(exporter, written, out / exporter.name, target))
+            exports[exporter.name] = work.journal.get("format", key)
+        healed = {} if healing is None else {"healed": load_manifest(pruned).config["healed"]}
+        report = _report(manifest, exports) | healed
+        write_json(work.folder / "report.json", report)
     return report
+
+
+def _pruned(work: Unfinished, plan: RunPlan, origin: Origin, step: Progress) -> tuple[Manifest, Path]:
+    """The manifest and the folder of the pruned checkpoint; one that is whole is not pruned again."""
+    folder = work.work / PRUNED
+    if work.journal.get("stage", PRUNED) is None or not _is_whole(folder):
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+        prune_into(folder, work.journal, plan, origin, step)
+        work.journal.add("stage", PRUNED, True)
+    return load_manifest(folder), folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except CrepeError:
+        return False
+    return True
+
+
+def _is_done(work: Unfinished, folder: Path, exporters: Sequence[Exporter[Any]], base_model: str | None) -> bool:
+    """Whether a stopped run has written this format whole, and it is asked for with the same options."""
+    keys = [_key(exporter, base_model) for exporter in exporters if exporter.name == folder.name]
+    return any(work.journal.get("format", key, _is_summary) is not None for key in keys) and _is_whole(folder)
+
+
+def _key(exporter: Exporter[Any], base_model: str | None) -> str:
+    return f"{exporter!r} {base_model}"
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        with disk_errors(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _summary(exporter: Exporter[Any], manifest: Manifest, final: Path, folder: Path) -> dict[str, Any]:
     weights = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in exporter.suffixes)
     return {"path": str(final), "weight_file_bytes": weights, "size": manifest.metrics["size"]}
+
+
+def _is_summary(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"path", "weight_file_bytes", "size"}
 
 
 def _report(manifest: Manifest, exports: dict[str, Any]) -> dict[str, Any]:
@@ -127,4 +179,5 @@ def _report(manifest: Manifest, exports: dict[str, Any]) -> dict[str, Any]:
         "seconds": manifest.metrics["seconds"],
         "versions": manifest.versions,
         "formats": exports,
+        **({"chosen": chosen} if (chosen := manifest.config.get("chosen")) else {}),
     }

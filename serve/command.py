@@ -37,10 +37,14 @@ def serve_command(
     loads code is not (docs/serving.md). An ONNX folder is served by ONNX Runtime instead, with --max-model-len,
     --threads and --served-model-name. Ctrl-C stops; the server ends with this command, whatever ends that.
     """
-    from ..store.sources import resolve_model
-    from .launcher import ServeOptions, bound_port, serve
+    from ..store.sources import gguf_file, is_model_name, resolve_model
+    from .launcher import ServeOptions, check_address, require_vllm, serve
+    from .passed_on import VLLM, check_passed_on
 
-    bound_port(host, port)
+    check_address(host, port, api_key)
+    if gguf_file(model) is not None or is_model_name(model):  # which vLLM serves, once it is fetched or converted
+        check_passed_on(vllm_options, VLLM)
+        require_vllm()
     found = resolve_model(model, say=say)
     name = None if found.kind == "folder" else Path(model).name.removesuffix(".gguf")
     answered: list[dict[str, Any]] = []

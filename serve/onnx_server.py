@@ -36,6 +36,8 @@ from ..store.reading import parse_json
 from .key import RequireKey, error_body
 from .onnx_model import Answer, Model, Piece
 from .onnx_requests import Ask
+from .passed_on import ONNX_CONTEXT
+from .patience import Patient
 
 MAX_BODY_BYTES: Final = 4 << 20
 MAX_DISCARDED_BYTES: Final = 256 << 20  # of a body that is refused: read, so that its sender reads why
@@ -239,7 +241,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--served-model-name", default=None)
-    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--max-model-len", type=int, default=ONNX_CONTEXT)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     name = options.served_model_name or options.folder.resolve().name
@@ -251,7 +253,7 @@ def main() -> None:
         signal.signal(number, lambda *_: None)
     try:
         uvicorn.run(
-            application(service), host=options.host, port=options.port, http="h11", ws="none", lifespan="off",
+            application(service), host=options.host, port=options.port, http=Patient, ws="none", lifespan="off",
             loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING_S,
         )  # fmt: skip
     finally:

@@ -5,7 +5,6 @@ Both continue a batch of prompts: `start(prompts)` reads them, `step(tokens)` ad
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CheckpointError, ConfigError, MissingExtra, ServeError
+from ..errors import CheckpointError, ConfigError, ServeError
+from ..extras import require
 from ..store.reading import read_object
 
 GRAPH_NAME: Final = "model.onnx"
@@ -46,10 +46,7 @@ def flavor_of(folder: Path) -> str:
 
 def require_onnx(flavor: str, purpose: str) -> None:
     """Raise MissingExtra unless the libraries that run this flavour are installed."""
-    needed = ["onnxruntime", *(["onnxruntime_genai"] if flavor == "genai" else [])]
-    for name in needed:
-        if importlib.util.find_spec(name) is None:
-            raise MissingExtra(name.replace("_", "-"), "onnx", purpose)
+    require(purpose, "onnxruntime", *(["onnxruntime_genai"] if flavor == "genai" else []))
 
 
 def load_runner(folder: Path, max_tokens: int, threads: int = 0) -> Runner:

@@ -52,6 +52,7 @@ VLLM: Final = Options(
     | {"-q", "-pp", "-tp"},
     _names("cudagraph-capture-sizes lora-modules served-model-name"),
 )
+ONNX_CONTEXT: Final = 4096  # tokens, where --max-model-len says nothing
 ONNX: Final = Options(frozenset(), _names("max-model-len threads served-model-name"))
 _OURS: Final = _names("host port api-key model")  # said by crepe-deploy's own options
 _LEVEL: Final = re.compile(r"-O[0-3]")

@@ -20,12 +20,13 @@ def write_gguf(
     parts: int = 1,
     rename: Callable[[str], str | None] = str,
     rope: Callable[[gguf.GGUFWriter], None] = lambda _: None,
+    template: str = "{% for m in messages %}{{ m['content'] }}{% endfor %}",
 ) -> Path:
     """A llama GGUF of the pico model: matrices in Q8_0, norms in float32, tokenizer and template inside.
 
     parts: files that it is split into, as gguf's own writer splits; the first one's path is returned. rename: a
     tensor's name to what is written instead, None to leave it out.
-    rope: writes how the rotary embeddings are stretched.
+    rope: writes how the rotary embeddings are stretched, and whatever else. template: of chats.
     """
     tensors = load_file(model_dir / "model.safetensors")
     config = json.loads((model_dir / "config.json").read_text())
@@ -42,7 +43,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     rope(writer)
-    _write_tokenizer(writer)
+    _write_tokenizer(writer, template)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, tensor in tensors.items():
@@ -65,7 +66,7 @@ def _interleave(weight: torch.Tensor, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, out // heads // 2, columns).swapaxes(1, 2).reshape(out, columns).numpy()
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
+def _write_tokenizer(writer: gguf.GGUFWriter, template: str) -> None:
     tokenizer = pico_tokenizer()
     vocab = tokenizer.get_vocab()
     tokens = sorted(vocab, key=vocab.__getitem__)
@@ -77,4 +78,4 @@ def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    writer.add_chat_template(template)

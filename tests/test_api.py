@@ -19,12 +19,14 @@ from crepe_deploy.api.inputs import find_model, windows_of
 from crepe_deploy.cli import cli
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.texts import CalibrationSet
+from tests.moe import make_moe
 from tests.pico import make_pico_llama, sample_text
 
 ROOT = Path(__file__).resolve().parent.parent
 FUNCTIONS = (
     "doctor",
     "evaluate",
+    "experts",
     "export",
     "heal",
     "inspect",
@@ -41,6 +43,7 @@ FUNCTIONS = (
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with the model and the texts that the page names."""
     make_pico_llama(tmp_path / "model", torch.bfloat16, num_attention_heads=8, num_key_value_heads=4)
+    make_moe(tmp_path / "moe")
     for name, seed in (("calib.txt", 0), ("valid.txt", 1), ("wiki.txt", 2)):
         (tmp_path / name).write_text(sample_text(3000, seed), encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -140,3 +140,34 @@ def test_columns_that_are_no_text_are_refused(tmp_path: Path, column: Any) -> No
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(CrepeError, match=r"a\.parquet"):
         load_text(tmp_path / "a.parquet")
+
+
+FOLDERS: dict[str, dict[str, bytes]] = {
+    "front matter": {"README.md": b"---\n- a\n: :\n---\n", "a.txt": b"x"},
+    "features": {"README.md": b"---\ndataset_info: {features: 7}\n---\n", "a.txt": b"x"},
+    "infos": {"dataset_infos.json": b"[]", "a.txt": b"x"},
+    "script": {"script.py": b"1"},
+    "zip": {"a.zip": b"PK\x03\x04"},
+    "gz": {"a.json.gz": b"\x1f\x8b"},
+    "tar": {"a.tar": b"x"},
+    "json": {"a.json": b"{"},
+    "csv": {"a.csv": b"\xff\xfe\x00"},
+    "parquet": {"a.parquet": b"PAR1"},
+    "pdf": {"a.pdf": b"x"},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_whatever_datasets_raises_about_a_folder_is_one_line(tmp_path: Path, kind: str) -> None:
+    for name, data in FOLDERS[kind].items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(CalibrationError, match=r"could not be read: .") as caught:
+        load_text(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/", "//", "/:train", "//::train"])
+def test_the_root_of_the_file_system_is_no_dataset(name: str) -> None:
+    with pytest.raises(CalibrationError, match="root of the file system"):
+        load_text(name)

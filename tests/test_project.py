@@ -242,7 +242,7 @@ READERS = {
     },
     r"yaml\.(?!safe_dump)\w+\(": {"store.reading"},
     r"AutoTokenizer\.": {"store.stock", "store.gguf", "exporting.frame.usage"},  # and what a card tells its reader
-    r"AutoConfig\.": set(),
+    r"AutoConfig\.": {"store.gguf"},
     r"\.read_(?:text|bytes)\(": {
         "project",  # what pip recorded
         "machine", "packed.dispatch", "packed.cuda.dispatch", "packed.native",  # /proc; our own sources

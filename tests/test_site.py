@@ -24,7 +24,7 @@ add_outer_commands()
 # What the tests put in the place of what the pages say: a tiny model, its texts, its budgets of work. In this order.
 SUBSTITUTIONS = {
     "hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir model": "",  # the tiny model lies there
-    "--calib-samples 64 --calib-length 512": "--calib-samples 8 --calib-length 64",
+    "model --target cpu --out small": "model --target cpu --calib-samples 8 --calib-length 64 --out small",
     "--window 512 --max-tokens 8192": "--window 64 --max-tokens 1024",
     "--minutes 10": "--steps 10 --learning-rate 0.001 --batch-tokens 256 --window 64",
     "--points 1x64+33 --rounds 7": "--points 1x16+4 --rounds 2 --threads 1",

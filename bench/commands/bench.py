@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,9 +14,10 @@ from ...errors import ConfigError, CrepeError
 from .init_ci import init_ci_command
 
 if TYPE_CHECKING:
-    from ..benchmark import Gating
+    from ..gate.budgets import Budgets
     from ..run.scenario import Scenario
 
+NAME: Final = "bench"  # of a scenario of models
 DEFAULT_POINTS: Final = "1x64+32,4x64+32,1x512+1*2"
 EXAMPLES: Final = """\b
 Examples:
@@ -83,17 +85,24 @@ def run_command(
     workflow is written by `crepe-deploy bench init-ci`.
     """
     from ...store.files import check_output_file
-    from ..benchmark import bench
+    from ...store.folders import held
+    from ..benchmark import Gating, bench
     from ..gate import render
     from ..gate.gates import raise_for
     from ..run.result import save_run
     from ..run.summary import failures, summary_lines
 
+    limits = _limits(budgets, max_rounds)
+    if out is not None or not _is_file(targets):
+        check_output_file(out if out is not None else Path(f"{NAME}.json"), overwrite=overwrite)  # before models come
     scenario = build_scenario(targets, **options)
     path = check_output_file(out if out is not None else Path(f"{scenario.name}.json"), overwrite=overwrite)
-    gating = _gating(budgets, max_rounds, scenario.rounds)
-    run, verdict = bench(scenario, typed, gating=gating)
-    save_run(run, path)
+    gating = None if limits is None else Gating(limits, max_rounds or scenario.rounds)
+    for line in choices(scenario):
+        say(line)
+    with held(path):
+        run, verdict = bench(scenario, typed, gating=gating)
+        save_run(run, path)
     if not as_json:
         click.echo("\n".join([*summary_lines(run), f"written: {path}"]))
     elif verdict is None:
@@ -108,12 +117,26 @@ def run_command(
         raise error
 
 
-def _gating(budgets: Path | None, max_rounds: int | None, rounds: int) -> Gating | None:
-    from ..benchmark import Gating
+def choices(scenario: Scenario) -> list[str]:
+    """What is measured how where the user may not have said so, and what will make the figures noisy."""
+    from ..run.environment import load_average
+
+    cores, threads, load = len(os.sched_getaffinity(0)), scenario.thread_count(), load_average()
+    points = ", ".join(point.point().name for point in scenario.points)
+    chosen = "" if scenario.threads else ", one a core (--threads chooses)"
+    lines = [f"points {points}; {scenario.rounds} rounds; threads {threads}{chosen}"]
+    if threads > cores:
+        lines.append(f"{threads} threads are more than the {cores} cores: they wait for each other")
+    if load > cores:
+        lines.append(f"the load is {load:.1f} on {cores} cores: other work is running, and times will be noisy")
+    return lines
+
+
+def _limits(budgets: Path | None, max_rounds: int | None) -> Budgets | None:
     from ..gate.budgets import load_budgets
 
     if budgets is not None:
-        return Gating(load_budgets(budgets), max_rounds or rounds)
+        return load_budgets(budgets)
     if max_rounds is not None:
         raise ConfigError("--max-rounds adds rounds while a gate cannot decide: give --gate BUDGETS too")
     return None
@@ -124,21 +147,23 @@ def build_scenario(
     threads: int | None, aa: bool, text: Path | None, window: int, max_tokens: int | None,
 ) -> Scenario:  # fmt: skip
     """The scenario of a file or of folders, with what the options say instead. Raises ConfigError."""
-    from ...store.sources import is_model_name
     from ..run.scenario import load_scenario, parse, parse_points
 
     content: dict[str, Any]
-    if len(targets) == 1 and not targets[0].is_dir() and not is_model_name(str(targets[0])):
+    parsed = parse_points(points) if points is not None else None
+    if text is not None and not text.is_file():
+        raise ConfigError(f"--text {text} is no file")
+    if _is_file(targets):
         source = str(targets[0])
         content = load_scenario(targets[0]).model_dump(exclude_none=True)
     else:
-        source = "bench"
+        source = NAME
         content = _of_folders(targets, baseline, engine)
         baseline = None
     given = {
         "baseline": baseline,
         "engine": engine,
-        "points": parse_points(points) if points is not None else None,
+        "points": parsed,
         "rounds": rounds,
         "threads": threads,
         "aa": aa or None,
@@ -147,24 +172,34 @@ def build_scenario(
     return parse(content | {key: value for key, value in given.items() if value is not None}, source)
 
 
+def _is_file(targets: Sequence[Path]) -> bool:
+    """Whether this is one scenario file, and not models."""
+    from ...store.sources import is_model_name
+
+    return len(targets) == 1 and not targets[0].is_dir() and not is_model_name(str(targets[0]))
+
+
 def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | None) -> dict[str, Any]:
     import importlib.util
 
     from ...store.sources import is_model_name, resolve_model
+    from ..run.measure import require_engine
     from ..run.scenario import parse_points
 
-    folders = list(targets)
-    if baseline is not None:
-        folders = [Path(baseline), *(folder for folder in folders if folder.resolve() != Path(baseline).resolve())]
+    folders = [*([Path(baseline)] if baseline is not None else []), *targets]
     for folder in folders:
         if not folder.is_dir() and not is_model_name(str(folder)):
             raise ConfigError(f"{folder} is no folder, hub id or GGUF file: give one scenario file, or models")
+    first = folders[0].resolve()
+    folders = [folders[0], *(folder for folder in folders[1:] if baseline is None or folder.resolve() != first)]
     names = short_names(folders)
     if engine is None:
         engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
-        click.echo(f"engine: {engine} (--engine chooses)", err=True)
+        say(f"engine: {engine} (--engine chooses)")
+    for name in names:
+        require_engine(name, engine, {})
     return {
-        "name": "bench",
+        "name": NAME,
         "engine": engine,
         "candidates": [
             {"name": name, "folder": resolve_model(str(folder), say=say).folder}

@@ -77,6 +77,7 @@ def init_ci(
     OutputError where the workflow exists.
     """
     from ...store.files import write_text
+    from ...store.folders import held
 
     engines = check(root, scenario, budgets)
     if source is not None and requirement is not None:
@@ -98,7 +99,8 @@ def init_ci(
         "@BUDGETS@": quoted(budgets.as_posix()),
         "@PREPARE@": quoted(prepare or f"test -f {shlex.quote(scenario.as_posix())}"),
     }
-    write_text(target, fill(template(), values))
+    with held(target):
+        write_text(target, fill(template(), values))
     return target
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ...store.files import write_text
+from ...store.folders import held
 from .verdict import Row, Status, Verdict
 
 if TYPE_CHECKING:
@@ -43,9 +44,11 @@ def show(verdict: Verdict, as_json: bool) -> None:
 def write(verdict: Verdict, junit_path: Path | None, markdown_path: Path | None) -> None:
     """Write the files that are asked for, each whole or not at all. Raises OutputError, DiskFullError."""
     if junit_path is not None:
-        write_text(junit_path, junit(verdict))
+        with held(junit_path):
+            write_text(junit_path, junit(verdict))
     if markdown_path is not None:
-        write_text(markdown_path, markdown(verdict))
+        with held(markdown_path):
+            write_text(markdown_path, markdown(verdict))
 
 
 def headline(verdict: Verdict) -> str:

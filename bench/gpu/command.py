@@ -3,6 +3,7 @@
     --stage machine     device, versions, copy bandwidth, dense product rate (run first; the others need it)
     --stage layers      every shape: correctness against fp64, and packed over the best dense baseline
     --stage model       a random Llama-3.1-8B: decode and prefill, dense and packed
+    --stage prune       two blocks of that width pruned on the device and on the CPU: masks, seconds, peak memory
 
 Without --stage all of them in order. What OUT holds already is not measured again; --minutes ends a run before a unit
 of work that would begin later than that, with exit code 75: run the same command again to go on.
@@ -27,11 +28,12 @@ from ...packed.cuda import dispatch
 from ...store.files import write_json
 from .layers import measure_shape
 from .model import measure_model
+from .pruning import measure_pruning
 from .table import render, write_into
 from .timing import copy_bandwidth, product_rate
 from .work import REAL, REHEARSAL, Plan
 
-STAGES = ("machine", "layers", "model")
+STAGES = ("machine", "layers", "model", "prune")
 Unit = tuple[str, str, Callable[[], Any]]
 
 
@@ -72,13 +74,16 @@ def measure(options: argparse.Namespace) -> int:
         free()
         print(f"{stage} {name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
     wrong = [row for rows in results["layers"].values() for row in rows if not row["correct"]]
+    differing = [name for name, row in results["prune"].items() if not row["correct"]]
     text = render(results)
     print(text)
     if options.table:
         write_into(options.table, text)
     if wrong:
         print(f"error: {len(wrong)} results differ from fp64 by more than rounding", file=sys.stderr)
-    return 1 if wrong else 0
+    if differing:
+        print(f"error: the device chose other masks of equal scores: {', '.join(differing)}", file=sys.stderr)
+    return 1 if wrong or differing else 0
 
 
 def units(plan: Plan, results: dict[str, Any], stages: tuple[str, ...]) -> Iterator[Unit]:
@@ -102,6 +107,9 @@ def units(plan: Plan, results: dict[str, Any], stages: tuple[str, ...]) -> Itera
     if "model" in stages:
         for variant in plan.variants:
             yield "model", variant, functools.partial(measure_model, variant, plan)
+    if "prune" in stages:
+        for what in plan.prunings:
+            yield "prune", what, functools.partial(measure_pruning, what, plan)
 
 
 def machine(plan: Plan) -> dict[str, Any]:
@@ -121,7 +129,8 @@ def load(path: Path, rehearsal: bool) -> dict[str, Any]:
         return {"version": 1, "rehearsal": rehearsal, **{stage: {} for stage in STAGES}}
     try:
         results: dict[str, Any] = json.loads(path.read_text())
-        fits = results["version"] == 1 and results["rehearsal"] == rehearsal and all(s in results for s in STAGES)
+        fits = results["version"] == 1 and results["rehearsal"] == rehearsal and all(s in results for s in STAGES[:3])
+        results.setdefault("prune", {})  # what was measured before there was this stage
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a file of GPU results: {error}") from error
     if not fits:

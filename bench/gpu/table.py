@@ -16,11 +16,11 @@ def render(results: dict[str, Any]) -> str:
     """Markdown: the machine, one row a shape and pattern with the ratio for each batch, and the model's rows."""
     if results["rehearsal"]:
         return "A rehearsal: its numbers mean nothing."
-    if not results["layers"] and not results["model"]:
+    pruned = results.get("prune", {})
+    if not results["layers"] and not results["model"] and not pruned:
         return NOTHING
-    return "\n\n".join(
-        [device_line(results["machine"]["device"]), layer_table(results["layers"]), model_table(results)]
-    )
+    parts = [device_line(results["machine"]["device"]), layer_table(results["layers"]), model_table(results)]
+    return "\n\n".join([*parts, prune_table(pruned)] if pruned else parts)
 
 
 def device_line(device: dict[str, Any]) -> str:
@@ -61,6 +61,18 @@ def model_table(results: dict[str, Any]) -> str:
         for what in ("decode", "prefill"):
             cells += [f"{row['ms'][what]:.2f}", f"{rows['dense']['ms'][what] / row['ms'][what]:.2f}"]
         lines.append("| " + " | ".join([*cells, f"{row['resident_bytes'] / 1e9:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def prune_table(rows: dict[str, dict[str, Any]]) -> str:
+    """Seconds a block on either side, the device's peak memory, and the share of equal mask entries."""
+    lines = ["| pruned, Llama-3.1-8B's width | CPU s a block | device s a block | peak GB | equal masks |"]
+    lines.append("|---|---:|---:|---:|---:|")
+    for name, row in rows.items():
+        seconds = [f"{row[place]['seconds_a_block']:.2f}" for place in ("cpu", "device")]
+        peak = row["device"]["peak_bytes"] / 1e9
+        wrong = "" if row["correct"] else " WRONG"
+        lines.append(f"| {name} | {' | '.join(seconds)} | {peak:.2f} | {row['masks']['own_statistics']:.4%}{wrong} |")
     return "\n".join(lines)
 
 

@@ -42,7 +42,10 @@ _DRAWN_ROWS: Final = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of one run; `rehearsal` is the same run at sizes an interpreter can do."""
+    """The sizes of one run; `rehearsal` is the same run at sizes an interpreter can do.
+
+    pruned: of the Llama that is pruned. windows: of its calibration, and tokens in each. prunings: by name, options.
+    """
 
     device: str
     shapes: Shapes
@@ -54,6 +57,9 @@ class Plan:
     copied_bytes: int
     square: int
     variants: tuple[str, ...]
+    pruned: dict[str, Any]
+    windows: tuple[int, int]
+    prunings: dict[str, dict[str, str]]
 
     @property
     def on_gpu(self) -> bool:
@@ -72,8 +78,14 @@ REAL: Final = Plan(
     1 << 30,
     8192,
     (DENSE, *PATTERNS),
+    LLAMA_8B | {"vocab_size": 4096, "num_hidden_layers": 2},
+    (64, 1024),
+    {**{name: {"method": name} for name in ("wanda", "crepe", "sparsegpt")}, "best": {"recipe": "best"}},
 )
-REHEARSAL: Final = Plan("cpu", {"tiny": {"o": (16, 96)}}, (1, 16), TINY, 2, 0, 1, 1 << 10, 8, (DENSE, "2:4"))
+REHEARSAL: Final = Plan(
+    "cpu", {"tiny": {"o": (16, 96)}}, (1, 16), TINY, 2, 0, 1, 1 << 10, 8, (DENSE, "2:4"), TINY, (8, 16),
+    {"crepe": {"method": "crepe"}, "best": {"recipe": "best"}},
+)  # fmt: skip
 
 
 def random_packed(shape: tuple[int, int], group: int, device: str) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from .charts import Words
 from .compare import Entry
 from .content import Figure
 from .numbers import digits, interval, si
-from .style import INK, drawing, legend_below, look, ratio_axis, render
+from .style import INK, drawable, drawing, legend_below, look, ratio_axis, render, short
 
-_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(\d{1,5})\.")
 _SCALES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
 
@@ -115,7 +115,7 @@ def history(runs: Sequence[str], lines: Sequence[tuple[Entry, list[Interval | No
         handles = []
         for entry, ratios in lines:
             style = look(entry)
-            known = [(i, value) for i, value in enumerate(ratios) if value is not None]
+            known = [(i, drawable(value)) for i, value in enumerate(ratios) if value is not None]
             spread = [
                 [max(v.value - (v.value if v.low is None else v.low), 0.0) for _, v in known],
                 [max((v.value if v.high is None else v.high) - v.value, 0.0) for _, v in known],
@@ -133,7 +133,7 @@ def history(runs: Sequence[str], lines: Sequence[tuple[Entry, list[Interval | No
                 )
             )
         axes.axhline(1, color=INK, linewidth=1, zorder=1)
-        axes.set_xticks(range(len(runs)), runs, rotation=30 if len(runs) > 4 else 0, fontsize=8)
+        axes.set_xticks(range(len(runs)), [short(run) for run in runs], rotation=30 if len(runs) > 4 else 0, fontsize=8)
         axes.set_xlim(-0.4, len(runs) - 0.6)
         ends = [end for _, ratios in lines for v in ratios if v is not None for end in (v.low, v.value, v.high)]
         ratio_axis(axes, "y", [end for end in ends if end is not None])

@@ -13,9 +13,10 @@ from .compare import Comparison, Entry, in_flight
 from .content import Figure
 from .numbers import digits, interval, si
 from .samples import LATENCIES, Pool, pool
-from .style import BAND, INK, drawing, legend_below, log_axis, look, ratio_axis, render, short
+from .style import BAND, INK, drawable, drawing, legend_below, log_axis, look, ratio_axis, render, short
 
 CURVE_STEPS = 200
+MOST_ROWS = 400  # of a forest plot: longer ones are left to the table
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,17 @@ def trade_off(spots: Sequence[Spot], words: Words, higher_x: bool) -> Figure | N
         return None
     best = frontier(spots, higher_x)
     with drawing(height=4.2) as (drawn, [axes]):
-        axes.plot([s.x.value for s in best], [s.y.value for s in best], color=INK, linewidth=1, linestyle=":", zorder=1)
+        line = [(drawable(spot.x).value, drawable(spot.y).value) for spot in best]
+        axes.plot(*zip(*line, strict=True), color=INK, linewidth=1, linestyle=":", zorder=1)
         handles = []
         for spot in spots:
-            style = look(spot.entry)
+            style, x, y = look(spot.entry), drawable(spot.x), drawable(spot.y)
             handles.append(
                 axes.errorbar(
-                    spot.x.value,
-                    spot.y.value,
-                    xerr=_error_bars(spot.x),
-                    yerr=_error_bars(spot.y),
+                    x.value,
+                    y.value,
+                    xerr=_error_bars(x),
+                    yerr=_error_bars(y),
                     fmt=style.marker,
                     color=style.colour,
                     markersize=8,
@@ -181,9 +183,10 @@ def forest(comparison: Comparison, metric: str, words: Words) -> Figure | None:
         for point in comparison.run.workload.points
     ]
     groups = [(point, pairs) for point, pairs in groups if pairs]
-    if not groups:
+    rows = sum(1 + len(pairs) for _, pairs in groups)
+    if not 0 < rows <= MOST_ROWS:
         return None
-    height = 1.0 + 0.27 * sum(1 + len(pairs) for _, pairs in groups)
+    height = 1.0 + 0.27 * rows
     ticks: list[tuple[float, str, bool]] = []
     with drawing(height=height) as (drawn, [axes]):
         place = 0.0
@@ -196,9 +199,9 @@ def forest(comparison: Comparison, metric: str, words: Words) -> Figure | None:
                 )
             for entry, ratio in pairs:
                 place += 1
-                style = look(entry)
+                style, shown = look(entry), drawable(ratio)
                 axes.errorbar(
-                    ratio.value, place, xerr=_error_bars(ratio), fmt=style.marker, color=style.colour, markersize=6,
+                    shown.value, place, xerr=_error_bars(shown), fmt=style.marker, color=style.colour, markersize=6,
                     elinewidth=1.6, capsize=3,
                 )  # fmt: skip
                 ticks.append((place, style.label, False))

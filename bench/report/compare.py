@@ -117,7 +117,8 @@ def _entry(index: int, candidate: Candidate, baseline: Candidate, run: Run) -> E
         for name in METRICS
     }  # fmt: skip
     whole = baseline.memory.weights_bytes
-    weights = candidate.memory.weights_bytes / whole if whole > 0 else None
+    size = candidate.memory.weights_bytes
+    weights = size / whole if whole and size else None
     return Entry(index, candidate, kind_of(candidate), is_baseline, pairs, weights, candidate.engine == baseline.engine)
 
 

@@ -8,10 +8,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from ...errors import ConfigError
 from ...store.reading import read_bytes
 from ..run.result import Candidate, Run, Series, parse_run, workload_sha256
+
+MOST_CANDIDATES: Final = 100
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def _check(run: Run, path: Path) -> None:
                 run.point(series.point)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    if len(run.candidates) > MOST_CANDIDATES:
+        raise ConfigError(f"{path} has {len(run.candidates)} candidates: a report shows at most {MOST_CANDIDATES}")
     _check_unique([candidate.name for candidate in run.candidates], "candidate", path)
     _check_unique([point.name for point in run.workload.points], "point", path)
     for candidate in run.candidates:

@@ -18,7 +18,7 @@ def digits(value: float, count: int = 3) -> str:
     if value == 0:
         return "0"
     rounded = float(f"{value:.{count - 1}e}")
-    size = math.floor(math.log10(abs(rounded)))
+    size = math.floor(math.log10(abs(rounded))) if math.isfinite(rounded) else 308  # the largest floats round up
     if not -5 < size < 7:
         return f"{value:.{count - 1}e}"
     return f"{rounded:.{max(count - 1 - size, 0)}f}"

@@ -6,7 +6,7 @@ import base64
 import hashlib
 from pathlib import Path
 
-from ...errors import MissingExtra
+from ...extras import require
 from .content import Report, Table, is_numeric
 from .style import DARK, LIGHT
 
@@ -15,11 +15,10 @@ _PARTS = Path(__file__).parent / "parts"
 
 def page(report: Report) -> str:
     """Render the page. Every text is escaped; the policy lets no script but ours run. Raises MissingExtra."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise MissingExtra("jinja2", "bench", "the report") from error
+    require("the report", "jinja2")
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
     environment = Environment(
         loader=FileSystemLoader(_PARTS),
         autoescape=True,

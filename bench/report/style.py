@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from ...errors import MissingExtra
+from ...extras import require
+from ..run.result import Interval
 from .compare import Entry
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ _DASHES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _HATCHES: Final = ("", "///", "\\\\\\", "xxx", "...", "++", "ooo")
 _LABEL_LENGTH: Final = 26
 _CAPTION_WIDTH: Final = 64
+_CAPTION_LINES: Final = 12
+_ROOMY_LINES: Final = 6  # of a caption, or rows of a legend, that a figure has room for as it is
+_LINE: Final = 0.18  # inches
+_RATIOS: Final = (1e-9, 1e9)  # what an axis of them reaches at most
 _SETTINGS: Final[Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "crepe-deploy",
@@ -88,11 +93,10 @@ def short(name: str) -> str:
 @contextmanager
 def drawing(width: float = 4.8, height: float = 3.4, rows: int = 1) -> Iterator[tuple[Drawing, list[Axes]]]:
     """A figure in inches with `rows` panels that share the x axis. Raises MissingExtra without matplotlib."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure as Drawing
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "bench", "the report") from error
+    require("the report", "matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Drawing
+
     with rc_context(_SETTINGS), warnings.catch_warnings():
         # A name may hold characters that the PNG's font lacks; the page's browser has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -103,7 +107,13 @@ def drawing(width: float = 4.8, height: float = 3.4, rows: int = 1) -> Iterator[
 def legend_below(drawn: Drawing, handles: list[Any], labels: list[str]) -> None:
     """A legend outside the axes, where it covers nothing."""
     columns = 1 if max(map(len, labels)) > 24 else 2
+    _make_room(drawn, -(-len(labels) // columns))
     drawn.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def _make_room(drawn: Drawing, lines: int) -> None:
+    """Make a figure higher where so many lines of text would leave its axes none."""
+    drawn.set_figheight(drawn.get_figheight() + _LINE * max(lines - _ROOMY_LINES, 0))
 
 
 def log_axis(axes: Axes) -> None:
@@ -120,7 +130,7 @@ def ratio_axis(axes: Axes, which: str, values: list[float]) -> None:
     """An axis of ratios that always shows 1: linear for small ranges, logarithmic for large ones."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-    low, high = min([1.0, *values]), max([1.0, *values])
+    low, high = max(min([1.0, *values]), _RATIOS[0]), min(max([1.0, *values]), _RATIOS[1])
     axis = axes.xaxis if which == "x" else axes.yaxis
     limits = axes.set_xlim if which == "x" else axes.set_ylim
     if high / low <= 4:
@@ -133,6 +143,16 @@ def ratio_axis(axes: Axes, which: str, values: list[float]) -> None:
         axis.set_major_locator(FixedLocator(_round_ticks(low, high)))
         axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}×"))
+
+
+def drawable(ratio: Interval) -> Interval:
+    """A ratio as it is drawn: what lies far outside any axis is moved to where matplotlib can still compute."""
+
+    def moved(end: float) -> float:
+        return min(max(end, _RATIOS[0] / 10), _RATIOS[1] * 10)
+
+    low, high = (None if end is None else moved(end) for end in (ratio.low, ratio.high))
+    return Interval(value=moved(ratio.value), low=low, high=high)
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
@@ -150,6 +170,8 @@ def render(drawn: Drawing, name: str, title: str, conditions: str) -> tuple[str,
     # Without a title, creator and date matplotlib writes no metadata that could change or leak.
     drawn.savefig(svg, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     told = [*textwrap.wrap(title, _CAPTION_WIDTH), *textwrap.wrap(" ".join(conditions.split()), _CAPTION_WIDTH)]
+    told = told if len(told) <= _CAPTION_LINES else [*told[: _CAPTION_LINES - 1], "…"]
+    _make_room(drawn, len(told))
     drawn.suptitle("\n".join(told), fontsize=9)
     drawn.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return inline(svg.getvalue(), name), png.getvalue()

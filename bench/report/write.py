@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import ConfigError
+from ...extras import require
 from ...store.files import disk_errors
-from ...store.folders import atomic_folder, check_output
+from ...store.folders import atomic_folder, check_output, held
 from .advice import MAX_PERPLEXITY_RATIO
 from .chapters import CONTEXT_TOKENS, build_report
 from .content import Report
@@ -36,11 +37,13 @@ def make_report(
     """
     if not paths:
         raise ConfigError("no run file given: name at least one RUN.json that `crepe-deploy bench` wrote")
+    require("the report", "jinja2", "matplotlib")
     out = out.absolute()
     check_output(out, overwrite=overwrite, inputs=tuple(paths), own=OWN)
-    report = build_report(load_groups(paths), max_perplexity_ratio, context_tokens)
-    with atomic_folder(out, overwrite=overwrite, own=OWN) as partial, disk_errors(out):
-        files = _write(report, partial)
+    with held(out):
+        report = build_report(load_groups(paths), max_perplexity_ratio, context_tokens)
+        with atomic_folder(out, overwrite=overwrite, own=OWN) as partial, disk_errors(out):
+            files = _write(report, partial)
     return {
         "report": str(out / PAGE),
         "files": files,

@@ -48,7 +48,7 @@ def check(scenario: Scenario) -> None:
     points = [spec.point() for spec in scenario.points]
     vocabularies: dict[str, int | None] = {}
     for spec in scenario.specs():
-        _require(spec)
+        require_engine(spec.name, str(spec.engine), spec.options)
         _check_folder(spec, scenario)
         for point in points:
             _check_point(spec, point)
@@ -69,16 +69,16 @@ def _check_folder(spec: CandidateSpec, scenario: Scenario) -> None:
         raise CheckpointError(f"candidate '{spec.name}': {spec.folder} holds no weights{_remedy(scenario)}")
 
 
-def _require(spec: CandidateSpec) -> None:
-    name = str(spec.engine)
-    if name == SERVED:
-        served_worker.require(spec.options)
-    elif name in ENGINES:
-        ENGINES[name].require(spec.options)
+def require_engine(candidate: str, engine: str, options: dict[str, Any]) -> None:
+    """Refuse an engine that is not there, for the candidate of this name. Raises ConfigError, MissingExtra."""
+    if engine == SERVED:
+        served_worker.require(options)
+    elif engine in ENGINES:
+        ENGINES[engine].require(options)
     else:
         names = [*ENGINES, SERVED]
         raise ConfigError(
-            f"candidate '{spec.name}': no engine '{name}'; there are {', '.join(names)}{meant(name, names)}"
+            f"candidate '{candidate}': no engine '{engine}'; there are {', '.join(names)}{meant(engine, names)}"
         )
 
 

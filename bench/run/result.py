@@ -30,6 +30,7 @@ def _possible(seconds: float) -> float:
 
 Seconds = Annotated[float, AfterValidator(_possible)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Size = Annotated[int, Field(gt=0, lt=1 << 53)]
 
 
 class _Record(BaseModel):
@@ -42,6 +43,15 @@ class Interval(_Record):
     value: float
     low: float | None = None
     high: float | None = None
+
+
+def _positive(ratio: Interval) -> Interval:
+    if any(end is not None and end <= 0 for end in (ratio.value, ratio.low, ratio.high)):
+        raise ValueError("a ratio is above 0")
+    return ratio
+
+
+Ratio = Annotated[Interval, AfterValidator(_positive)]
 
 
 class Host(_Record):
@@ -111,7 +121,7 @@ class Request(_Record):
 class Visit(_Record):
     """One candidate's turn at one point. Two visits make a round, in the order A B B A. `round` 0 is the first."""
 
-    round: int
+    round: Annotated[int, Field(gt=-(1 << 53), lt=1 << 53)]  # below 0 while warming up, which no run file keeps
     duration_s: Seconds
     requests: list[Request]
 
@@ -127,10 +137,10 @@ class Layer(_Record):
     """One linear layer: its shape as (out, in), and the fraction of zeros among its weights."""
 
     name: str
-    shape: tuple[Count, Count]
-    sparsity: float
+    shape: tuple[Size, Size]
+    sparsity: Annotated[float, Field(ge=0, le=1)]
     pattern: str | None = None
-    error: float | None = None
+    error: Annotated[float, Field(ge=0, le=1e30)] | None = None
 
 
 class Memory(_Record):
@@ -151,7 +161,7 @@ class Quality(_Record):
 
     convention: dict[str, Any]
     perplexity: Interval
-    perplexity_ratio: Interval | None = None
+    perplexity_ratio: Ratio | None = None
     kl_mean: Interval | None = None
     kl_p99: Interval | None = None
     same_top: Interval | None = None

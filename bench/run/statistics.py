@@ -198,4 +198,4 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))
+    return math.exp(max(-700.0, min(value, 700.0)))

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crepe_deploy.device import chosen
 from crepe_deploy.errors import ConfigError
-from crepe_deploy.progress import Progress, Say, part, silent
+from crepe_deploy.progress import Progress, Say, part, silent, unsaid
 from crepe_deploy.quality import perplexity
-from crepe_deploy.quality.zeroshot import ZeroShotReport, zero_shot
+from crepe_deploy.quality.zeroshot import ZeroShotReport, find_tasks, zero_shot
 
-from .inputs import find_model
+from .inputs import check_calibration, find_model
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,16 @@ class Evaluation:
 def evaluate(
     model: str | Path, *, text: str | Path | None = None, text_field: str = "text", window: int = 2048,
     stride: int | None = None, max_tokens: int | None = None, bos: str = "auto", dtype: str = "auto",
-    against: str | Path | None = None, tasks: str | Sequence[str] | None = None, task_dir: str | Path | None = None,
-    limit: int | None = None, seed: int = 0, update_card: bool = False, progress: Progress | None = None,
-    say: Say | None = None,
+    device: str = "auto", against: str | Path | None = None, tasks: str | Sequence[str] | None = None,
+    task_dir: str | Path | None = None, limit: int | None = None, seed: int = 0, update_card: bool = False,
+    progress: Progress | None = None, say: Say | None = None,
 ) -> Evaluation:  # fmt: skip
     """Measure a model on a text, on tasks, or both; paired with the model `against` on the same tokens.
 
     model, against: a folder, dense or packed; a hub id; a GGUF file. text: .txt, .jsonl, .parquet (field `text_field`)
     or a `datasets` name. window, stride: in tokens; stride None is the window. max_tokens: only the text's first.
     bos: "auto", "none", "start" or "window". dtype: "auto", the checkpoint's, or bfloat16, float16, float32.
+    device: to compute on, as of `prune`.
     tasks: names of lm-eval, a list or comma-separated; task_dir: local task files instead of the hub's. limit:
     documents of each task. seed: of the bootstrap. update_card: write the figures and their conditions into the model
     card of the folder `model`, between marks, and the card's hash into its manifest. progress: told windows
@@ -59,20 +61,24 @@ def evaluate(
         raise ConfigError(f"--update-card writes into a folder, and {model} is none")
     if update_card:
         measured.check_card(Path(model))
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks or ())
+    if text is not None:
+        perplexity.check_options(dtype, bos, seed, window, stride)
+        check_calibration(text)
+    found = None if tasks is None else find_tasks(names, None if task_dir is None else Path(task_dir))
+    place = chosen(device, say or unsaid)
     folder = find_model(model, say=say).folder
     reference = None if against is None else find_model(against, say=say).folder
     quality = answers = None
     if text is not None:
         quality = perplexity.evaluate(
             folder, text, field=text_field, window=window, stride=stride, max_tokens=max_tokens, dtype=dtype, bos=bos,
-            against=reference, seed=seed, progress=progress,
+            against=reference, seed=seed, device=place, progress=progress, say=say or unsaid,
         )  # fmt: skip
-    if tasks is not None:
-        names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-        local = None if task_dir is None else Path(task_dir)
+    if found is not None:
         part(progress or silent, f"answering {', '.join(names)}")
-        answers = zero_shot(folder, names, task_dir=local, limit=limit, against=reference)
+        answers = zero_shot(folder, found, limit=limit, against=reference, device=place)
     evaluation = Evaluation(str(model), quality, answers)
     if update_card:
-        measured.update_card(folder, evaluation.to_dict())
+        measured.update_card(Path(model), evaluation.to_dict())
     return evaluation

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from crepe_deploy.progress import Progress, Say, silent
-from crepe_deploy.store.folders import check_output
+from crepe_deploy.store.folders import resolved
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import is_model_name
 
-from .inputs import check_base_model, export_options, find_model
+from .inputs import check_base_model, export_options, find_model, output
 
 
 def default_out(source: str | Path, format: str) -> Path:
     """SOURCE/../FORMAT; of a hub id, a GGUF file or a snapshot in the hub's cache ./NAME-FORMAT."""
-    folder = Path(source).resolve()
+    folder = resolved(Path(source))
     if is_model_name(str(source)):
         return Path(f"{folder.name.removesuffix('.gguf')}-{format}")
     if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
@@ -45,8 +45,9 @@ def export(
     target = Path(out) if out is not None else default_out(source, format)
     options = export_options(onnx_flavor, precision, quantise)
     build([format], options)
-    check_output(target, overwrite=overwrite, inputs=(Path(source),))
-    folder = find_model(source, revision, say).folder
-    return export_checkpoint(
-        folder, target, format, overwrite=overwrite, step=progress or silent, options=options, base_model=base_model,
-    )  # fmt: skip
+    with output(target, source, overwrite=overwrite):
+        folder = find_model(source, revision, say).folder
+        return export_checkpoint(
+            folder, target, format, overwrite=overwrite, step=progress or silent, options=options,
+            base_model=base_model,
+        )  # fmt: skip

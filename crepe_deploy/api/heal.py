@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from crepe_deploy.device import chosen
 from crepe_deploy.errors import ConfigError
-from crepe_deploy.healing.config import HealConfig
+from crepe_deploy.healing.config import DEFAULT_STEPS, HealConfig
+from crepe_deploy.healing.heal import check_extras
 from crepe_deploy.healing.heal import heal as heal_folder
 from crepe_deploy.model.architecture import load_config
 from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.selftext import SELF
+from crepe_deploy.store.folders import check_output, held
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
 
-from .inputs import Calibration, Mixture, find_model
+from .inputs import Calibration, Mixture, check_calibration, find_model, sources_of
 
 if TYPE_CHECKING:
     from crepe_deploy.exporting.heal import Healing
@@ -27,8 +34,8 @@ def heal(
     text_field: str = "text", steps: int | None = None, minutes: float | None = None, learning_rate: float = 2e-4,
     batch_tokens: int = 2048, window: int = 512, accumulate: int = 1, checkpointing: bool = False,
     top_k: int | None = None, lora: int | None = None, train: str | Sequence[str] = "norms,kept", dtype: str = "auto",
-    holdout: float = 0.05, seed: int = 0, revision: str | None = None, resume: bool = False, overwrite: bool = False,
-    show: Show | None = None, say: Say | None = None,
+    device: str = "auto", holdout: float = 0.05, seed: int = 0, revision: str | None = None, resume: bool = False,
+    overwrite: bool = False, show: Show | None = None, say: Say | None = None,
 ) -> Manifest:  # fmt: skip
     """Train the pruned model in `folder` towards the model it came from; `out` is a folder of the same kind.
 
@@ -36,8 +43,9 @@ def heal(
     knows it. text: files or `datasets` names. steps, minutes: the budget; without either 200 steps. batch_tokens: in a
     step, in windows of `window`. accumulate: parts a step is computed in; checkpointing: activations are computed
     twice; both save memory. top_k: compare the dense model's likeliest tokens alone. lora: rank of adapters trained in
-    place of the kept weights. train: "norms", "kept" or both. dtype: to compute in. holdout: share of each text that
-    decides the best step. resume: go on with OUT.work, which a stopped run leaves. Defaults are a start, not tuned.
+    place of the kept weights. train: "norms", "kept" or both. dtype: to compute in. device: as in `prune`; several
+    processes take a GPU each where it is a GPU. holdout: share of each text that decides the best step.
+    resume: go on with OUT.work, which a stopped run leaves. Defaults are a start, not tuned.
     Every zero stays, counted on the disk. Equal seeds and steps give equal bytes on one machine. Returns the manifest,
     whose `config["healed"]` says what was trained on what.
     Raises ConfigError, CheckpointError (not the parent), CalibrationError (too little text), OutputError, MissingExtra
@@ -46,6 +54,7 @@ def heal(
     from crepe_deploy.exporting.heal import seal
 
     texts = [text] if isinstance(text, str | Path) else list(text)
+    given = Path(os.path.expanduser(dense))  # noqa: PTH111 - this one raises nothing
     parts = train.split(",") if isinstance(train, str) else list(train)
     config = HealConfig(
         steps=steps, minutes=minutes, learning_rate=learning_rate, batch_tokens=batch_tokens, window=window,
@@ -53,29 +62,47 @@ def heal(
         train=tuple(part.strip() for part in parts), dtype=dtype, seed=seed, holdout=holdout,
     )  # fmt: skip
     config.check()
-    return heal_folder(
-        Path(folder), find_model(dense, revision, say), Path(out), config, texts, text_field, resume=resume,
-        overwrite=overwrite, show=show or hidden, say=say or unsaid, seal=partial(seal, Path(folder)),
-    )  # fmt: skip
+    check_extras(config)
+    check_output(Path(out), overwrite=overwrite, inputs=(Path(folder), *([given] if given.exists() else [])))
+    check_calibration(*texts)
+    if steps is None and minutes is None:
+        (say or unsaid)(f"the budget is {DEFAULT_STEPS} steps (--steps or --minutes chooses)")
+    place = chosen(device, say or unsaid)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun and accelerate start
+    with held(Path(out)) if first else nullcontext():
+        return heal_folder(
+            Path(folder), find_model(dense, revision, say), Path(out), config, texts, text_field, resume=resume,
+            overwrite=overwrite, show=show or hidden, say=say or unsaid, seal=partial(seal, Path(folder)), device=place,
+        )  # fmt: skip
+
+
+def check_healing(minutes: float | None, calib: Calibration | None) -> None:
+    """Refuse healing, where minutes are given, on what is no text to be read again, tokens or the model's own for
+    example, and without its libraries. Raises ConfigError, MissingExtra."""
+    if minutes is None:
+        return
+    check_extras(HealConfig(minutes=minutes))
+    several = calib.sources if isinstance(calib, Mixture) else [calib]
+    texts = [source for source in sources_of(calib) if source != SELF]
+    if not texts or len(texts) < len(several):
+        raise ConfigError("--heal trains on the calibration text: give --calib FILE_OR_DATASET")
 
 
 def healing_of(
     model: Model, minutes: float | None, calib: Calibration | None, field: str, seed: int, show: Show | None,
-    say: Say | None,
+    say: Say | None, device: torch.device,
 ) -> Healing | None:  # fmt: skip
     """Healing for so many minutes on the calibration text, at the defaults of `heal`; None for None.
 
-    Raises ConfigError where that is no text to be read again, tokens or the model's own for example.
+    Raises as `check_healing` does.
     """
     from crepe_deploy.exporting.heal import Healing
 
     if minutes is None:
         return None
-    sources = list(calib.sources) if isinstance(calib, Mixture) else [calib]
-    texts = [source for source in sources if isinstance(source, str | Path) and source != SELF]
-    if not texts or len(texts) < len(sources):
-        raise ConfigError("--heal trains on the calibration text: give --calib FILE_OR_DATASET")
+    check_healing(minutes, calib)
+    texts = sources_of(calib)
     context = int(getattr(load_config(model.folder), "max_position_embeddings", None) or HealConfig.window)
     config = HealConfig(minutes=minutes, window=min(HealConfig.window, context), seed=seed)
     config.check()
-    return Healing(model, config, texts, field, show or hidden, say or unsaid)
+    return Healing(model, config, texts, field, show or hidden, say or unsaid, device)

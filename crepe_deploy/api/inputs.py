@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,12 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crepe_deploy.documents import SEPARATOR, Text
+from crepe_deploy.device import CPU
+from crepe_deploy.documents import SEPARATOR, Text, check_text
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.model.architecture import load_config
+from crepe_deploy.model.gguf_outline import gguf_outline
 from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
-from crepe_deploy.store.sources import Model, is_hub_id, require_pinned, resolve_model
+from crepe_deploy.selftext import SELF
+from crepe_deploy.store.folders import check_output, held
+from crepe_deploy.store.sources import Model, gguf_file, is_hub_id, require_pinned, resolve_model
 from crepe_deploy.store.stock import check_ids
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
 
@@ -40,6 +46,49 @@ def find_model(model: str | Path, revision: str | None = None, say: Say | None =
     return source
 
 
+@contextmanager
+def outlined(model: str | Path, revision: str | None, say: Say | None) -> Iterator[tuple[Path, str]]:
+    """A folder that says what a model is, and where that comes from: of a GGUF file its header alone, outlined.
+
+    Raises CheckpointError, ConfigError, UnsupportedModel, MissingExtra.
+    """
+    file = gguf_file(str(model))
+    if file is None:
+        folder = find_model(model, revision, say).folder
+        yield folder, str(folder)
+        return
+    require_pinned(revision, Model(file, "gguf", str(file), None, {}))
+    with gguf_outline(file, say or unsaid) as folder:
+        yield folder, str(file)
+
+
+def sources_of(calib: Calibration | None) -> list[str | Path]:
+    """Where text comes from that is not given as it is."""
+    several = calib.sources if isinstance(calib, Mixture) else [calib]
+    return [source for source in several if isinstance(source, str | Path)]
+
+
+def check_calibration(*given: Calibration | None) -> None:
+    """Refuse sources of text that show without reading that they have none. Raises CalibrationError, MissingExtra."""
+    for source in (source for calib in given for source in sources_of(calib)):
+        if source != SELF:
+            check_text(source)
+
+
+def check_place(out: str | Path, model: str | Path, *, overwrite: bool, own: tuple[str, ...] = ()) -> None:
+    """Refuse an output folder before MODEL is fetched or converted; own: as of `check_output`. Raises OutputError."""
+    given = Path(os.path.expanduser(model))  # noqa: PTH111 - this one raises nothing
+    check_output(Path(out), overwrite=overwrite, inputs=(given,) if os.path.lexists(given) else (), own=own)
+
+
+@contextmanager
+def output(out: str | Path, model: str | Path, *, overwrite: bool, own: tuple[str, ...] = ()) -> Iterator[None]:
+    """What `check_place` does; inside, the output is this run's alone. Raises OutputError."""
+    check_place(out, model, overwrite=overwrite, own=own)
+    with held(Path(out)):
+        yield
+
+
 def pattern_of(sparsity: Pattern | str | float, granularity: Granularity = "row") -> Pattern:
     """The pattern of "2:4" (N kept of M), or of 0.5 or "0.5" of zeros, counted by row or matrix. PatternError."""
     if isinstance(sparsity, NM | Unstructured):
@@ -61,13 +110,14 @@ def export_options(onnx_flavor: str | None, precision: str | None, quantise: str
 
 def windows_of(
     model: Model, calib: Calibration, field: str, samples: int, length: int, seed: int, say: Say | None = None,
-    show: Show | None = None,
+    show: Show | None = None, device: torch.device = CPU,
 ) -> CalibrationSet:  # fmt: skip
     """Calibration windows of a source, of documents, or as given.
 
     calib: a file or `datasets` name, "self" for text that the model writes (say is told so); a `Mixture` of those;
     documents; token ids, integer (samples, length), which are taken as they are. length: clipped to the model's
-    context. show: wraps the writing. Raises CalibrationError, CheckpointError, ConfigError, MissingExtra.
+    context. show: wraps the writing, which `device` does. Raises CalibrationError, CheckpointError, ConfigError,
+    MissingExtra.
     """
     if isinstance(calib, CalibrationSet):
         return _varied(calib)
@@ -77,9 +127,11 @@ def windows_of(
         return _varied(_as_given(calib, rows, seed))
     source = calib if isinstance(calib, str | Path) else _several(calib)
     context = int(getattr(config, "max_position_embeddings", None) or length)
+    if context < length:
+        (say or unsaid)(f"calibration windows are clipped to the model's context: {context} tokens instead of {length}")
     tokenizer = load_tokenizer(model.folder)
     windows = calibration_windows(
-        source, tokenizer, samples, min(length, context), seed, field, say or unsaid, show or hidden
+        source, tokenizer, samples, min(length, context), seed, field, say or unsaid, show or hidden, device
     )
     check_ids(tokenizer, windows.tokens.flatten().tolist(), rows)
     return _varied(windows)

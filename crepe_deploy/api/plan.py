@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from crepe_deploy.device import described, resolve
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.packed.config import PackedConfig
-from crepe_deploy.pattern import NM, Pattern, Unstructured
-from crepe_deploy.progress import Say
+from crepe_deploy.pattern import NM, Pattern
+from crepe_deploy.progress import Say, unsaid
+from crepe_deploy.routing.layers import layers_if_any
 from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
-from .inputs import Granularity, find_model, pattern_of
+from .choices import Given, Target, choices_of, filled, packable
+from .inputs import Granularity, outlined, pattern_of
 
 # Per target: does it load, is it smaller, is it faster. Ratios are not repeated here: they depend on the machine.
 TARGETS: dict[str, str] = {
@@ -25,16 +28,25 @@ ADVICE = (
     "On a CPU every 50 % pattern costs the same bytes and runs at the same speed, and quality rises with M: "
     "choose 16:32. Choose 2:4 only for the sparse tensor cores of NVIDIA GPUs."
 )
+EXPERTS_ADVICE = (
+    "This model is a mixture of experts: prune does not handle it; crepe-deploy experts removes whole experts, and the "
+    "folder loads wherever the model does (docs/experts.md)."
+)
 
 
 class Plan(TypedDict):
     """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors.
 
+    device: that a run would compute on. chosen: what `prune-and-export` chooses of what was left out, by option.
+
+    experts: of a mixture of experts, in which only whole experts can be pruned, `routing.layers.ExpertLayers.record`.
     heal_memory_estimate_bytes: above the libraries, by the options of `heal` that save memory, where it was asked for.
     """
 
     model: str
+    chosen: dict[str, Any]
     pattern: str
+    device: str
     prunable_tensors: int
     does_not_divide: list[str]
     not_packable: list[str]
@@ -47,24 +59,46 @@ class Plan(TypedDict):
     targets: dict[str, str]
     advice: str
     heal_memory_estimate_bytes: NotRequired[dict[str, int]]
+    experts: NotRequired[dict[str, Any]]
 
 
 def plan(
-    model: str | Path, *, sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row",
-    calib_samples: int = 128, calib_length: int = 2048, revision: str | None = None, heal: bool = False,
-    say: Say | None = None,
+    model: str | Path, *, target: Target | None = None, sparsity: Pattern | str | float | None = None,
+    granularity: Granularity = "row", calib_samples: int | None = None, calib_length: int | None = None,
+    device: str = "auto", revision: str | None = None, heal: bool = False, say: Say | None = None,
 ) -> Plan:  # fmt: skip
-    """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read.
+    """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read,
+    and of a GGUF file the header alone, which may be all that is there yet.
 
-    heal: say what healing this folder, or what is pruned from it, will take too.
+    What is left out is chosen as `prune_and_export` does where nothing else is given. heal: say what healing this
+    folder, or what is pruned from it, will take too.
 
-    Raises PatternError, CheckpointError, UnsupportedModel, ConfigError (exit code 2).
+    Raises PatternError, CheckpointError, UnsupportedModel, ConfigError, MissingExtra (exit code 2).
     """
-    pattern = pattern_of(sparsity, granularity)
-    folder = find_model(model, revision, say).folder
-    decoder = Decoder(folder)
+    if sparsity is not None:
+        pattern_of(sparsity, granularity)
+    given = Given(target, sparsity, granularity, calib_samples=calib_samples, calib_length=calib_length)
+    place = resolve(device)
+    with outlined(model, revision, say) as (folder, shown):
+        decoder = Decoder(folder, experts=True)
+        result = _plan(decoder, given, choices_of(given, decoder, say), shown, described(place), say or unsaid)
+        if heal:
+            result["heal_memory_estimate_bytes"] = heal_memory(folder)
+    return result
+
+
+def _plan(
+    decoder: Decoder, given: Given, chosen: dict[str, Any], shown: str, device: str, say: Say
+) -> Plan:  # fmt: skip
+    layers = layers_if_any(decoder)
+    options = filled(given.options, chosen)
+    pattern = pattern_of(options["sparsity"], given.granularity)
+    samples, length = options["calib_samples"], options["calib_length"]
+    if (context := decoder.context_length) < length:
+        say(f"calibration windows would be clipped to the model's context: {context} tokens instead of {length}")
+        length = context
     reader = decoder.reader
-    linears = [spec for block in decoder.linears for spec in block]
+    linears = [spec for block in decoder.linears for spec in block if layers is None]
     misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]
     prunable = [spec for spec in linears if spec.key not in misfits]
     total = sum(info.size_bytes for info in reader)
@@ -72,26 +106,28 @@ def plan(
     unpackable = [spec.key for spec in prunable if not packable(spec, pattern)]
     packed = sum(packed_bytes(reader, spec, pattern) for spec in prunable if packable(spec, pattern))
     kept = sum(reader.info(key).size_bytes for key in unpackable)
-    result: Plan = {
-        "model": str(folder),
+    plan: Plan = {
+        "model": shown,
+        "chosen": chosen,
         "pattern": str(pattern),
+        "device": device,
         "prunable_tensors": len(prunable),
         "does_not_divide": misfits,
         "not_packable": unpackable,
         "checkpoint_bytes": total,
         "packed_checkpoint_bytes": total - dense + packed + kept,
         "pruned_tensors_packed_over_dense": (packed + kept) / dense if dense else 1.0,
-        "peak_memory_estimate_bytes": peak_memory(decoder, calib_samples * min(calib_length, decoder.context_length)),
+        "peak_memory_estimate_bytes": peak_memory(decoder, samples * length),
         "calib_self_memory_estimate_bytes": sampling_bytes(
-            decoder.config, total, decoder.dtype.itemsize, calib_samples, min(calib_length, decoder.context_length)
+            decoder.config, total, decoder.dtype.itemsize, samples, length
         ),
         "disk_needed_bytes": 2 * total,
         "targets": TARGETS | {"packed: GPU": gpu_truth({(spec.out_features, spec.in_features) for spec in prunable})},
         "advice": ADVICE,
     }
-    if heal:
-        result["heal_memory_estimate_bytes"] = heal_memory(folder)
-    return result
+    if layers is not None:
+        plan |= {"targets": {}, "advice": EXPERTS_ADVICE, "experts": layers.record()}
+    return plan
 
 
 def heal_memory(folder: Path) -> dict[str, int]:
@@ -127,12 +163,6 @@ def gpu_gains(measured: list[dict[str, Any]]) -> str:
         gains.setdefault(int(entry["batch"]), []).append(float(entry["gain_over_dense"]))
     ranges = (f"batch {batch}: {min(all_):.2f}x to {max(all_):.2f}x" for batch, all_ in sorted(gains.items()))
     return f"smaller on the device too; layers measured here, over dense: {', '.join(ranges)}"
-
-
-def packable(spec: LinearSpec, pattern: Pattern) -> bool:
-    """Whether the packed format holds this tensor: counted by group or row, stored (out, in)."""
-    by_matrix = isinstance(pattern, Unstructured) and pattern.granularity == "matrix"
-    return not spec.transposed and not by_matrix and PackedConfig(pattern).fits(spec.in_features)
 
 
 def packed_bytes(reader: CheckpointReader, spec: LinearSpec, pattern: Pattern) -> int:

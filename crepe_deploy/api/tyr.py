@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from crepe_deploy.device import chosen
 from crepe_deploy.progress import Say, Show, hidden, unsaid
+from crepe_deploy.selftext import SELF
 from crepe_deploy.structural.config import TyrConfig
 from crepe_deploy.structural.local import DEFAULT_VARIANT
 from crepe_deploy.structural.tyr import tyr as prune_structurally
 
-from .heal import healing_of
-from .inputs import Calibration, check_base_model, find_model, windows_of
+from .choices import OWN_DOMAIN
+from .heal import check_healing, healing_of
+from .inputs import Calibration, check_base_model, check_calibration, find_model, output, windows_of
 
 
 def tyr(
-    model: str | Path, out: str | Path, *, calib: Calibration, sparsity: float = 0.5,
+    model: str | Path, out: str | Path, *, calib: Calibration | None = None, sparsity: float = 0.5,
     method: Literal["tyr", "flap", "uniform", "magnitude", "random"] = "tyr",
     widths: Literal["per-layer", "uniform"] = "per-layer", calib_field: str = "text", calib_samples: int = 16,
     calib_length: int = 512, search_samples: int = 0, iterations: int = 4, generations: int = 10, offspring: int = 16,
@@ -24,16 +27,17 @@ def tyr(
     fitness: Literal["logits", "hidden"] = "logits", top_k: int = 1024, refit: bool | None = None,
     finish: Literal["paired", "single", "supernet"] = "single", repair: str | None = None,
     layout: Literal["plugin", "deci"] = "plugin", remote_code: bool = False, base_model: str | None = None,
-    heal: float | None = None, seed: int = 0, dtype: str = "auto", revision: str | None = None, resume: bool = False,
-    overwrite: bool = False, show: Show | None = None, say: Say | None = None,
+    heal: float | None = None, seed: int = 0, dtype: str = "auto", device: str = "auto", revision: str | None = None,
+    resume: bool = False, overwrite: bool = False, show: Show | None = None, say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Remove attention units and FFN neurons from `model`; OUT/dense/ is a physically smaller checkpoint.
 
-    model, calib, calib_*, seed, dtype, revision: as in `prune`; tokens given are `calib_samples` windows and then
-    `search_samples` that only the search sees. sparsity: share of the decoder layers' linear parameters to remove;
-    embeddings, norms and lm_head stay. method: "tyr" searches the widths, the others are baselines. widths: "uniform"
-    is one width for all layers, a plain checkpoint. repair: "block": as in `prune`, once the layers are narrow; a
-    quarter of the windows, at most 8, judges it. The rest: `structural.config.TyrConfig` and docs/tyr.md.
+    model, calib, calib_*, seed, dtype, device, revision: as in `prune`; without `calib` the model writes it. Tokens
+    given are `calib_samples` windows and then `search_samples` that only the search sees. sparsity: share of the
+    decoder layers' linear parameters to remove; embeddings, norms and lm_head stay. method: "tyr" searches the widths,
+    the others are baselines. widths: "uniform" is one width for all layers, a plain checkpoint. repair: "block":
+    as in `prune`, once the layers are narrow; a quarter of the windows, at most 8, judges it. The rest:
+    `structural.config.TyrConfig` and docs/tyr.md.
     heal: minutes for which the smaller model is trained on the calibration text, as `heal` does.
     base_model: hub id of the parent, for the card.
     layout, remote_code: of the folder, docs/structural-serving.md. resume: go on with OUT.work, which a stopped run
@@ -53,10 +57,20 @@ def tyr(
         finish=finish, repair=repair, search_samples=search_samples, seed=seed, dtype=dtype,
     )  # fmt: skip
     config.check()
-    source = find_model(model, revision, say)
-    text = windows_of(source, calib, calib_field, calib_samples + search_samples, calib_length, seed, say, show)
-    healing = healing_of(source, heal, calib, calib_field, seed, show, say)
-    return prune_structurally(
-        source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
-        write=FolderWriter(widths, layout, remote_code, healing, base_model),
-    )  # fmt: skip
+    check_healing(heal, calib)
+    check_calibration(calib)
+    with output(out, model, overwrite=overwrite):
+        place = chosen(device, say or unsaid)
+        source = find_model(model, revision, say)
+        healing = healing_of(source, heal, calib, calib_field, seed, show, say, place)
+        writer = FolderWriter(widths, layout, remote_code, healing, base_model)
+        writer.check(source)
+        if calib is None:
+            (say or unsaid)(f"chosen: --calib {SELF}; {OWN_DOMAIN}")
+        samples = calib_samples + search_samples
+        given = SELF if calib is None else calib
+        text = windows_of(source, given, calib_field, samples, calib_length, seed, say, show, place)
+        return prune_structurally(
+            source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
+            write=writer, device=place,
+        )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from . import completion
-from .options import SEED, Count, json_option, prepare_libraries, print_result, say
+from .options import SEED, Count, device_option, json_option, prepare_libraries, print_result, say
 
 EXAMPLES = """\b
 Examples:
@@ -34,6 +34,7 @@ Examples:
 @click.option("--max-tokens", type=Count(2), default=None, help="Score only the first tokens.")
 @click.option("--bos", default="auto", show_default=True, help="auto, none, start or window.")
 @click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes)
+@device_option
 @click.option("--against", default=None, shell_complete=completion.files, help="The dense model, for paired KL.")
 @click.option("--tasks", default=None, help="Comma-separated zero-shot tasks, through lm-eval.")
 @click.option("--task-dir", type=click.Path(path_type=Path), default=None, help="Local task files, for offline use.")

@@ -12,13 +12,15 @@ from .options import (
     SEED,
     Count,
     Number,
+    device_option,
     healed_line,
     json_option,
     options,
     overwrite_option,
     prepare_libraries,
     print_result,
-    resumable,
+    resumable_folder,
+    resume_option,
     revision_option,
     say,
 )
@@ -54,11 +56,12 @@ heal_options = options(
     click.option("--train", default="norms,kept", show_default=True, help="norms, kept (weights of pruned layers)."),
     click.option("--dtype", default="auto", show_default=True,
                  help="To compute in: auto, bfloat16, float32. Updates are kept in float32."),
+    device_option,
     click.option("--holdout", type=Number(0, min_open=True), default=0.05, show_default=True,
                  help="Share of each text that decides which step is best."),
     click.option("--seed", type=SEED, default=0, show_default=True),
     revision_option,
-    click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run."),
+    resume_option,
     overwrite_option,
     json_option,
 )  # fmt: skip
@@ -75,9 +78,8 @@ def heal_command(out: Path, text: tuple[str, ...], as_json: bool, **options: Any
     prepare_libraries()
     from crepe_deploy.api.heal import heal
     from crepe_deploy.progress import progress
-    from crepe_deploy.store.work import JOURNAL, work_folder
 
-    with resumable(work_folder(out) / JOURNAL):
+    with resumable_folder(out):
         manifest = heal(out=out, text=list(text), show=progress, say=say, **options)
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         healed = manifest.config["healed"]

@@ -25,22 +25,39 @@ Examples:
 def inspect_command(folder: str, revision: str | None, as_json: bool) -> None:
     """Count the zeros of every tensor in MODEL, name the pattern that holds, and say the widths of uneven layers.
 
-    MODEL is a folder, a hub id or a GGUF file, which is dequantised once."""
+    MODEL is a folder, a hub id or a GGUF file, of which the header is read and its tensors listed."""
     from crepe_deploy.api.inspect import inspect
 
     result = inspect(folder, revision=revision, say=say)
+    experts = expert_lines(result.experts) if result.experts else []
     damage = [f"damaged: {result.damage}"] if result.damage else []
-    print_result(result.to_dict(), as_json, [*tensor_lines(result.tensors), *width_lines(result.layers or []), *damage])
+    print_result(
+        result.to_dict(), as_json, [*tensor_lines(result.tensors), *width_lines(result.layers or []), *experts, *damage]
+    )
 
 
 def tensor_lines(tensors: list[TensorRow]) -> list[str]:
     """What `inspect` counted, one line a tensor; 'counted' where no manifest confirms its pattern."""
     return [
-        f"{tensor['sparsity']:8.2%}  {tensor['pattern'] or '-':>6}  {tensor['dtype']:>9}  "
+        f"{_percent(tensor['sparsity']):>8}  {tensor['pattern'] or '-':>6}  {tensor['dtype']:>9}  "
         f"{tensor['shape']!s:>16}  {tensor['name']}{'  packed' if tensor.get('packed') else ''}"
         f"{'  counted' if tensor['pattern_from'] == 'zeros' else ''}"
         for tensor in tensors
     ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
+
+
+def expert_lines(experts: dict[str, Any]) -> list[str]:
+    """The experts of a mixture, and what stays without some."""
+    sizes = experts["parameters"]
+    text = [
+        f"  {experts['layers']} layers of {experts['experts']} experts, {experts['per_token']} for a token; parameters "
+        f"held {sizes['held']:,}, active {sizes['active']:,}"
+    ]
+    return text + [f"  without {share} of them: {held:,} held" for share, held in experts["held_without"].items()]
 
 
 def width_lines(layers: list[dict[str, Any]]) -> list[str]:

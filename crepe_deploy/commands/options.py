@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +73,13 @@ def resumable(journal: Path) -> Iterator[None]:
         raise Stopped("stopped; the same command with --resume goes on") from stop
 
 
+def resumable_folder(out: Path) -> AbstractContextManager[None]:
+    """A stop becomes `Stopped` where OUT.work has a journal to go on from."""
+    from crepe_deploy.store.work import JOURNAL, work_folder
+
+    return resumable(work_folder(out) / JOURNAL)
+
+
 def options(*several: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several click options as one decorator."""
 
@@ -84,8 +91,10 @@ def options(*several: Callable[[Command], Command]) -> Callable[[Command], Comma
     return decorate
 
 
-def calibration_options(*, samples: int, length: int, required: bool = False) -> Callable[[Command], Command]:
-    """The calibration text and how much of it is read; samples, length: the defaults."""
+def calibration_options(
+    *, samples: int | None, length: int | None, required: bool = False, left_out: str = ""
+) -> Callable[[Command], Command]:
+    """The calibration text and how much of it is read; samples, length: the defaults, or None and `left_out` says."""
     return options(
         click.option("--calib", multiple=True, required=required, metavar="FILE_OR_DATASET",
                      shell_complete=completion.one_of("self", or_file=True),
@@ -93,7 +102,8 @@ def calibration_options(*, samples: int, length: int, required: bool = False) ->
                           "Several give equal shares."),
         click.option("--calib-field", default="text", show_default=True,
                      help="Field of .jsonl, .parquet or dataset rows."),
-        click.option("--calib-samples", type=Count(1), default=samples, show_default=True),
+        click.option("--calib-samples", type=Count(1), default=samples, show_default=True,
+                     help=f"Windows that are drawn.{left_out}"),
         click.option("--calib-length", type=Count(2), default=length, show_default=True,
                      help="Tokens in each sample, clipped to the model's context."),
     )  # fmt: skip
@@ -103,13 +113,30 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 base_model_option = click.option(
     "--base-model", default=None, metavar="OWNER/NAME", help="Hub id of the parent, for the model card."
 )
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
+    help="To compute on; auto: the first GPU that torch sees, else the CPU.",
+)  # fmt: skip
+resume_option = click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
 revision_option = click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
+_granularity_option = click.option(
+    "--granularity", type=click.Choice(["row", "matrix"]), default="row", show_default=True,
+    help="Where a fraction of zeros is counted.",
+)  # fmt: skip
 sparsity_options = options(
     click.option("--sparsity", default="2:4", show_default=True, help="N:M (N kept of M) or a fraction of zeros."),
-    click.option("--granularity", type=click.Choice(["row", "matrix"]), default="row", show_default=True,
-                 help="Where a fraction of zeros is counted."),
+    _granularity_option,
+)  # fmt: skip
+chosen_sparsity_options = options(
+    click.option("--target", type=click.Choice(["auto", "cpu", "gpu"]), default=None,
+                 help="Where it will be served: pattern, recipe, text and formats that are left out are chosen for it, "
+                 "and said. Default: auto, this machine; of a named method, step or layers only text is chosen."),
+    click.option("--sparsity", default=None,
+                 help="N:M (N kept of M) or a fraction of zeros. Default: 16:32 for a CPU, 2:4 for a GPU, 2:4 beside a "
+                 "named method."),
+    _granularity_option,
 )  # fmt: skip
 
 
@@ -143,12 +170,12 @@ class _FormatOption(click.Option):
             self.help = help_text
 
 
-def format_option(meaning: str) -> Callable[[Command], Command]:
+def format_option(meaning: str, default: str | None = "dense") -> Callable[[Command], Command]:
     """`--format`; meaning: what comes before the names of the formats in its help."""
     return click.option(
         "--format",
         cls=_FormatOption,
-        default="dense",
+        default=default,
         show_default=True,
         help=meaning,
         shell_complete=completion.formats,
@@ -169,8 +196,9 @@ prune_options = options(
     click.argument("model", shell_complete=completion.files),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist."),
     click.option("--method", default=None, shell_complete=completion.methods,
-                 help="crepe (default), ria, wanda, sparsegpt or magnitude."),
-    sparsity_options,
+                 help="crepe, ria, wanda, sparsegpt or magnitude. Default: --recipe best, or crepe where --sparsity, "
+                 "--calib and --format are all given."),
+    chosen_sparsity_options,
     click.option("--preset", default=None, shell_complete=completion.shipped("presets"),
                  help="Named or JSON-file hyperparameters; crepe's default is 'default'."),
     click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="One hyperparameter of the method."),
@@ -190,13 +218,16 @@ prune_options = options(
                  help="block: tune the kept weights of each block to the dense model's output behind it."),
     click.option("--rescale", default=None, metavar="STEP", shell_complete=completion.steps["rescale"],
                  help="logits: fit their scale to the dense model on held-out calibration windows."),
-    calibration_options(samples=128, length=2048),
+    calibration_options(samples=None, length=None,
+                        left_out=" Default, with the length: 128 x 2048; 64 x 512 where --calib is left out."),
     click.option("--seed", type=SEED, default=0, show_default=True),
     click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches."),
     click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense."),
     click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes,
                  help="To compute in: auto, bfloat16, float16, float32."),
+    device_option,
     revision_option,
+    resume_option,
     overwrite_option,
     json_option,
 )  # fmt: skip

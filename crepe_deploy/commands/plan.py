@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import completion
-from .options import Count, json_option, print_result, revision_option, say, sparsity_options
+from .inspect import expert_lines
+from .options import (
+    Count,
+    chosen_sparsity_options,
+    device_option,
+    json_option,
+    print_result,
+    revision_option,
+    say,
+)
 
 if TYPE_CHECKING:
     from crepe_deploy.api.plan import Plan
@@ -23,9 +32,10 @@ Examples:
 
 @click.command("plan", epilog=EXAMPLES)
 @click.argument("model", shell_complete=completion.files)
-@sparsity_options
-@click.option("--calib-samples", type=Count(1), default=128, show_default=True)
-@click.option("--calib-length", type=Count(2), default=2048, show_default=True)
+@chosen_sparsity_options
+@click.option("--calib-samples", type=Count(1), default=None, help="Default: 64, as is chosen.")
+@click.option("--calib-length", type=Count(2), default=None, help="Default: 512, as is chosen.")
+@device_option
 @revision_option
 @click.option("--heal", is_flag=True, help="Say what memory healing will take too.")
 @json_option
@@ -39,6 +49,14 @@ def plan_command(model: str, as_json: bool, **options: Any) -> None:
 
 def lines(result: Plan) -> list[str]:
     """The plan for a reader at a terminal."""
+    if experts := result.get("experts"):
+        peak = result["peak_memory_estimate_bytes"] / 1e6
+        return [
+            f"{result['model']}, on {result['device']}: {result['checkpoint_bytes'] / 1e6:,.0f} MB",
+            *expert_lines(experts),
+            f"  peak memory above the libraries, at most about: {peak:,.0f} MB",
+            f"  {result['advice']}",
+        ]
     megabytes = {
         "checkpoint": result["checkpoint_bytes"],
         "packed checkpoint": result["packed_checkpoint_bytes"],
@@ -46,7 +64,7 @@ def lines(result: Plan) -> list[str]:
         "peak memory above the libraries, at most about": result["peak_memory_estimate_bytes"],
         "while the model writes text of its own (--calib self)": result["calib_self_memory_estimate_bytes"],
     }
-    text = [f"{result['model']} to {result['pattern']}: {result['prunable_tensors']} tensors"]
+    text = [f"{result['model']} to {result['pattern']}: {result['prunable_tensors']} tensors, on {result['device']}"]
     text += [f"  {label}: {size / 1e6:,.0f} MB" for label, size in megabytes.items()]
     text.append(f"  pruned tensors, packed over dense: {result['pruned_tensors_packed_over_dense']:.4f}")
     for label in ("does_not_divide", "not_packable"):

@@ -7,27 +7,36 @@ from typing import Any
 
 import click
 
-from .options import prepare_libraries, print_result, prune_options, say, values
+from .options import prepare_libraries, print_result, prune_options, resumable_folder, say, values
 
 EXAMPLES = """\b
 Examples:
+  crepe-deploy prune models/llama --out pruned
   crepe-deploy prune models/llama --calib wiki.txt --out pruned
   crepe-deploy prune models/llama --method wanda --sparsity 0.5 --calib wiki.txt --out pruned
   crepe-deploy prune models/llama --method magnitude --sparsity 4:8 --exclude lm_head --out pruned
   crepe-deploy prune models/llama --reconstruct exact --feed both --calib allenai/c4:en:train --out pruned
+  crepe-deploy prune models/llama --calib wiki.txt --out pruned --resume
 """
 
 
 @click.command("prune", epilog=EXAMPLES)
 @prune_options
 def prune_command(out: Path, as_json: bool, **options: Any) -> None:
-    """Prune MODEL into the Hugging Face folder OUT, with its manifest."""
+    """Prune MODEL into the Hugging Face folder OUT, with its manifest.
+
+    What is left out is chosen for the machine, and said. Exit code 75 means stopped: the same command with --resume
+    goes on.
+    """
     prepare_libraries()
     from crepe_deploy.api.prune import prune
     from crepe_deploy.progress import progress
 
-    with progress(f"pruning {options['model']}") as step:
+    with resumable_folder(out), progress(f"pruning {options['model']}") as step:
         manifest = prune(out=out, progress=step, say=say, **values(options))
     asked = {name: manifest.config[name] for name in ("pattern", "method")}
     text = [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros, verified"]
-    print_result({"out": str(out), **asked, **manifest.metrics}, as_json, text + manifest.metrics.get("limits", []))
+    chosen = {"chosen": manifest.config["chosen"]} if "chosen" in manifest.config else {}
+    print_result(
+        {"out": str(out), **asked, **chosen, **manifest.metrics}, as_json, text + manifest.metrics.get("limits", [])
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,14 +17,16 @@ from .options import (
     print_result,
     prune_options,
     quantise_option,
+    resumable_folder,
     say,
     values,
 )
 
 EXAMPLES = """\b
 Examples:
+  crepe-deploy prune-and-export models/llama --out out
   crepe-deploy prune-and-export models/llama --calib wiki.txt --out out
-  crepe-deploy prune-and-export models/llama --sparsity 16:32 --calib wiki.txt --format dense,packed --out out
+  crepe-deploy prune-and-export models/llama --method ria --sparsity 16:32 --calib wiki.txt --format packed --out out
   crepe-deploy prune-and-export models/llama --recipe best --calib wiki.txt --calib c4.txt --format packed --out out
   crepe-deploy prune-and-export model.gguf --method magnitude --sparsity 0.5 --format onnx --onnx-flavor genai --out out
 """
@@ -31,19 +34,27 @@ Examples:
 
 @click.command("prune-and-export", epilog=EXAMPLES)
 @prune_options
-@format_option("One or more, with commas between them, of:")
+@format_option(
+    "Default: dense and packed, with onnx where that alone is served here; dense beside a named method. "
+    "One or more, with commas between them, of:",
+    default=None,
+)
 @onnx_options
 @quantise_option
 @heal_option
 @base_model_option
-def prune_and_export_command(as_json: bool, **options: Any) -> None:
-    """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json."""
+def prune_and_export_command(out: Path, as_json: bool, **options: Any) -> None:
+    """Prune MODEL and write OUT/FORMAT/ for each format, and OUT/report.json.
+
+    What is left out is chosen for the machine, and said. Exit code 75 means stopped: the same command with --resume
+    goes on, also to other formats.
+    """
     prepare_libraries()
     from crepe_deploy.api.prune import prune_and_export
     from crepe_deploy.progress import progress
 
-    with progress(f"pruning {options['model']}") as step:
-        report = prune_and_export(progress=step, say=say, **values(options))
+    with resumable_folder(out), progress(f"pruning {options['model']}") as step:
+        report = prune_and_export(out=out, progress=step, say=say, **values(options))
     print_result(report, as_json, lines(report))
 
 

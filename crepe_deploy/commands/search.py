@@ -15,6 +15,7 @@ from .options import (
     Count,
     Number,
     calibration_options,
+    device_option,
     prepare_libraries,
     print_result,
     resumable,
@@ -68,6 +69,7 @@ Examples:
 @click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches.")
 @click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense.")
 @click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes)
+@device_option
 @revision_option
 @click.option("--resume", is_flag=True, help="Go on with the journal OUT.journal of a stopped search.")
 @click.option("--overwrite", is_flag=True, help="Replace the output and the journal if they exist.")

@@ -14,6 +14,7 @@ from .options import (
     Number,
     base_model_option,
     calibration_options,
+    device_option,
     heal_option,
     healed_line,
     json_option,
@@ -21,13 +22,15 @@ from .options import (
     overwrite_option,
     prepare_libraries,
     print_result,
-    resumable,
+    resumable_folder,
+    resume_option,
     revision_option,
     say,
 )
 
 EXAMPLES = """\b
 Examples:
+  crepe-deploy tyr models/llama --sparsity 0.25 --out out
   crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --out out
   crepe-deploy tyr models/llama --widths uniform --calib wiki.txt --calib c4.txt --out out
   crepe-deploy tyr models/llama --sparsity 0.25 --calib wiki.txt --repair block --heal 30 --out out
@@ -54,7 +57,7 @@ tyr_options = options(
                  show_default=True, help="tyr searches the widths; the others are baselines with as many parameters."),
     click.option("--widths", type=click.Choice(["per-layer", "uniform"]), default="per-layer", show_default=True,
                  help="uniform: one width for all layers, a plain checkpoint for any server."),
-    calibration_options(samples=16, length=512, required=True),
+    calibration_options(samples=16, length=512, left_out=" Without --calib the model writes them (self)."),
     click.option("--search-samples", type=Count(0), default=0, show_default=True,
                  help="Further windows that only the search sees; 0: it sees the calibration samples."),
     click.option("--iterations", type=Count(1, 8), default=4, show_default=True,
@@ -90,8 +93,9 @@ tyr_options = options(
     click.option("--seed", type=SEED, default=0, show_default=True),
     click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes,
                  help="To compute in: auto, bfloat16, float16, float32."),
+    device_option,
     revision_option,
-    click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run."),
+    resume_option,
     base_model_option,
     overwrite_option,
     json_option,
@@ -110,10 +114,9 @@ def tyr_command(out: Path, calib: tuple[str, ...], as_json: bool, **options: Any
     from crepe_deploy.api.inputs import Mixture
     from crepe_deploy.api.tyr import tyr
     from crepe_deploy.progress import progress
-    from crepe_deploy.store.work import JOURNAL, work_folder
 
-    with resumable(work_folder(out) / JOURNAL):
-        report = tyr(out=out, calib=Mixture(calib), show=progress, say=say, **options)
+    with resumable_folder(out):
+        report = tyr(out=out, calib=Mixture(calib) if calib else None, show=progress, say=say, **options)
     print_result(report, as_json, lines(report))
 
 

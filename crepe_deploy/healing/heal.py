@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 
 import torch
 
-from crepe_deploy.errors import CheckpointError, ConfigError, MissingExtra, NoTokenizer, NumericalError, ParityError
+from crepe_deploy.device import CPU
+from crepe_deploy.errors import CheckpointError, ConfigError, NoTokenizer, NumericalError, ParityError
+from crepe_deploy.extras import require
 from crepe_deploy.model.architecture import whole_model
 from crepe_deploy.model.decoder import COMPUTE_DTYPES, Decoder
 from crepe_deploy.progress import Say, Show, hidden, unsaid
@@ -54,19 +55,18 @@ class Job:
 
 def heal(
     folder: Path, dense: Model, out: Path, config: HealConfig, texts: Sequence[str | Path], field: str, *,
-    resume: bool, overwrite: bool, show: Show, say: Say, seal: Seal,
+    resume: bool, overwrite: bool, show: Show, say: Say, seal: Seal, device: torch.device = CPU,
 ) -> Manifest:  # fmt: skip
     """Train the pruned checkpoint `folder` towards `dense` and write `out`, which appears whole or not at all.
 
-    Several processes do this together where `accelerate launch` or torchrun started them. Raises what `prepare` raises,
+    Several processes do this together where `accelerate launch` or torchrun started them. device: that computes; of
+    several processes each takes a GPU of its own, unless that is the CPU. Raises what `prepare` raises,
     and NumericalError where training made nothing better; then nothing is written, and nothing left.
     """
     config.check()
-    _check_extras(config)
+    check_extras(config)
     check_output(out, overwrite=overwrite, inputs=(folder, dense.folder))
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = accelerator_on(device)
     if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ConfigError(
             f"healing runs in processes that each hold the whole model: configure accelerate without {kind}"
@@ -86,9 +86,21 @@ def heal(
     return load_manifest(out)
 
 
-def _check_extras(config: HealConfig) -> None:
-    if importlib.util.find_spec("accelerate") is None:
-        raise MissingExtra("accelerate", "heal", "healing")
+def accelerator_on(device: torch.device) -> Any:
+    """accelerate's `Accelerator`, which knows the processes and where each computes."""
+    from accelerate import Accelerator
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what one process takes; of several each sets its own
+    accelerator = Accelerator(cpu=device.type != "cuda")
+    if accelerator.device.type != device.type:  # it keeps what it was first told
+        raise ConfigError(f"--device {device}: accelerate computes on {accelerator.device} in this process already")
+    return accelerator
+
+
+def check_extras(config: HealConfig) -> None:
+    """Raise MissingExtra without what this training takes."""
+    require("healing", "accelerate")
     if config.lora is not None:
         check_lora()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from crepe_deploy.errors import MissingExtra, UnsupportedModel
+from crepe_deploy.errors import UnsupportedModel
+from crepe_deploy.extras import require
 
 ADAPTER = "default"
 
 
 def check_lora() -> None:
     """Raise MissingExtra where there is no peft."""
-    if importlib.util.find_spec("peft") is None:
-        raise MissingExtra("peft", "heal", "healing with --lora")
+    require("healing with --lora", "peft")
 
 
 def adapt(model: Any, names: Iterable[str], rank: int, seed: int) -> None:

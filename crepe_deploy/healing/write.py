@@ -91,4 +91,4 @@ def _record(name: str, before: Tensor, after: Tensor, record: TensorRecord) -> T
     weight = after.T.contiguous() if record.transposed else after
     zeros = check_pattern(name, weight, parse_record(record.pattern))
     unknown = {"layer_error": None, "layer_error_weighting": "unknown"}  # it was of the weights before
-    return record.recounted(zeros).model_copy(update=unknown)
+    return record.recounted(name, zeros, after.shape).model_copy(update=unknown)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crepe_deploy.device import device_of, resting_place
 from crepe_deploy.progress import unheard
 
 from .calls import Call
@@ -23,7 +24,8 @@ BATCH_TOKENS = 2048
 class Stream:
     """Hidden states of a token set in front of one block, in micro-batches, and how every block is to be called.
 
-    hidden: tensors (batch, length, width), compute dtype. calls: for each micro-batch, one call for each block.
+    hidden: tensors (batch, length, width), compute dtype, which rest where `embed` put them and visit a block's device.
+    calls: for each micro-batch, one call for each block, on the device that computes.
     """
 
     hidden: list[Tensor]
@@ -43,20 +45,23 @@ class Stream:
 
         tick: told the share of this that each one was.
         """
+        device = device_of(block)
         for position, batch in enumerate(self.hidden):
-            output = self.calls[position][index](block, batch)
+            output = self.calls[position][index](block, batch.to(device))
             if advance:
-                self.hidden[position] = output
+                self.hidden[position] = output.to(batch.device)
             tick(1 / len(self.hidden))
 
 
 def embed(decoder: Decoder, token_sets: list[Tensor]) -> list[Stream]:
     """Run the embeddings over token sets, each (samples, length) int64, and note how the model calls its blocks."""
+    size = max(tokens.numel() for tokens in token_sets) * int(decoder.config.hidden_size) * decoder.dtype.itemsize
+    rest = resting_place(decoder.device, size)
     with decoder.embedder() as run:
-        return [_embed_one(run, tokens) for tokens in token_sets]
+        return [_embed_one(run, tokens, rest) for tokens in token_sets]
 
 
-def _embed_one(run: Any, tokens: Tensor) -> Stream:
+def _embed_one(run: Any, tokens: Tensor, rest: torch.device) -> Stream:
     hidden: list[Tensor] = []
     calls: list[list[Call]] = []
     first: dict[int, list[Call]] = {}
@@ -64,7 +69,7 @@ def _embed_one(run: Any, tokens: Tensor) -> Stream:
         slots = run(batch)
         noted = [slot.call for slot in slots]
         alike, memo = first.setdefault(len(batch), noted), dict[int, Any]()
-        hidden.append(slots[0].hidden)
+        hidden.append(slots[0].hidden.to(rest))
         calls.append([call.sharing(other, memo) for call, other in zip(noted, alike, strict=True)])
     return Stream(hidden, calls)
 
@@ -132,7 +137,7 @@ class _Accumulator:
         if "hessian" in self.needs:
             rows = rows.float()
             if self.gram is None:
-                self.gram = torch.zeros(rows.shape[1], rows.shape[1])
+                self.gram = rows.new_zeros(rows.shape[1], rows.shape[1])
             with bf16_products(batch.dtype == torch.bfloat16):
                 self.gram.addmm_(rows.T, rows)
 

@@ -1,7 +1,8 @@
 """A decoder that computes block by block: its linear layers, and its weights on demand.
 
 A `Decoder` is the architecture built from `config.json` alone. Parameters live on the meta device until a module is
-materialised from the checkpoint and go back there when it is released, so the model is never whole in memory.
+materialised from the checkpoint, on the device that computes, and go back there when it is released, so the model is
+never whole in memory.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import CalibrationError, CheckpointError, ConfigError, UnsupportedModel
 from crepe_deploy.nearest import unknown
-from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.checkpoint import CheckpointReader, TensorInfo
 
+from .ahead import ReadAhead
 from .architecture import build_meta, load_config, outline
 from .blocks import find_blocks, is_linear
 from .calls import BlockSlot
 from .families import family_of
+from .pieces import Piece, assembled, exact_routers, expert_pieces
 from .probe import probe, run, stand_ins
 from .ties import ties_of
 
@@ -48,6 +52,7 @@ class LinearSpec:
 class Head:
     """Everything outside the blocks, in memory: tokens (batch, length), states behind the blocks -> logits.
 
+    Both may be on the host; logits come on the decoder's device, where the weights are.
     weights: what it holds by checkpoint name, in the file's dtype; one memory with the module's, as in `Decoder.block`.
     """
 
@@ -62,23 +67,29 @@ class Decoder:
     """A causal language model on the meta device, bound to the checkpoint that holds its weights.
 
     model: the transformers module whose decoder blocks have been replaced by `slots`.
-    blocks: the real blocks. linears: per block, what can be pruned. dtype: of computation. reads: paths of linear
-    layers whose weight the model's code reads beside calling them.
+    blocks: the real blocks. linears: per block, what can be pruned. dtype: of computation. device: that it computes
+    on. reads: paths of linear layers whose weight the model's code reads beside calling them. experts: whether whoever
+    asks knows of layers with experts, which are among no linears; without it a model that has any is refused.
     Raises UnsupportedModel naming what is missing, CheckpointError, ConfigError.
     """
 
-    def __init__(self, root: Path, dtype: str = "auto") -> None:
+    def __init__(self, root: Path, dtype: str = "auto", device: torch.device = CPU, *, experts: bool = False) -> None:
+        self.device = device
+        self._ahead = ReadAhead()
         self.reader = CheckpointReader(root)
         self.config = load_config(root)
         self.dtype = self._compute_dtype(dtype)
         self.model = outline(root, self.config, len(self.reader.tensors))
-        find_blocks(self.model)
+        self.experts = family_of(self.config.model_type).experts if experts else None
+        find_blocks(self.model, experts=experts)
         self.ties = ties_of(self.model, self.reader, self._find)
         self.ties.settle(self.model)
         self._check_weights()
         self.model = build_meta(self.config, self.dtype)
+        if self.experts is not None:
+            exact_routers(self.model, self.experts)
         self.ties.settle(self.model)
-        self.blocks_path, blocks = find_blocks(self.model)
+        self.blocks_path, blocks = find_blocks(self.model, experts=experts)
         self.blocks: list[nn.Module] = list(blocks)
         probed = probe(self.model, self.blocks_path, self.blocks)
         self.reads = probed.reads
@@ -87,6 +98,8 @@ class Decoder:
         self.model.set_submodule(self.blocks_path, nn.ModuleList(self.slots))
         with stand_ins(self.model, {}, set()):
             run(self.model, type(self.model).__name__)  # with slots for blocks as well
+        for module in (self.model, *self.blocks):
+            _move_buffers(module, device)
 
     def _compute_dtype(self, dtype: str) -> torch.dtype:
         check_dtype(dtype)
@@ -123,11 +136,19 @@ class Decoder:
             )
         raise CheckpointError(f"{self.reader.root}: tensor '{name}' is missing")
 
+    def pieces(self, name: str, shape: tuple[int, ...]) -> list[Piece]:
+        """The stored tensors of a parameter of this shape in the module tree. Raises as `key` does."""
+        pieces: list[Piece] = []
+        if self.experts is not None and self._find(name) is None:
+            pieces = expert_pieces(self.reader, self.experts, self.experts.in_files(name), shape)
+        return pieces or [Piece(self.key(name), shape)]
+
     def _find(self, name: str) -> str | None:
         prefix = f"{self.model.base_model_prefix}."
         renamed = name
         for module, spelled in family_of(self.config.model_type).renamed.items():
             renamed = spelled + renamed.removeprefix(module) if renamed.startswith(module) else renamed
+        renamed = renamed if self.experts is None else self.experts.in_files(renamed)
         for candidate in (name, renamed, name.removeprefix(prefix), prefix + name):
             if candidate in self.reader:
                 return candidate
@@ -136,17 +157,24 @@ class Decoder:
     def _check_weights(self) -> None:
         tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if name in tied:
-                continue
-            info = self.reader.info(self.key(name))
-            if info.shape != tuple(parameter.shape):
-                raise CheckpointError(
-                    f"{info.file}: tensor '{info.name}' has shape {info.shape}, and config.json asks for "
-                    f"{tuple(parameter.shape)}"
-                )
-            if info.dtype not in (torch.float64, *COMPUTE_DTYPES.values()):
-                kind = str(info.dtype).removeprefix("torch.")
-                raise UnsupportedModel(f"{info.file}: tensor '{info.name}' holds {kind}; give the unquantised model")
+            if name not in tied:
+                pieces = self.pieces(name, tuple(parameter.shape))
+                for piece in pieces:
+                    self._check_stored(self.reader.info(piece.key), piece.shape)
+                if len({self.reader.info(piece.key).dtype for piece in pieces}) > 1:
+                    raise UnsupportedModel(f"{self.reader.root}: the experts of '{name}' are stored in several dtypes")
+        for name, buffer in self.model.named_buffers():
+            if self.experts is not None and name.rpartition(".")[2] == self.experts.correction:
+                self._check_stored(self.reader.info(name), tuple(buffer.shape))
+
+    def _check_stored(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{info.file}: tensor '{info.name}' has shape {info.shape}, and config.json asks for {shape}"
+            )
+        if info.dtype not in (torch.float64, *COMPUTE_DTYPES.values()):
+            kind = str(info.dtype).removeprefix("torch.")
+            raise UnsupportedModel(f"{info.file}: tensor '{info.name}' holds {kind}; give the unquantised model")
 
     def _linears(self, index: int) -> list[LinearSpec]:
         specs = []
@@ -162,27 +190,35 @@ class Decoder:
 
     def block_keys(self, index: int) -> list[str]:
         """The checkpoint names of every parameter of one block."""
-        return [self.key(f"{self.blocks_path}.{index}.{name}") for name, _ in self.blocks[index].named_parameters()]
+        prefix = f"{self.blocks_path}.{index}."
+        named = self.blocks[index].named_parameters()
+        return [piece.key for name, of in named for piece in self.pieces(prefix + name, tuple(of.shape))]
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
         """Yield a block with its weights in memory, and those weights by checkpoint name in the file's dtype.
 
-        Where the file's dtype is the compute dtype both are one memory: writing to a weight changes the block.
+        Where the file's dtype is the compute dtype both are one memory: writing to a weight changes the block. While
+        another device than the CPU computes, the host reads the next block.
         """
         prefix = f"{self.blocks_path}.{index}."
         with self._materialised(self.blocks[index], prefix) as weights:
+            if self.device != CPU and index + 1 < len(self.blocks):  # the CPU reads no faster for being busy
+                self._ahead.start(self.block_keys(index + 1), self.reader.load_finite)
             yield self.blocks[index], weights
+
+    def _loaded(self, key: str) -> Tensor:
+        return self._ahead.get(key, self.reader.load_finite).to(self.device)
 
     @contextlib.contextmanager
     def _materialised(self, module: nn.Module, prefix: str) -> Iterator[dict[str, Tensor]]:
         weights: dict[str, Tensor] = {}
         meta: dict[str, nn.Parameter] = dict(module.named_parameters())
         try:
-            for name in meta:
-                key = self.key(prefix + name)
-                weights[key] = self.reader.load_finite(key)
-                _assign(module, name, weights[key].to(self.dtype))
+            for name, parameter in meta.items():
+                pieces = self.pieces(prefix + name, tuple(parameter.shape))
+                weights |= assembled(pieces, tuple(parameter.shape), self._loaded)
+                _assign(module, name, weights.pop("").to(self.dtype))
             for name, buffer in module.named_buffers():
                 if prefix + name in self.reader:
                     buffer.copy_(self.reader.load_finite(prefix + name))
@@ -200,7 +236,9 @@ class Decoder:
 
             def embed(tokens: Tensor) -> list[BlockSlot]:
                 try:
-                    base(input_ids=tokens, use_cache=False)
+                    base(input_ids=tokens.to(self.device), use_cache=False)
+                except torch.OutOfMemoryError:
+                    raise
                 except (IndexError, RuntimeError) as error:
                     raise CalibrationError(
                         f"model type '{self.config.model_type}' cannot embed {tokens.shape[1]} tokens with ids up to "
@@ -226,10 +264,10 @@ class Decoder:
                 _assign(self.model, name, self.model.get_parameter(source).data)
 
             def run(tokens: Tensor, hidden: Tensor) -> Tensor:
-                self.slots[-1].replacement = hidden
+                self.slots[-1].replacement = hidden.to(self.device)
                 try:
                     with torch.inference_mode():
-                        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+                        logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
                 finally:
                     self.slots[-1].replacement = None
                 return logits
@@ -254,6 +292,12 @@ def check_dtype(dtype: str) -> None:
     """Raise ConfigError unless this names a dtype to compute in."""
     if dtype not in ("auto", PROOF_DTYPE, *COMPUTE_DTYPES):
         raise ConfigError(unknown("dtype", dtype, ["auto", *COMPUTE_DTYPES]))
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(device)
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
+from .experts import CORRECTED, GPT_OSS, MIXTRAL, QWEN, Experts
 from .structure import FUSED, Structure
 
 
@@ -59,6 +60,7 @@ class Family:
     last_norm: the norm between the last block and the output layer, which `--rescale` scales.
     gain_added: what the norms add to their stored gain. bos: computes nonsense without BOS before every sequence.
     structural: where its heads and neurons are and which smaller models there are, for `tyr`.
+    experts: where its blocks keep experts, for `experts`; all else that prunes refuses such a family.
     per_layer_of: the family that this one is with widths of their own for its layers.
     onnx: flavours in which it can be exported. lacks: capability -> the reason why it is not given.
     """
@@ -70,6 +72,7 @@ class Family:
     gain_added: float = 0.0
     bos: bool = False
     structural: Structure | None = None
+    experts: Experts | None = None
     per_layer_of: str = ""
     onnx: tuple[str, ...] = ()
     lacks: Mapping[str, str] = field(default_factory=dict)
@@ -165,6 +168,10 @@ _STOCK: Final = {
         folds=(Fold("mlp.c_proj", ("mlp.c_fc",)), Fold("attn.c_proj", ("attn.c_attn",), "values last")),
         last_norm="transformer.ln_f",
     ),
+    "mixtral": Family(experts=MIXTRAL),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), Family(experts=QWEN)),
+    **dict.fromkeys(("glm4_moe", "deepseek_v3"), Family(experts=CORRECTED)),
+    "gpt_oss": Family(experts=GPT_OSS),
     # Known, and tested, for nothing but their need of BOS.
     **dict.fromkeys(("gemma3n_text", "gemma4_text", "recurrent_gemma", "vaultgemma"), Family(bos=True)),
 }

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crepe_deploy.device import device_of, moved
 from crepe_deploy.progress import unheard
 
 from .blocks import is_linear
@@ -54,6 +55,12 @@ class _Sums:
     drift: Tensor | None = None
     tokens: int = 0
     variety: Variety = field(default_factory=Variety)
+
+    @classmethod
+    def of(cls, width: int, device: torch.device) -> _Sums:
+        """Nothing yet, for inputs (..., width)."""
+        gram, cross = (torch.zeros(width, width, device=device) for _ in range(2))
+        return cls(gram, cross, torch.zeros(width, device=device), torch.zeros(width, device=device))
 
     def add(self, pruned: Tensor, dense: Tensor, residual: Tensor | None, scale: Tensor | None) -> None:
         """`pruned`, `dense` (..., in); `residual` (..., width) fp32 or None; `scale` (..., 1), tokens' weights."""
@@ -90,7 +97,10 @@ class _Sums:
 
 @dataclass
 class Side:
-    """One of the two models' hidden states, and what the finished parts of the present block returned for them."""
+    """One of the two models' hidden states, and what the finished parts of the present block returned for them.
+
+    Outputs rest where the hidden states do.
+    """
 
     stream: Stream
     outputs: list[Outputs] = field(default_factory=list)
@@ -104,7 +114,7 @@ class Side:
         Parts that return before that layer is reached are finished, for the layers come in the order of their calls:
         they are not run again. whole: a part that is to be finished as well.
         """
-        hidden = self.stream.hidden[position]
+        hidden = self.stream.hidden[position].to(device_of(block))
         read: dict[str, Tensor] = {"": hidden}
 
         def note(name: str, stop: bool) -> Hook:
@@ -123,7 +133,8 @@ class Side:
         if residual is None:
             return read[path], None
         stream = read[residual.stream].float()
-        return read[path], sum((self.output(position, part).float() for part in residual.beside), stream)
+        beside = (self.output(position, part).to(stream.device).float() for part in residual.beside)
+        return read[path], sum(beside, stream)
 
     def output(self, position: int, part: str) -> Tensor:
         """What a finished part of the present block returned for a micro-batch: its first tensor."""
@@ -136,21 +147,22 @@ class Side:
         for position in range(len(self.stream.hidden)):
             call, hidden = self.stream.calls[position][index], self.stream.hidden[position]
             with torch.inference_mode(), self._replayed(block, position):
-                self.stream.hidden[position] = call(block, hidden)
+                self.stream.hidden[position] = call(block, hidden.to(device_of(block))).to(hidden.device)
         self.outputs = []
 
     @contextlib.contextmanager
     def _replayed(self, block: nn.Module, position: int, path: str = "", whole: str = "") -> Iterator[None]:
         """Inside, parts with a known output return it, but for the one that `path` is in; other outputs are noted."""
         self.outputs = self.outputs or [{} for _ in self.stream.hidden]
-        known = self.outputs[position]
+        known, device = self.outputs[position], device_of(block)
         handles, replaced = [], []
         for name, part in _parts(block).items():
             if name in known and name != _part(path):
-                part.forward = lambda *_, output=known[name], **__: output
+                part.forward = lambda *_, output=known[name], **__: moved(output, device)
                 replaced.append(part)
             else:
-                handles.append(part.register_forward_hook(_keep(known, name, name == whole)))
+                rest = self.stream.hidden[position].device
+                handles.append(part.register_forward_hook(_keep(known, name, rest, name == whole)))
         try:
             yield
         finally:
@@ -206,8 +218,7 @@ class Pair:
         tick: told the share of this that each micro-batch was.
         """
         path, width = group[0].path, group[0].in_features
-        square, row = (width, width), (width,)
-        sums = _Sums(torch.zeros(square), torch.zeros(square), torch.zeros(row), torch.zeros(row))
+        sums = _Sums.of(width, device_of(block))
         residual = next((entry for entry in self.residuals if entry.path == path), None)
         whole = _part(path) if residual is not None else ""  # its last layer: nearly done anyway
         gain = None if residual is None or not residual.norm else _gain(before.get_submodule(residual.norm))
@@ -217,7 +228,8 @@ class Pair:
             lost = None if beside_dense is None or beside_pruned is None else beside_dense - beside_pruned
             scale = None
             if gain is not None and lost is not None:
-                scale = self.dense.output(position, whole).float().square().mean(-1, keepdim=True).add(EPSILON).rsqrt()
+                added = self.dense.output(position, whole).to(lost.device).float()
+                scale = added.square().mean(-1, keepdim=True).add(EPSILON).rsqrt()
                 lost *= gain / (gain.square() + RIDGE * gain.square().mean())
             sums.add(pruned, dense, lost, scale)
             tick(1 / len(self.pruned.stream.hidden))
@@ -259,9 +271,9 @@ def _part(path: str) -> str:
     return name if rest else ""
 
 
-def _keep(known: Outputs, name: str, stop: bool) -> Callable[[nn.Module, Any, Any], None]:
+def _keep(known: Outputs, name: str, rest: torch.device, stop: bool) -> Callable[[nn.Module, Any, Any], None]:
     def keep(_module: nn.Module, _given: Any, output: Any) -> None:
-        known[name] = output
+        known[name] = moved(output, rest)
         if stop:
             raise _ReachedError
 

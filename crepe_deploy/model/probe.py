@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from crepe_deploy.errors import UnsupportedModel
 from crepe_deploy.store.stock import third_party
 
-from .blocks import is_linear
+from .blocks import holds_experts, is_linear
 from .calls import Form
 
 TOKENS = 2
@@ -136,7 +136,7 @@ def stand_ins(model: nn.Module, called: dict[str, int], reads: set[str]) -> Iter
     try:
         for path, module in list(model.named_modules()):
             for leaf, child in list(module._modules.items()):
-                if child is not None and is_linear(child):
+                if child is not None and (is_linear(child) or holds_experts(child)):
                     module._modules[leaf] = _StandIn(child, f"{path}.{leaf}".lstrip("."), called, reads)
                     replaced.append((module, leaf, child))
         for module in list(model.modules()):
@@ -158,7 +158,7 @@ def _of_one_number(parameter: nn.Parameter, one: dict[torch.dtype, Tensor]) -> n
 
 
 class _StandIn(nn.Module):
-    """A linear layer that returns zeros and notes that it was called, or that its weight was looked at."""
+    """A linear layer, or all experts of one, that returns zeros and notes that it was called, or its weight read."""
 
     def __init__(self, linear: nn.Module, path: str, called: dict[str, int], reads: set[str]) -> None:
         super().__init__()
@@ -174,9 +174,11 @@ class _StandIn(nn.Module):
             self._reads.add(self._path)
             return _of_one_number(linear.get_parameter("weight"), {})
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *_chosen: Tensor) -> Tensor:
         self._called[self._path] = self._called.get(self._path, 0) + 1
         linear = self._linear[0]
+        if not is_linear(linear):
+            return torch.zeros_like(hidden)
         width = linear.get_parameter("weight").shape[0 if isinstance(linear, nn.Linear) else 1]
         return hidden.new_zeros(*hidden.shape[:-1], width)
 
@@ -288,7 +290,7 @@ def _check_linears(name: str, path: str, blocks: list[nn.Module], watch: _Watch)
     for index, block in enumerate(blocks):
         for leaf, module in block.named_modules():
             times = watch.linears.get(f"{path}.{index}.{leaf}", 0)
-            if is_linear(module) and times != 1:
+            if (is_linear(module) or holds_experts(module)) and times != 1:
                 said = "is not called" if not times else f"is called {times} times"
                 raise UnsupportedModel(
                     f"{name}: '{path}.{index}.{leaf}' {said} when the model runs on tokens alone; each linear layer of "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import ParityError
 
 from .calibrate import embed
@@ -21,13 +22,14 @@ Look = Callable[[dict[str, Tensor]], None]
 
 
 def check_parity(
-    folder: Path, dtype: str, probe_tokens: Tensor, expected: Tensor, look: Look | None = None
-) -> dict[str, Any]:
+    folder: Path, dtype: str, probe_tokens: Tensor, expected: Tensor, look: Look | None = None,
+    device: torch.device = CPU,
+) -> dict[str, Any]:  # fmt: skip
     """Walk the written checkpoint and compare its logits with the in-memory pruned model's. Raises ParityError.
 
-    look: as in `walk_logits`.
+    expected: on the host. look: as in `walk_logits`. device: that the walk computes on.
     """
-    written = walk_logits(Decoder(folder, dtype), probe_tokens, look)
+    written = walk_logits(Decoder(folder, dtype, device, experts=True), probe_tokens, look)
     difference = float((written - expected).abs().max())
     scale = max(1.0, float(expected.abs().max()))
     if not difference <= PARITY_TOLERANCE * scale:
@@ -41,7 +43,7 @@ def check_parity(
 
 
 def walk_logits(decoder: Decoder, tokens: Tensor, look: Look | None = None) -> Tensor:
-    """Logits (batch, length, vocab) fp32 of a checkpoint, one block in memory at a time; tokens in one micro-batch.
+    """Logits (batch, length, vocab) fp32, on the host, of a checkpoint, one block in memory at a time; in one batch.
 
     look: as in `walk_all`.
     """
@@ -63,4 +65,4 @@ def walk_all(decoder: Decoder, token_sets: list[Tensor], look: Look | None = Non
                 stream.run(block, index, advance=True)
     with decoder.head() as head:
         pairs = zip(token_sets, streams, strict=True)
-        return [head(tokens, torch.cat(stream.hidden)).float() for tokens, stream in pairs]
+        return [head(tokens, torch.cat(stream.hidden)).float().cpu() for tokens, stream in pairs]

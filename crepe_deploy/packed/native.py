@@ -133,6 +133,7 @@ def build(compiler: str) -> Path:
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
+                _LOG.warning("building the CPU kernels, which takes a minute or so (once; kept in %s)", folder)
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
                     _compile(compiler, Path(scratch)).replace(path)
     except OSError as error:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from crepe_deploy.model.calibrate import Collector, Stream, embed
@@ -59,15 +62,39 @@ def prune_block(
     """
     phases = Phases()
     pruner = LayerPruner(plan.decoder, plan.config, plan.patterns, phases)
-    block = plan.decoder.blocks[index]
     repaired = None
     if streams.pairs:
         layers, repaired = _beside_dense(plan, index, streams, weights, pruner, meter)
     else:
         layers = _alone(plan, index, streams, weights, pruner, meter)
     with phases("forward"):
-        streams.probe.run(block, index, advance=True)
+        send_pruned(plan, index, streams)
     return BlockResult(layers, repaired, phases.seconds)
+
+
+def send_dense(plan: RunPlan, index: int, streams: Streams) -> None:
+    """Send what walks through the dense blocks on, while block `index` is as it was."""
+    block = plan.decoder.blocks[index]
+    if streams.calibration is not None and plan.config.feed == "dense":
+        streams.calibration.run(block, index, advance=True)
+    _send_dense_sides(plan, index, streams, block)
+
+
+def _send_dense_sides(plan: RunPlan, index: int, streams: Streams, dense: nn.Module) -> None:
+    last = index == len(plan.targets) - 1
+    # Behind the last block only what the held-out windows give there is read, and by repair what is wanted.
+    for pair in streams.pairs[1:] if last and plan.config.steps.repair is None else streams.pairs:
+        pair.dense.advance(dense, index)
+
+
+def send_pruned(plan: RunPlan, index: int, streams: Streams) -> None:
+    """Send what walks through the pruned blocks on, once block `index` is pruned."""
+    block, last = plan.decoder.blocks[index], index == len(plan.targets) - 1
+    for pair in streams.pairs[1:] if last else streams.pairs:
+        pair.pruned.advance(block, index)
+    if streams.calibration is not None and plan.config.feed == "pruned" and not last:
+        streams.calibration.run(block, index, advance=True)
+    streams.probe.run(block, index, advance=True)
 
 
 def _alone(
@@ -75,7 +102,6 @@ def _alone(
 ) -> dict[str, LayerResult]:
     """Statistics from one pass through the dense block; the next block is fed by it or by the pruned one."""
     block, targets, stream = plan.decoder.blocks[index], plan.targets[index], streams.calibration
-    last = index == len(plan.targets) - 1
     collector = Collector(plan.config.needs)
     if stream is not None:
         with pruner.phases("forward"), collector.watching(block, targets):
@@ -85,9 +111,6 @@ def _alone(
         stats = Stats() if stream is None else collector.stats(spec, stream.sequences)
         layers[spec.key] = pruner.prune(block, spec, weights, stats)
         meter.layer(spec)
-    if stream is not None and plan.config.feed == "pruned" and not last:
-        with pruner.phases("forward"):
-            stream.run(block, index, advance=True)
     return layers
 
 
@@ -101,20 +124,14 @@ def _beside_dense(
     layers: dict[str, LayerResult] = {}
     for group in pairs[0].groups(block, index, plan.decoder.linears[index], targets):
         layers |= _group(pairs[0], dense, block, index, group, weights, pruner, meter)
-    last = index == len(plan.targets) - 1
     with pruner.phases("forward"):
-        # Behind the last block only what the held-out windows give there is read, and by repair what is wanted.
-        for pair in pairs[1:] if last and repair is None else pairs:
-            pair.dense.advance(dense, index)
+        _send_dense_sides(plan, index, streams, dense)
     if repair is not None and targets:
         with pruner.phases("repair"):
-            learnt, held = (_lessons(pair, index) for pair in pairs)
+            learnt, held = (_Lessons(pair, index, plan.decoder.device) for pair in pairs)
             repaired = repair(block, _tuned(plan, index, weights), learnt, held, meter.repair(index))
             for pair in pairs:
                 pair.pruned.outputs = []  # what its parts put out before
-    with pruner.phases("forward"):
-        for pair in pairs[1:] if last else pairs:
-            pair.pruned.advance(block, index)
     return layers, repaired
 
 
@@ -125,13 +142,24 @@ def _tuned(plan: RunPlan, index: int, weights: dict[str, Tensor]) -> dict[str, T
     return {name: weights[plan.decoder.key(prefix + name)] for name in tunable(block, pruned, linear)}
 
 
-def _lessons(pair: Pair, index: int) -> list[Lesson]:
-    """What the block reads in the pruned model and is to put out, with the dense side behind it already."""
-    stream = pair.pruned.stream
-    return [
-        Lesson(calls[index], given, wanted)
-        for calls, given, wanted in zip(stream.calls, stream.hidden, pair.dense.stream.hidden, strict=True)
-    ]
+@dataclass(frozen=True)
+class _Lessons(Sequence[Lesson]):
+    """What the block reads in the pruned model and is to put out, with the dense side behind it already.
+
+    Each comes to the device that computes when it is asked for.
+    """
+
+    pair: Pair
+    block: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.pair.pruned.stream.hidden)
+
+    def __getitem__(self, place: Any) -> Any:
+        stream = self.pair.pruned.stream
+        given, wanted = (side.hidden[place].to(self.device) for side in (stream, self.pair.dense.stream))
+        return Lesson(stream.calls[place][self.block], given, wanted)
 
 
 def _group(

@@ -29,12 +29,14 @@ class Origin:
     """The names that a configuration was made from, for its record.
 
     method: its name in `METHODS`. preset, recipe: the names that they give themselves. steps: by kind, as written.
+    chosen: options that a person left out, as they were chosen (`api.choices`).
     """
 
     method: str
     preset: str | None = None
     recipe: str | None = None
     steps: Mapping[str, str] = field(default_factory=dict)
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class PruneConfig:
             "recipe": self.origin.recipe,
             "resolved_method": {"class": type(self.method).__name__, **parameters},
             "resolved_steps": self.steps.record(),
+            **({"chosen": dict(self.origin.chosen)} if self.origin.chosen else {}),
         }
 
 

@@ -2,37 +2,42 @@
 
 Every read of the weights, and why it is one of its own (a test counts them):
 
-source  embeddings  in front of the first block, for all token sets at once
+source  files       sha256, in the order of the bytes, not of the blocks; a stopped run is known by it
+        embeddings  in front of the first block, for all token sets at once
         blocks      once more before, where an allocation looks at the dense model first
         blocks      one at a time: pruned, written, and sent the hidden states through
         the rest    behind the last block: rescaled, run for the logits, and written from the same memory
-        files       sha256, in the order of the bytes, which is not the order of the blocks
 output  walk        embeddings, blocks, head, from the disk: logits against memory, and zeros counted on the way
         files       sha256
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from crepe_deploy.device import CPU, described
 from crepe_deploy.errors import NumericalError, VerifyError
 from crepe_deploy.model.decoder import Head
 from crepe_deploy.model.proof import check_parity
-from crepe_deploy.pattern import Pattern
+from crepe_deploy.pattern import Pattern, parse_record
 from crepe_deploy.phases import Phases
 from crepe_deploy.progress import Progress, part, silent
 from crepe_deploy.store.audit import check_pattern
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.companions import copy_companions
-from crepe_deploy.store.folders import atomic_folder
-from crepe_deploy.store.manifest import Manifest, TensorRecord, hash_folder, inherit, save_manifest, versions
+from crepe_deploy.store.files import disk_errors
+from crepe_deploy.store.journal import Journal
+from crepe_deploy.store.manifest import Manifest, Source, TensorRecord, hash_folder, inherit, save_manifest, versions
 from crepe_deploy.store.sources import Model, describe_source
+from crepe_deploy.store.work import unfinished
 from crepe_deploy.store.writing import CheckpointWriter, Planned
 from crepe_deploy.texts import CalibrationSet
 
@@ -40,6 +45,7 @@ from .block import Streams, prune_block, start_streams
 from .config import PruneConfig
 from .layer import LayerResult
 from .metering import RunMeter
+from .replay import are_patterns, note, replayed
 from .run_plan import RunPlan, plan_run
 from .steps.allocate import allocate, summary
 from .steps.repair import Repaired
@@ -58,75 +64,134 @@ class Pruned:
     seconds: dict[str, float]
 
 
+Seal = Callable[[Path, Manifest], Manifest]  # what the core cannot do: a model card beside the manifest
+
+
+def saved(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest, saved in `folder`."""
+    save_manifest(folder, manifest)
+    return manifest
+
+
 def prune(
     model: Model,
     out: Path,
     config: PruneConfig,
     calibration: CalibrationSet | None,
     *,
+    resume: bool = False,
     overwrite: bool = False,
     step: Progress = silent,
+    device: torch.device = CPU,
+    seal: Seal = saved,
 ) -> Manifest:
     """Prune `model` into the checkpoint folder `out`, which appears whole and verified or not at all.
 
     calibration: needed by methods with statistics. step: told of weights read and pruned, many times in each block.
+    resume: go on with what a stopped run left in OUT.work: at most one block is pruned again. device: that computes;
+    weights come to it block by block, and go back to be written. seal: saves the manifest.
     Returns the manifest that was written. Raises InputError before any work that could be spared,
     NumericalError, DiskFullError, VerifyError, ParityError.
     """
-    plan, phases = plan_run(model, out, config, calibration, overwrite=overwrite), Phases()
+    plan = plan_run(model, out, config, calibration, overwrite=overwrite, device=device)
+    origin = describe_origin(model, plan, calibration)
+    with unfinished(out, origin.identity(), resume=resume, overwrite=overwrite) as run:
+        return prune_into(run.folder, run.journal, plan, origin, step, seal)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a pruned checkpoint comes from: the model as it lies there, hashed, the options, the text, the device."""
+
+    folder: Path
+    source: Source
+    config: dict[str, Any]
+    calibration: dict[str, Any] | None
+    device: str
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a stopped run to go on with the same bytes."""
+        return {
+            "what": "pruning", "source": self.source.model_dump(mode="json"), "config": self.config,
+            "calibration": self.calibration, "device": self.device, "versions": versions(),
+        }  # fmt: skip
+
+
+def describe_origin(model: Model, plan: RunPlan, calibration: CalibrationSet | None) -> Origin:
+    """Read every file of the model once."""
+    read = calibration.record() if calibration is not None and plan.config.needs_text else None
+    return Origin(model.folder, describe_source(model), plan.config.record(), read, plan.decoder.device.type)
+
+
+def prune_into(
+    folder: Path, journal: Journal, plan: RunPlan, origin: Origin, step: Progress, seal: Seal = saved
+) -> Manifest:  # fmt: skip
+    """Prune into `folder`, going on with what it and `journal` hold of this run; returns the manifest that was saved.
+
+    Raises as `prune` does.
+    """
+    config, phases = plan.config, Phases()
     meter = RunMeter(plan, part(step, f"pruning to {config.pattern}, {config.title}"))
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        with phases("embed"):
-            streams = start_streams(plan)
-        if config.steps.allocate is not None:
-            with phases("allocate"):
-                plan = replace(plan, patterns=_allocated(plan, streams, meter.allocation()))
-        pruned = _prune_into(folder, plan, streams, meter)
-        phases.add(pruned.seconds)
-        copy_companions(model.folder, folder)
-        with phases("verify"):
-            zeros, parity = _prove(folder, plan, pruned)
-        with phases("hash"):
-            source = describe_source(model)
-            parent = inherit(model.folder, folder, source.files)
-            files = hash_folder(folder)
-        tensors = _records(plan, pruned.layers, zeros)
-        manifest = Manifest(
-            stage="prune",
-            format="dense",
-            versions=versions(),
-            source=source,
-            config=config.record(),
-            calibration=calibration.record() if calibration is not None and config.needs_text else None,
-            tensors=tensors,
-            dense_tensors=sorted(set(plan.decoder.reader.tensors) - set(tensors)),
-            metrics=_metrics(plan, tensors, pruned, phases.seconds, parity),
-            files=files,
-            parent=parent,
-        )
-        save_manifest(folder, manifest)
-    return manifest
+    with phases("embed"):
+        streams = start_streams(plan)
+    if config.steps.allocate is not None:
+        with phases("allocate"):
+            plan = replace(plan, patterns=_allocated(plan, streams, journal, meter.allocation()))
+    pruned = _write(folder, journal, plan, streams, meter)
+    phases.add(pruned.seconds)
+    copy_companions(origin.folder, folder)
+    with phases("verify"):
+        zeros, parity = _prove(folder, plan, pruned)
+    with phases("hash"):
+        parent = inherit(origin.folder, folder, origin.source.files)
+        files = hash_folder(folder)
+    tensors = _records(plan, pruned.layers, zeros)
+    manifest = Manifest(
+        stage="prune",
+        format="dense",
+        versions=versions(),
+        source=origin.source,
+        config=origin.config,
+        calibration=origin.calibration,
+        tensors=tensors,
+        dense_tensors=sorted(set(plan.decoder.reader.tensors) - set(tensors)),
+        metrics=_metrics(plan, tensors, pruned, phases.seconds, parity),
+        files=files,
+        parent=parent,
+    )
+    return seal(folder, manifest)
 
 
-def _allocated(plan: RunPlan, streams: Streams, step: Progress) -> dict[str, Pattern]:
+def _allocated(plan: RunPlan, streams: Streams, journal: Journal, step: Progress) -> dict[str, Pattern]:
     """Every tensor's own pattern."""
     assert plan.config.steps.allocate is not None
+    names = {spec.key for block in plan.targets for spec in block}
+    known = journal.get("allocation", "patterns", partial(are_patterns, names=names))
+    if known is not None:
+        return {name: parse_record(text) for name, text in known.items()}
     stream = (streams.calibration or streams.probe).twin()
-    return allocate(plan.decoder, plan.targets, stream, plan.config.steps.allocate, plan.config.pattern, step)
+    found = allocate(plan.decoder, plan.targets, stream, plan.config.steps.allocate, plan.config.pattern, step)
+    journal.add("allocation", "patterns", {name: str(pattern) for name, pattern in found.items()})
+    return found
 
 
-def _prune_into(folder: Path, plan: RunPlan, streams: Streams, meter: RunMeter) -> Pruned:
-    """Write the pruned checkpoint's tensors into `folder`."""
+def _write(folder: Path, journal: Journal, plan: RunPlan, streams: Streams, meter: RunMeter) -> Pruned:
+    """Write the pruned checkpoint's tensors into `folder`, and into the journal what was done to each block."""
     decoder, phases = plan.decoder, Phases()
     layers: dict[str, LayerResult] = {}
     repaired: list[Repaired] = []
-    with CheckpointWriter(folder, _same_layout(decoder.reader)) as writer:
+    layout = _same_layout(decoder.reader)
+    _clear(folder, {planned.file for planned in layout.values()})
+    with CheckpointWriter(folder, layout, fingerprint=True, resume=True) as writer:
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
-                result = prune_block(plan, index, streams, weights, meter)
-                with phases("write"):
-                    for name, tensor in weights.items():
-                        writer.write(name, tensor)
+                result = replayed(plan, index, streams, weights, journal, writer)
+                if result is None:
+                    result = prune_block(plan, index, streams, weights, meter)
+                    with phases("write"):
+                        for name, tensor in weights.items():
+                            writer.write(name, tensor.cpu())
+                        note(journal, index, result, {name: writer.fingerprints[name] for name in weights})
             layers |= result.layers
             repaired += [] if result.repaired is None else [result.repaired]
             phases.add(result.seconds)
@@ -135,7 +200,7 @@ def _prune_into(folder: Path, plan: RunPlan, streams: Streams, meter: RunMeter) 
             with phases("rescale"):
                 rescaled = _rescale(plan, streams, head)
             with phases("verify"):
-                logits = head(plan.probe, streams.probe.hidden[0]).float()
+                logits = head(plan.probe, streams.probe.hidden[0]).float().cpu()
             if not logits.isfinite().all():
                 raise NumericalError(
                     "the pruned model's logits are not finite on the calibration text: activations overflow the dtype "
@@ -143,8 +208,16 @@ def _prune_into(folder: Path, plan: RunPlan, streams: Streams, meter: RunMeter) 
                 )
             with phases("write"):
                 for name in writer.pending:
-                    writer.write(name, head.weights[name] if name in head.weights else decoder.reader.load(name))
+                    writer.write(name, head.weights[name].cpu() if name in head.weights else decoder.reader.load(name))
     return Pruned(layers, repaired, logits, rescaled, phases.seconds)
+
+
+def _clear(folder: Path, kept: set[str]) -> None:
+    """Remove what a stopped run has put beside the weights."""
+    with disk_errors(folder):
+        for path in folder.iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _same_layout(reader: CheckpointReader) -> dict[str, Planned]:
@@ -175,7 +248,7 @@ def _prove(folder: Path, plan: RunPlan, pruned: Pruned) -> tuple[dict[str, int],
             if zeros[key] != pruned.layers[key].zeros:
                 raise VerifyError(f"{key}: {zeros[key]} zeros were written of {pruned.layers[key].zeros}")
 
-    parity = check_parity(folder, plan.config.dtype, plan.probe, pruned.logits, count)
+    parity = check_parity(folder, plan.config.dtype, plan.probe, pruned.logits, count, plan.decoder.device)
     return zeros, parity
 
 
@@ -213,6 +286,7 @@ def _metrics(
         **({"repair": [asdict(block) for block in pruned.repaired]} if pruned.repaired else {}),
         **({} if pruned.rescaled is None else {"rescale": asdict(pruned.rescaled)}),
         **({"limits": plan.limits} if plan.limits else {}),
+        "device": described(plan.decoder.device),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "parity": parity,
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.pattern import Pattern
@@ -49,23 +50,35 @@ class RunPlan:
 
 
 def plan_run(
-    model: Model, out: Path, config: PruneConfig, calibration: CalibrationSet | None, *, overwrite: bool
-) -> RunPlan:
-    """Check everything that can be refused. Raises InputError, DiskFullError."""
-    check_output(out, overwrite=overwrite, inputs=(model.folder,))
-    companions_of(model.folder)
-    decoder = Decoder(model.folder, config.dtype)
-    targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
-    said = limits(decoder, targets, config)
+    model: Model, out: Path, config: PruneConfig, calibration: CalibrationSet | None, *, overwrite: bool,
+    device: torch.device = CPU,
+) -> RunPlan:  # fmt: skip
+    """Check everything that can be refused; device: that the run computes on. Raises InputError, DiskFullError."""
+    decoder, targets, said = check_run(model, out, config, overwrite=overwrite, device=device)
     tokens = _calibration_tokens(decoder, config, calibration)
     held = None
     probe = _probe_tokens(decoder, tokens)
-    check_tokenizer(model.folder)
     if tokens is not None and (kept := config.steps.held_out(len(tokens))):
         fitted = len(tokens) - kept
         tokens, held = tokens[:fitted], tokens[fitted:]
-    require_disk(out, sum(info.size_bytes for info in decoder.reader))
     return RunPlan(decoder, config, targets, uniform(targets, config.pattern), tokens, held, probe, said)
+
+
+def check_run(
+    model: Model, out: Path, config: PruneConfig, *, overwrite: bool, device: torch.device = CPU
+) -> tuple[Decoder, list[list[LinearSpec]], list[str]]:  # fmt: skip
+    """Check what can be refused before there is text: the decoder, the layers to prune, what will be done in part only.
+
+    Raises InputError, DiskFullError.
+    """
+    check_output(out, overwrite=overwrite, inputs=(model.folder,))
+    companions_of(model.folder)
+    decoder = Decoder(model.folder, config.dtype, device)
+    targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
+    said = limits(decoder, targets, config)
+    check_tokenizer(model.folder)
+    require_disk(out, sum(info.size_bytes for info in decoder.reader))
+    return decoder, targets, said
 
 
 def _calibration_tokens(decoder: Decoder, config: PruneConfig, calibration: CalibrationSet | None) -> Tensor | None:

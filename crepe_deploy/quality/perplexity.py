@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crepe_deploy.device import CPU
 from crepe_deploy.documents import Text
 from crepe_deploy.errors import CheckpointError, ConfigError, NumericalError, UnsupportedModel
 from crepe_deploy.limits import check_seed
@@ -20,8 +21,8 @@ from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.model.architecture import whole_model
 from crepe_deploy.model.decoder import COMPUTE_DTYPES
 from crepe_deploy.nearest import unknown
-from crepe_deploy.progress import Progress, part, silent
-from crepe_deploy.store.stock import check_ids, third_party
+from crepe_deploy.progress import Progress, Say, part, silent, unsaid
+from crepe_deploy.store.stock import check_ids, config_of, third_party
 from crepe_deploy.texts import first_tokens, load_tokenizer, tokenize, wants_bos_each_window
 
 from .scoring import (
@@ -39,6 +40,7 @@ from .scoring import (
 )
 
 BOS_MODES = ("auto", "none", "start", "window")
+FEW_WINDOWS = 8  # below, a bootstrap over windows says little
 LOGIT_ROWS = 16  # few enough to stay in a CPU cache as float32: twice as fast as 256
 
 
@@ -138,32 +140,36 @@ def evaluate(
     bos: str = "auto",
     against: Path | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: torch.device = CPU,
     progress: Progress | None = None,
+    say: Say = unsaid,
 ) -> QualityReport:
     """Perplexity of `model_dir` on `text`, and the paired figures where `against` names a reference folder.
 
     The text is tokenised once, as far as `max_tokens` needs; `window` is clipped to the models' contexts, `stride`
     defaults to the window. dtype "auto" is each checkpoint's own. bos "auto": "window" for Gemma, "start" where the
-    tokenizer itself puts one, else "none". device "auto": CUDA where there is one. `seed` is the bootstrap's. Both
-    models are in memory together; logits go to float32 a few rows at a time. `progress` is told windows done and in
-    all.
+    tokenizer itself puts one, else "none". `seed` is the bootstrap's. Both models are in the device's memory together;
+    logits go to float32 a few rows at a time. `progress` is told windows done and in all; `say` what was chosen in
+    silence: a clipped window, too few windows.
     Raises CheckpointError, CalibrationError, ConfigError (models that cannot be compared) and NumericalError.
     """
     started = time.monotonic()
+    check_options(dtype, bos, seed, window, stride)
     tokenizer = load_tokenizer(model_dir)
     mode = resolve_bos(tokenizer, bos)
-    check_seed(seed)
     ids, loaded, total = first_tokens(tokenizer, text, field, max_tokens)
     if against is not None:
         _check_same_tokenizer(tokenizer, load_tokenizer(against), loaded)
-    place = resolve_device(device)
-    model = load_model(model_dir, dtype, place)
-    reference = load_model(against, dtype, place) if against is not None else None
-    if reference is not None:
-        _check_same_vocabulary(model, reference)
-    window = min([window, *(context_length(one) or window for one in (model, reference) if one is not None)])
-    windows = plan_windows(ids, window, stride, max_tokens, mode, tokenizer.bos_token_id)
+    configs = [config_of(folder) for folder in (model_dir, against) if folder is not None]
+    _check_same_vocabulary(configs)
+    context = min((length for config in configs if (length := context_length(config)) is not None), default=window)
+    if context < window:
+        say(f"windows are clipped to the model's context: {context} tokens instead of {window}")
+    windows = plan_windows(ids, min(window, context), stride, max_tokens, mode, tokenizer.bos_token_id)
+    if len(windows.sequences) < FEW_WINDOWS:
+        say(f"intervals come from {len(windows.sequences)} windows and say little: give more text or a smaller window")
+    model = load_model(model_dir, dtype, device)
+    reference = load_model(against, dtype, device) if against is not None else None
     check_ids(tokenizer, torch.cat(windows.sequences).tolist(), model.get_input_embeddings().num_embeddings)
     scores = _score_all(model, reference, windows, progress)
     return QualityReport(
@@ -177,21 +183,35 @@ def evaluate(
     )
 
 
-def load_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> Any:
+def load_model(folder: Path, dtype: str = "auto", device: torch.device = CPU) -> Any:
     """Load a causal language model for inference: safetensors only, no remote code, no missing weights.
 
     Raises CheckpointError, and ConfigError for an unknown dtype.
     """
-    if dtype != "auto" and dtype not in COMPUTE_DTYPES:
-        raise ConfigError(unknown("dtype", dtype, ["auto", *COMPUTE_DTYPES]))
+    _check_dtype(dtype)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
     return whole_model(folder, dtype=COMPUTE_DTYPES.get(dtype, "auto")).to(device)
 
 
-def context_length(model: Any) -> int | None:
-    """Longest sequence the model's config allows, in tokens; None where it names none."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_options(dtype: str, bos: str, seed: int, window: int, stride: int | None) -> None:
+    """Refuse what needs neither model nor text to be judged. Raises ConfigError."""
+    _check_dtype(dtype)
+    if bos not in BOS_MODES:
+        raise ConfigError(unknown("bos", bos, BOS_MODES))
+    check_seed(seed)
+    if stride is not None and stride > window:
+        raise ConfigError(f"window {window} with stride {stride}: text between windows would be left out")
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype != "auto" and dtype not in COMPUTE_DTYPES:
+        raise ConfigError(unknown("dtype", dtype, ["auto", *COMPUTE_DTYPES]))
+
+
+def context_length(config: Any) -> int | None:
+    """Longest sequence a transformers configuration allows, in tokens; None where it names none."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 
@@ -232,13 +252,6 @@ def plan_windows(
     )
 
 
-def resolve_device(device: str) -> str:
-    """Turn "auto" into "cuda" where there is one, else "cpu"."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
-
-
 def _check_same_tokenizer(tokenizer: Any, other: Any, text: Text) -> None:
     sample = text.joined[:10_000]
     same = tokenizer.get_vocab() == other.get_vocab()
@@ -246,9 +259,9 @@ def _check_same_tokenizer(tokenizer: Any, other: Any, text: Text) -> None:
         raise ConfigError("the two models have different tokenizers and cannot be compared token by token")
 
 
-def _check_same_vocabulary(model: Any, reference: Any) -> None:
-    sizes = [int(one.config.get_text_config().vocab_size) for one in (model, reference)]
-    if sizes[0] != sizes[1]:
+def _check_same_vocabulary(configs: list[Any]) -> None:
+    sizes = [int(config.get_text_config().vocab_size) for config in configs]
+    if len(set(sizes)) > 1:
         raise ConfigError(
             f"the two models give logits for {sizes[0]} and {sizes[1]} tokens and cannot be compared; "
             f"bring their embeddings to one size"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import importlib.metadata
-import importlib.util
 import io
 import sys
 import time
@@ -25,13 +24,15 @@ from typing import Any
 
 import torch
 
-from crepe_deploy.errors import CalibrationError, ConfigError, CrepeError, MissingExtra
+from crepe_deploy.device import CPU
+from crepe_deploy.errors import CalibrationError, ConfigError, CrepeError
+from crepe_deploy.extras import require
 from crepe_deploy.nearest import meant
 from crepe_deploy.store.reading import DOCUMENT_BYTES, decode, parse_json, read_bytes
 from crepe_deploy.store.stock import check_ids, third_party
 from crepe_deploy.texts import load_tokenizer
 
-from .perplexity import load_model, resolve_device
+from .perplexity import load_model
 from .requests import check_tokenizer, checked
 from .scoring import Estimate, estimate, mean
 
@@ -90,9 +91,33 @@ class Document:
     gold: int
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that were found. source: "hub" or the folder of local task files. specs, manager: lm-eval's."""
+
+    source: str
+    specs: list[Any]
+    manager: Any
+
+
+def find_tasks(names: list[str], task_dir: Path | None = None) -> Tasks:
+    """The tasks, with their data: names of lm-eval, or of files in `task_dir`. No model is needed for that.
+
+    Raises MissingExtra, ConfigError (unknown task) and CalibrationError (data missing, unreadable or wrong).
+    """
+    require("zero-shot evaluation", "lm_eval")
+    if not names:
+        raise ConfigError("no task is named")
+    specs = [name if task_dir is None else _local_task(task_dir, name) for name in names]
+    manager = _task_manager(specs)
+    if task_dir is None:
+        _load(manager, specs)
+    return Tasks("hub" if task_dir is None else str(task_dir), specs, manager)
+
+
 def zero_shot(
     model_dir: Path,
-    tasks: list[str],
+    tasks: list[str] | Tasks,
     *,
     task_dir: Path | None = None,
     limit: int | None = None,
@@ -100,35 +125,30 @@ def zero_shot(
     dtype: str = "auto",
     batch_size: int = 8,
     seed: int = 0,
-    device: str = "auto",
+    device: torch.device = CPU,
 ) -> ZeroShotReport:
     """Zero-shot figures of a model folder, paired with a reference's where `against` names one.
 
-    tasks: lm-eval's task names, or names of files in `task_dir`. limit: only the first documents of each.
+    tasks: as `find_tasks` gives them, or the names that it takes. limit: only the first documents of each.
     `seed` is the bootstrap's. Raises MissingExtra, ConfigError (unknown task), CalibrationError (task data missing,
     unreadable or wrong) and CheckpointError.
     """
     started = time.monotonic()
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtra("lm-eval", "eval", "zero-shot evaluation")
-    if not tasks:
-        raise ConfigError("no task is named")
-    specs = [task if task_dir is None else _local_task(task_dir, task) for task in tasks]
-    manager = _task_manager(specs)
+    found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks, task_dir)
+    specs, manager = found.specs, found.manager
     for folder in filter(None, (model_dir, against)):
         check_tokenizer(folder, load_tokenizer(folder))
-    place = resolve_device(device)
-    model = load_model(model_dir, dtype, place)
+    model = load_model(model_dir, dtype, device)
     used_dtype = str(model.dtype).removeprefix("torch.")
     results = _run(model, model_dir, manager, specs, limit, batch_size)
     del model
     reference = None
     if against is not None:
-        reference = _run(load_model(against, dtype, place), against, manager, specs, limit, batch_size)
+        reference = _run(load_model(against, dtype, device), against, manager, specs, limit, batch_size)
     return ZeroShotReport(
         model=str(model_dir),
         reference=None if against is None else str(against),
-        source="hub" if task_dir is None else str(task_dir),
+        source=found.source,
         tasks={name: _task_score(name, results, reference, seed) for name in results["samples"]},
         limit=limit,
         few_shot=0,
@@ -266,22 +286,28 @@ def _run(
 
 
 def _evaluated(wrapped: Any, manager: Any, specs: list[Any], limit: int | None) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate
+
+    loaded = _load(manager, specs)
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=0)
+    with torch.inference_mode(), contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout is the caller's
+        results: dict[str, Any] = evaluate(lm=wrapped, task_dict=loaded, limit=limit, bootstrap_iters=1000)
+    return results
+
+
+def _load(manager: Any, specs: list[Any]) -> Any:
+    """lm-eval's tasks with their data. Raises CalibrationError where that cannot be fetched."""
     import httpx
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
-    from lm_eval.evaluator import evaluate
 
     try:
-        loaded = manager.load([dict(spec) if isinstance(spec, dict) else spec for spec in specs])
-        for task in loaded["tasks"].values():
-            task.set_config(key="num_fewshot", value=0)
-        with torch.inference_mode(), contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout is the caller's
-            results: dict[str, Any] = evaluate(lm=wrapped, task_dict=loaded, limit=limit, bootstrap_iters=1000)
+        return manager.load([dict(spec) if isinstance(spec, dict) else spec for spec in specs])
     except (OSError, DatasetsError, HfHubHTTPError, httpx.HTTPError) as error:
         raise CalibrationError(
             f"the data of lm-eval's tasks could not be fetched: {error}; for offline use give --task-dir"
         ) from error
-    return results
 
 
 def _task_score(name: str, results: dict[str, Any], reference: dict[str, Any] | None, seed: int) -> TaskScore:

@@ -107,7 +107,8 @@ class MaskedModel:
             reference = likely.exp()  # shared by all settings, as is its entropy
             entropy = -torch.linalg.vecdot(reference, likely)
             for setting, own, hidden in zip(settings, losses, windows[1:], strict=True):
-                kl, nll = _compare_logits(reference, entropy, self._logits(ids, hidden[number]), ids[1:])
+                logits = self._logits(ids, hidden[number])
+                kl, nll = _compare_logits(reference, entropy, logits, ids[1:].to(logits.device))
                 if not kl + nll < float("inf"):
                     raise NumericalError(f"{setting.key} gives NaN or infinite likelihoods on the search text")
                 own.kl.append(kl)

@@ -5,7 +5,6 @@ The margin keeps every step of a whole-numbered axis (window, form) reachable, w
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from crepe_deploy.errors import MissingExtra
+from crepe_deploy.extras import require
 
 from .space import Axis, Setting, Space
 
@@ -53,8 +52,7 @@ def rank(values: dict[str, tuple[Setting, float]]) -> Ranking:
 
 def require_cmaes() -> None:
     """Raise MissingExtra unless `cmaes` is installed."""
-    if importlib.util.find_spec("cmaes") is None:
-        raise MissingExtra("cmaes", "search", "--optimizer pho")
+    require("--optimizer pho", "cmaes")
 
 
 def cma_es(

@@ -9,14 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from crepe_deploy.device import CPU, described
 from crepe_deploy.errors import ConfigError, OutputError
-from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.model.decoder import Decoder, LinearSpec, check_dtype
 from crepe_deploy.nearest import unknown
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.pruning.recipe import Preset
 from crepe_deploy.pruning.targets import choose_targets
 from crepe_deploy.store.files import check_output_file, write_json
+from crepe_deploy.store.folders import held
 from crepe_deploy.store.journal import open_journal
 from crepe_deploy.store.manifest import versions
 from crepe_deploy.store.sources import Model, describe_source
@@ -95,35 +99,52 @@ def search(
     overwrite: bool = False,
     show: Show = hidden,
     say: Say = unsaid,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Search CRePE's hyperparameters for `model` and write the preset `out`; returns its document.
 
     calibration: what the masks are made from, as for `prune`. text: what they are judged on; not a test split.
     The journal beside `out` keeps every evaluation; with `resume` a stopped search goes on to the same result.
     show: wraps the long steps in a progress display. say: receives a line for each stage and each new best.
+    device: that runs the model; proxies, which see a few rows of each layer, stay on the host's threads.
     Raises ConfigError, OutputError, PatternError, MissingExtra before any work, NumericalError, DiskFullError.
     """
     started = time.monotonic()
-    decoder, targets, space = _prepare(model, out, config, calibration, text, overwrite)
+    decoder, targets, space = _prepare(model, out, config, calibration, text, overwrite, device)
     identity = _identity(model, config, calibration, text)
-    journal = open_journal(journal_path(out), identity, resume=resume, overwrite=overwrite)
     rule = SampleRule(reach=space.kernel_sizes[-1] // 2, seed=config.seed)
-    with temporary_folder("search") as folder:
+    with held(out), temporary_folder("search") as folder:
+        journal = open_journal(journal_path(out), identity, resume=resume, overwrite=overwrite)
         evaluator = Evaluator(
             decoder, targets, config.pattern, calibration, text, rule, journal, folder, config.workers, show
         )
         run = _Search(config, space, evaluator, started, say)
         result = _pho(run) if config.optimizer == "pho" else _climb(run)
         document = _document(out, run, identity, result)
-    Preset.model_validate(document)  # what cannot be used is not written
-    write_json(out, document)
+        Preset.model_validate(document)  # what cannot be used is not written
+        write_json(out, document)
     return document
 
 
 def _prepare(
-    model: Model, out: Path, config: SearchConfig, calibration: CalibrationSet, text: CalibrationSet, overwrite: bool
-) -> tuple[Decoder, list[list[LinearSpec]], Space]:
+    model: Model, out: Path, config: SearchConfig, calibration: CalibrationSet, text: CalibrationSet, overwrite: bool,
+    device: torch.device,
+) -> tuple[Decoder, list[list[LinearSpec]], Space]:  # fmt: skip
     """Everything that can be refused is refused here."""
+    check_options(out, config, overwrite=overwrite)
+    decoder = Decoder(model.folder, config.dtype, device)
+    targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
+    for name, tokens in (("calibration", calibration.tokens), ("search", text.tokens)):
+        if tokens.shape[1] > decoder.context_length:
+            raise ConfigError(
+                f"{name} windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
+            )
+    shortest = min(min(spec.in_features, spec.out_features) for block in targets for spec in block)
+    return decoder, targets, Space(config.kernel_sizes, shortest)
+
+
+def check_options(out: Path, config: SearchConfig, *, overwrite: bool) -> None:
+    """Refuse what needs no model to be judged. Raises OutputError, ConfigError, MissingExtra."""
     if out.suffix != ".json":
         raise OutputError(f"--out {out}: a preset is a .json file")
     check_output_file(out, overwrite=overwrite)
@@ -134,15 +155,7 @@ def _prepare(
     check_proxy(config.proxy)
     if config.optimizer == "pho":
         require_cmaes()
-    decoder = Decoder(model.folder, config.dtype)
-    targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
-    for name, tokens in (("calibration", calibration.tokens), ("search", text.tokens)):
-        if tokens.shape[1] > decoder.context_length:
-            raise ConfigError(
-                f"{name} windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
-            )
-    shortest = min(min(spec.in_features, spec.out_features) for block in targets for spec in block)
-    return decoder, targets, Space(config.kernel_sizes, shortest)
+    check_dtype(config.dtype)
 
 
 def _identity(model: Model, config: SearchConfig, calibration: CalibrationSet, text: CalibrationSet) -> dict[str, Any]:
@@ -218,6 +231,7 @@ def _document(out: Path, run: _Search, identity: dict[str, Any], result: SearchR
         "proxies": run.evaluator.proxies([setting])[0],
         "proxy_standard_errors": run.evaluator.errors(setting),
         "sample": asdict(run.evaluator.rule),
+        "device": described(run.evaluator.decoder.device),
         "seconds": round(time.monotonic() - run.started, 1),
         "versions": versions(),
     }

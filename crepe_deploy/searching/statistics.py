@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import OutputError
 from crepe_deploy.model.calibrate import Stream, embed
 from crepe_deploy.model.decoder import Decoder, LinearSpec
@@ -53,10 +54,10 @@ class SampleRule:
 class InputSums:
     """Running sums over one linear input: squares (in,) and the two sketches (r, in), fp32."""
 
-    def __init__(self, width: int, rule: SampleRule, generator: torch.Generator) -> None:
-        self.squares = torch.zeros(width)
-        self.sketch = torch.zeros(rule.sketch_rows, width)
-        self.token_sketch = torch.zeros(rule.sketch_rows, width)
+    def __init__(self, width: int, rule: SampleRule, generator: torch.Generator, device: torch.device = CPU) -> None:
+        self.squares = torch.zeros(width, device=device)
+        self.sketch = torch.zeros(rule.sketch_rows, width, device=device)
+        self.token_sketch = torch.zeros(rule.sketch_rows, width, device=device)
         self.variety = Variety()
         self._generator = generator
 
@@ -67,7 +68,8 @@ class InputSums:
         squares = rows.square()
         self.squares += squares.sum(0)
         shape = (len(self.sketch), len(rows))
-        signs = torch.randint(2, shape, generator=self._generator).float().mul_(2).sub_(1).div_(math.sqrt(shape[0]))
+        drawn = torch.randint(2, shape, generator=self._generator)  # on the host: the same wherever it computes
+        signs = drawn.to(rows.device).float().mul_(2).sub_(1).div_(math.sqrt(shape[0]))
         self.sketch.addmm_(signs, rows)
         lengths = squares.sum(1).sqrt_().clamp_(min=1e-30)
         self.token_sketch.addmm_(signs / lengths, rows)
@@ -122,7 +124,7 @@ def _watching(
             shared = next((entry for tensor, entry in seen if tensor is args[0]), None)
             if shared is not None and sums.setdefault(path, shared) is shared:
                 return
-            entry = sums.setdefault(path, InputSums(args[0].shape[-1], rule, generator))
+            entry = sums.setdefault(path, InputSums(args[0].shape[-1], rule, generator, args[0].device))
             entry.add(args[0])
             seen.append((args[0], entry))
 
@@ -156,11 +158,11 @@ def _sample(
 
 
 def _through_disk(path: Path, layers: list[LayerSample]) -> list[LayerSample]:
-    """Write the tensors of `layers` and return the same layers on memory-mapped ones."""
+    """Write the tensors of `layers` and return the same layers on memory-mapped ones, which are the host's."""
     tensors: dict[str, Tensor] = {}
     for layer in layers:
-        tensors |= {f"{layer.key}/{name}": getattr(layer, name).clone() for name in _VECTORS}
-        tensors |= {f"{layer.key}/{band.start}": band.weight.contiguous() for band in layer.bands}
+        tensors |= {f"{layer.key}/{name}": getattr(layer, name).clone().cpu() for name in _VECTORS}
+        tensors |= {f"{layer.key}/{band.start}": band.weight.contiguous().cpu() for band in layer.bands}
     with disk_errors(path):
         save_file(tensors, path)  # which does not say of every failure that it failed
         try:

@@ -15,14 +15,15 @@ import itertools
 import json
 import os
 import shutil
-import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final
 
 from crepe_deploy.errors import OutputError
 
 from .files import disk_errors
+from .signals import Uninterrupted
 
 # Folders beside OUT that belong to the run that writes it.
 DERIVED: Final = (".partial", ".old", ".work", ".failed", ".unpacked")
@@ -30,7 +31,6 @@ MANIFEST: Final = "manifest.json"
 REPORT: Final = "report.json"
 _RECORD_BYTES: Final = 1 << 16
 _JSON_BYTES: Final = 1 << 28
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = (), own: tuple[str, ...] = ()) -> None:
@@ -129,7 +129,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = 
     Raises OutputError, DiskFullError.
     """
     partial = out.with_name(out.name + ".partial")
-    with Uninterrupted() as signals, _parents(out), Claim(out) as claim:
+    with Uninterrupted() as signals, parents(out), claimed(out) as claim:
         claim.recover()
         check_output(out, overwrite=overwrite, own=own)
         try:
@@ -140,6 +140,23 @@ def atomic_folder(out: Path, *, overwrite: bool = False, own: tuple[str, ...] = 
                 claim.publish(partial)
         finally:
             claim.recover()
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Inside, `out`, a folder or a file, is this run's to write: another run for it is refused at once.
+
+    An `atomic_folder` or `unfinished` for it inside is under the same hold. Raises OutputError, DiskFullError.
+    """
+    if not out.name:
+        raise OutputError(f"output {out} has no name: choose one")
+    with Uninterrupted() as signals, parents(out), Claim(out) as claim:
+        token = _HELD.set({**_HELD.get(), _place(out): claim})
+        try:
+            with signals.delivered():
+                yield
+        finally:
+            _HELD.reset(token)
 
 
 @contextlib.contextmanager
@@ -162,6 +179,29 @@ def free_name(place: Path) -> Path:
     """`place`, or with -2, -3, ... behind it the first name that nothing bears yet."""
     numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain([place], numbered) if not name.exists() and not name.is_symlink())
+
+
+_HELD: ContextVar[Mapping[Path, Claim]] = ContextVar("_HELD", default={})  # noqa: B039 - never changed in place
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[Claim]:
+    """A claim on `out`: that of the `held` around it where there is one, which nothing inside shares. OutputError."""
+    place, others = _place(out), dict(_HELD.get())
+    claim = others.pop(place, None)
+    if claim is None:
+        with Claim(out) as claim:
+            yield claim
+        return
+    token = _HELD.set(others)
+    try:
+        yield claim
+    finally:
+        _HELD.reset(token)
+
+
+def _place(out: Path) -> Path:
+    return resolved(out.absolute().parent) / out.name
 
 
 class Claim:
@@ -287,7 +327,7 @@ def _sync(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _parents(out: Path) -> Iterator[None]:
+def parents(out: Path) -> Iterator[None]:
     """Inside, the folders above `out` exist; those made for it go again where they stayed empty."""
     missing = [parent for parent in out.absolute().parents if not parent.exists()]
     with disk_errors(out):
@@ -298,23 +338,3 @@ def _parents(out: Path) -> Iterator[None]:
         for parent in missing:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-
-
-class Uninterrupted:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP wait: claiming, renaming and clearing up are never left half done."""
-
-    def __enter__(self) -> Uninterrupted:
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
-
-    @contextlib.contextmanager
-    def delivered(self) -> Iterator[None]:
-        """Inside, they come through as before, those that waited first."""
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import shutil
 from collections import Counter
@@ -13,9 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, MissingExtra, OutputError, UnsupportedModel
+from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, OutputError, UnsupportedModel
+from crepe_deploy.extras import require
 from crepe_deploy.nearest import unknown
 
+from .cache import PROVENANCE
 from .files import disk_errors, write_json
 from .gguf_header import check_header
 from .gguf_rope import rope_scaling
@@ -24,8 +25,8 @@ from .manifest import sha256_file
 from .stock import CLOSED, third_party
 from .temporary import held
 
-PROVENANCE = "gguf_source.json"
 DTYPES = ("bfloat16", "float16", "float32")
+MOST_BLOCKS = 10_000  # more than any model has; tables of names are made for each
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ def check_gguf(path: Path) -> GgufInfo:
     parts = parts_of(path)
     for part in parts:
         check_header(part)
-    _need("gguf")
+    need("gguf")
     readers = [_checked_reader(part) for part in parts]
     check_parts(parts, readers)
-    with _damage_named(parts[0]):
-        architecture = _text(readers[0], "general.architecture") or "unknown"
+    with damage_named(parts[0]):
+        architecture = architecture_of(readers[0])
         info = GgufInfo(
             name=_text(readers[0], "general.name") or path.stem,
             architecture=architecture,
@@ -63,15 +64,20 @@ def check_gguf(path: Path) -> GgufInfo:
             quantisation=dict(Counter(tensor.tensor_type.name for reader in readers for tensor in reader.tensors)),
             rope=rope_scaling(path, architecture, readers),
         )
-        _check_names(path, architecture, readers)
+        check_names(path, readers)
     return info
+
+
+def architecture_of(reader: Any) -> str:
+    """The name that an open file gives its architecture."""
+    return _text(reader, "general.architecture") or "unknown"
 
 
 def _checked_reader(path: Path) -> Any:
     from gguf import GGUFReader
 
     size = path.stat().st_size
-    with _damage_named(path):
+    with damage_named(path):
         reader = GGUFReader(str(path))
         ends = [int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors]
     if not ends or max(ends) > size:
@@ -83,7 +89,8 @@ def _checked_reader(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
+    """Inside, what gguf's reader stumbles over becomes a CheckpointError."""
     try:
         yield
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError) as error:
@@ -92,14 +99,20 @@ def _damage_named(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_names(path: Path, architecture: str, readers: list[Any]) -> None:
-    """Refuse tensors that no reader of this architecture looks for: a misnamed one would be left out in silence."""
+def check_names(path: Path, readers: list[Any]) -> None:
+    """Refuse tensors that no reader of this architecture looks for: a misnamed one would be left out in silence.
+
+    Raises CheckpointError.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
+    architecture = architecture_of(readers[0])
     kind = next((kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     blocks = readers[0].fields.get(f"{architecture}.block_count")
     if kind is None or blocks is None:
         return  # transformers will say that it cannot read this
+    if int(blocks.contents()) > MOST_BLOCKS:
+        raise CheckpointError(f"{path} is damaged: it says that it has {int(blocks.contents())} blocks")
     known = {name for _, name in get_tensor_name_map(kind, int(blocks.contents())).mapping.values()}
     names = [tensor.name for reader in readers for tensor in reader.tensors]
     strange = [name for name in names if name not in known and name.rpartition(".")[0] not in known]
@@ -125,7 +138,7 @@ def convert_gguf(path: Path, out_dir: Path, dtype: str = "bfloat16") -> dict[str
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise OutputError(f"{out_dir} exists already; remove it or choose another folder")
     info = check_gguf(path)
-    _need("accelerate")
+    need("accelerate")
     parts = parts_of(path)
     provenance = {
         "file": parts[0].name,
@@ -171,9 +184,9 @@ def named(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
 
 
-def _need(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise MissingExtra(package, "gguf", "reading a GGUF file")
+def need(package: str) -> None:
+    """Raises MissingExtra where a package that reading takes is not installed."""
+    require("reading a GGUF file", package, extra="gguf")
 
 
 def _card(provenance: dict[str, Any]) -> str:
@@ -207,11 +220,11 @@ def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str, rope: dict[st
                 dtype=getattr(torch, dtype),
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
-                **_biases(reader),
+                **biases(architecture_of(reader), {tensor.name for tensor in reader.tensors}),
             )
-            _check_taken(reader, shown, model)
+            check_taken(architecture_of(reader), [tensor.name for tensor in reader.tensors], shown, model)
             if loading["missing_keys"]:
-                raise CheckpointError(f"{shown} lacks weights that the model needs: {named(loading['missing_keys'])}")
+                raise lacking(shown, loading["missing_keys"])
             tokenizer = AutoTokenizer.from_pretrained(**place)
             _forget_quantisation(model)
             if rope:
@@ -224,24 +237,43 @@ def _dequantise(path: Path, out_dir: Path, dtype: str, shown: str, rope: dict[st
             logging.enable_progress_bar()
 
 
-def _biases(reader: Any) -> dict[str, bool]:
-    """What the configuration must say for the biases of a Llama, which transformers reads as one without any."""
-    if _text(reader, "general.architecture") != "llama":
+def lacking(shown: str, names: Iterable[str]) -> CheckpointError:
+    """What is said of a file without these weights."""
+    return CheckpointError(f"{shown} lacks weights that the model needs: {named(names)}")
+
+
+def biases(architecture: str, names: set[str]) -> dict[str, bool]:
+    """What the configuration must say for the biases of a Llama, which transformers reads as one without any.
+
+    names: of the file's tensors.
+    """
+    if architecture != "llama":
         return {}
-    names = {tensor.name for tensor in reader.tensors}
     options = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
     return {option: True for option, name in options.items() if name in names}
 
 
-def _check_taken(reader: Any, shown: str, model: Any) -> None:
-    """Refuse a file with a tensor that transformers did not look for: it would be left out in silence."""
+def check_taken(architecture: str, names: list[str], shown: str, model: Any) -> dict[str, str]:
+    """Refuse a file with a tensor that transformers does not look for: it would be left out in silence.
+
+    Returns which of the model's weights each name in a file stands for. Raises UnsupportedModel.
+    """
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    processor = TENSOR_PROCESSORS.get(_text(reader, "general.architecture"), TensorProcessor)(config={})
-    taken = get_gguf_hf_weights_map(model, processor)
-    left = [tensor.name for tensor in reader.tensors if not {tensor.name, tensor.name.rpartition(".")[0]} & {*taken}]
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
+    taken: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    left = [name for name in names if not {name, name.rpartition(".")[0]} & {*taken}]
     if lost := [name for name in left if not name.startswith("rope_")]:
         raise UnsupportedModel(f"{shown} has tensors that transformers does not read: {named(lost)}")
+    return taken
+
+
+def config_of_gguf(path: Path, shown: str, options: dict[str, bool]) -> Any:
+    """The transformers configuration that a file's header describes; options: what it leaves out. UnsupportedModel."""
+    from transformers import AutoConfig
+
+    with third_party(f"transformers cannot convert {shown}", UnsupportedModel):
+        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, **options, **CLOSED)
 
 
 def _forget_quantisation(model: Any) -> None:

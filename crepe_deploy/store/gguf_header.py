@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Final
@@ -22,17 +23,38 @@ HEADER_BYTES: Final = 24
 MOST_ENTRIES: Final = 1 << 22  # of arrays, together: vocabularies with their scores, types and merges have 2 million
 MOST_AXES: Final = 8
 MOST_DEPTH: Final = 4
+MOST_NAME: Final = 1024  # bytes of a tensor's name; gguf's own readers allow 64
 _SIZES: Final = (1, 1, 2, 2, 4, 4, 4, 1, None, None, 8, 8, 8)  # by type: 8 is a text, 9 an array
 _TEXT: Final = 8
 
 
-def check_header(path: Path) -> None:
-    """Raise CheckpointError unless `path` begins as GGUF and its header ends within it, with counts within reason."""
+@dataclass(frozen=True)
+class Entry:
+    """What a header says of one tensor. shape: as the file has it, (in, out). kind: number of its storage type. offset:
+    of its data, from where the data begins."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """Bytes that a header takes, and its table of tensors."""
+
+    size: int
+    tensors: list[Entry]
+
+
+def check_header(path: Path) -> Header:
+    """What a header holds. Raises CheckpointError unless `path` begins as GGUF and its header ends within it, with
+    counts within reason."""
     with open_file(path) as file:
         try:
             head = file.read(HEADER_BYTES)
             _check_start(path, head)
-            _Walk(path, file).header(*struct.unpack("<QQ", head[8:]))
+            return _Walk(path, file).header(*struct.unpack("<QQ", head[8:]))
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -55,17 +77,24 @@ class _Walk:
         self.size = os.fstat(file.fileno()).st_size
         self.entries = 0
 
-    def header(self, tensors: int, fields: int) -> None:
+    def header(self, tensors: int, fields: int) -> Header:
         """Every field, then what is said of every tensor."""
         for _ in range(fields):
             self._text()
             self._value(self._number("<I"), 0)
-        for _ in range(tensors):
-            self._text()
-            axes = self._number("<I")
-            if axes > MOST_AXES:
-                raise self._damaged(f"a tensor of {axes} axes")
-            self._skip(8 * axes + 4 + 8)
+        table = [self._entry() for _ in range(tensors)]
+        return Header(self.file.tell(), table)
+
+    def _entry(self) -> Entry:
+        length = self._number("<Q")
+        if length > MOST_NAME:
+            raise self._damaged(f"a tensor with a name of {length} bytes")
+        name = self.file.read(length).decode(errors="replace")
+        axes = self._number("<I")
+        if axes > MOST_AXES:
+            raise self._damaged(f"a tensor of {axes} axes")
+        shape = tuple(self._number("<Q") for _ in range(axes))
+        return Entry(name, shape, self._number("<I"), self._number("<Q"))
 
     def _value(self, kind: int, depth: int) -> None:
         if kind >= len(_SIZES) or depth > MOST_DEPTH:

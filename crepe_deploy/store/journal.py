@@ -1,7 +1,7 @@
-"""The journal of a search: every evaluated setting, one JSON document a line, so that a stopped search goes on.
+"""The journal of a long run: every finished piece, one JSON document a line, so that a stopped run goes on.
 
-The first line says which search it is. A search looks a setting up before it evaluates it, and everything between
-evaluations is deterministic, so a resumed search ends where an uninterrupted one would.
+The first line says which run it is. A run looks a piece up before it does it, and everything between pieces is
+deterministic, so a resumed run ends where an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Journal:
         value = self._entries.get((kind, key))
         if (line := self._lines.get((kind, key))) is not None and not valid(value):
             raise ConfigError(
-                f"journal {self.path} is damaged: line {line} is no result of {kind} that this search could have; "
+                f"journal {self.path} is damaged: line {line} is no result of {kind} that this run could have; "
                 "start anew with --overwrite"
             )
         return value
@@ -79,7 +79,7 @@ def open_journal(path: Path, identity: Mapping[str, Any], *, resume: bool, overw
     if resume:
         return Journal(path, *_read(path, header))
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} holds an unfinished search: go on with --resume, or start anew with --overwrite")
+        raise OutputError(f"{path} holds an unfinished run: go on with --resume, or start anew with --overwrite")
     write_text(path, json.dumps(header) + "\n")  # whole or not at all: a stop would go on from it
     return Journal(path, {})
 
@@ -122,7 +122,7 @@ def _check_header(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
     for name in sorted(set(found) | set(expected)):
         if found.get(name) != expected.get(name):
             raise ConfigError(
-                f"journal {path} is of another search: its {name} is {_short(found.get(name))}, this one's "
+                f"journal {path} is of another run: its {name} is {_short(found.get(name))}, this one's "
                 f"{_short(expected.get(name))}; use the same options, or --overwrite"
             )
 

@@ -6,9 +6,9 @@ import hashlib
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,7 @@ from .reading import open_file, read_object
 MANIFEST_NAME = "manifest.json"
 LINEAGE = "lineage"
 SCHEMA_VERSION = 1
+_Size = Annotated[int, Field(gt=0)]
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 
 
@@ -52,7 +53,7 @@ class TensorRecord(_Record):
     ("unknown").
     """
 
-    shape: tuple[int, int]
+    shape: tuple[_Size, _Size]
     transposed: bool = False
     pattern: str
     zeros: int
@@ -61,8 +62,14 @@ class TensorRecord(_Record):
     layer_error_weighting: str
     notes: dict[str, float] = Field(default_factory=dict)
 
-    def recounted(self, zeros: int) -> TensorRecord:
-        """This with the zeros as they are stored now: rounding adds some."""
+    def check_shape(self, name: str, shape: Sequence[int]) -> None:
+        """Raise VerifyError where the tensor is stored with another shape."""
+        if tuple(shape) != self.shape:
+            raise VerifyError(f"manifest.json says that '{name}' is {self.shape}, and it is stored as {tuple(shape)}")
+
+    def recounted(self, name: str, zeros: int, shape: Sequence[int]) -> TensorRecord:
+        """This with the zeros as they are stored now: rounding adds some. Raises VerifyError for another shape."""
+        self.check_shape(name, shape)
         return self.model_copy(update={"zeros": zeros, "sparsity": zeros / (self.shape[0] * self.shape[1])})
 
 

@@ -44,6 +44,13 @@ def open_file(path: Path, error: Error = CheckpointError) -> BufferedReader:
     return os.fdopen(handle, "rb")
 
 
+def refuse_lost_link(path: Path, error: Error = CheckpointError) -> None:
+    """Raise `error` where a path is, or lies behind, a link that leads nowhere or in a circle: no name of a hub's."""
+    for place in (path, *path.parents):
+        if os.path.islink(place) and not os.path.exists(place):  # noqa: PTH110, PTH114 - these raise nothing
+            raise error(f"{path} cannot be read: {place} is a link that leads nowhere")
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is a folder at a path; at a name that the system does not take there is none."""
     try:

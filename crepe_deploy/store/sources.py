@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +11,15 @@ from pathlib import Path
 from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.machine import cache_dir
 
+from .cache import GGUF_CACHE
 from .checkpoint import shard_paths
+from .gguf_split import parts_of
 from .manifest import Source, sha256_file
-from .reading import read_front_matter
+from .reading import read_front_matter, refuse_lost_link
 from .temporary import remove_abandoned
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_GGUF_CACHE = "gguf-4"  # before 2 missing weights could be random, 3 rotary embeddings not stretched, 4 biases lost
 _HUB_FILES = [
     "*.safetensors",
     "*.json",
@@ -46,20 +48,35 @@ class Model:
 
 def resolve_model(model: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Model:
     """Find MODEL on this disk, downloading or converting it where needed. Raises CheckpointError, ConfigError."""
-    try:
-        path = Path(model).expanduser()
-        folder, there = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long, a home that nobody has
-        raise CheckpointError(f"model '{model:.80}' cannot be looked for: {error}") from error
-    if folder:
+    if (file := gguf_file(model)) is not None:
+        return _from_gguf(file, say)
+    path = Path(model).expanduser()
+    if path.is_dir():
         return Model(path, "folder", str(path), None, {})
-    if path.suffix == ".gguf":
-        return _from_gguf(path, say)
-    if there:
+    if path.exists():
         raise CheckpointError(f"{path} is neither a model folder nor a .gguf file")
+    refuse_lost_link(path, CheckpointError)
     if not is_hub_id(model):
         raise CheckpointError(f"model '{model}' is no folder on this disk and no hub id of the form owner/name")
     return _from_hub(model, revision, say)
+
+
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file that MODEL names: the file itself, or the one in a folder that holds no other model, as
+    `export --format gguf` writes it. None for everything else. Raises CheckpointError, also where there are several."""
+    try:
+        path = Path(model).expanduser()
+        folder = path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that nobody has
+        raise CheckpointError(f"model '{model:.80}' cannot be looked for: {error}") from error
+    if not folder and path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        return path
+    files = sorted(path.glob("*.gguf")) if folder and not (path / "config.json").exists() else []
+    if files and files != parts_of(files[0]):
+        raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one of them, for example {files[0]}")
+    return files[0] if files else None
 
 
 def is_hub_id(name: str) -> bool:
@@ -75,16 +92,14 @@ def is_model_name(model: str) -> bool:
     path = Path(model)
     if path.suffix == ".gguf":
         return path.is_file()
-    return path.suffix not in (".yaml", ".yml", ".json") and not path.exists() and is_hub_id(model)
+    return path.suffix not in (".yaml", ".yml", ".json") and not os.path.lexists(path) and is_hub_id(model)
 
 
 def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:
     from .gguf import convert_gguf, hash_gguf
 
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
     digest = hash_gguf(path)
-    folder = cache_dir() / _GGUF_CACHE / digest
+    folder = cache_dir() / GGUF_CACHE / digest
     remove_abandoned(folder.parent, "[0-9a-f]" * 64 + ".partial-*")
     if not folder.is_dir():
         say(f"dequantising {path.name} (once; kept in {folder})")
@@ -105,6 +120,11 @@ def _from_hub(model: str, revision: str | None, say: Callable[[str], None]) -> M
         raise CheckpointError(
             f"model '{model}' is no folder on this disk, and the hub did not give it: {reason}"
         ) from error
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{model} has no config.json on the hub; of a repository of GGUF files download one "
+            f"(hf download {model} FILE.gguf) and give its path"
+        )
     return Model(folder, "hub", model, folder.name, {})
 
 

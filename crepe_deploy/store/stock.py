@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from crepe_deploy.errors import CheckpointError, CrepeError, NoTokenizer, UnsupportedModel
+from crepe_deploy.errors import GPU_IS_FULL, CheckpointError, CrepeError, NoTokenizer, UnsupportedModel
 
 from .checkpoint import read_config
 from .reading import read_object
@@ -32,12 +32,17 @@ _SMALL_FILES: Final = (".json", ".txt", ".model", ".jinja")
 
 @contextlib.contextmanager
 def third_party(place: object, error: type[CrepeError]) -> Iterator[None]:
-    """Inside, whatever a library raises about the files of others becomes `error`: `place`, then why, in one line."""
+    """Inside, whatever a library raises about the files of others becomes `error`: `place`, then why, in one line.
+
+    A GPU's memory that is full says nothing about them, and stays what it is.
+    """
     try:
         yield
     except (CrepeError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as cause:  # a Rust panic of tokenizers is no Exception
+        if type(cause).__name__ == GPU_IS_FULL:
+            raise
         raise error(f"{place}: {reason(cause)}") from cause
 
 

@@ -1,22 +1,86 @@
-"""`OUT.work`: a run's folder for what a stopped one goes on from, emptied of its own and of nothing else."""
+"""`OUT.work`: a run's folder for what a stopped one goes on from, emptied of its own and of nothing else.
+
+`unfinished` is for runs whose output is made there piece by piece, beside the journal of the pieces that are done.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from crepe_deploy.errors import OutputError
+from crepe_deploy.errors import CheckpointError, NumericalError, OutputError
 
 from .files import disk_errors
-from .folders import Uninterrupted
+from .folders import check_output, claimed, parents
+from .journal import Journal, open_journal
+from .signals import Uninterrupted
 
 JOURNAL: Final = "journal.jsonl"
-# The names that a structural search, and healing, give what they keep there.
-OWN: Final = (JOURNAL, "iteration-*", "split", "shared", "final", "repaired", "step-*", "best-*")
+OUTPUT: Final = "output"
+PRUNED: Final = "pruned"
+_UNMADE: Final = f".{JOURNAL}.crepe-deploy-*"  # a journal whose making was cut off
+# The names that runs give what they keep there: a structural search, healing, pruning, and pruning before exports.
+OWN: Final = (
+    JOURNAL, _UNMADE, "iteration-*", "split", "shared", "final", "repaired", "step-*", "best-*", OUTPUT, PRUNED,
+    f"{PRUNED}-healed", f"{PRUNED}*.work", f"{PRUNED}*.partial", f"{PRUNED}*.old", f".{PRUNED}*.crepe-deploy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """folder: what becomes the output. journal: of its finished pieces. work: both, and what else a run keeps."""
+
+    folder: Path
+    journal: Journal
+    work: Path
+
+
+@contextlib.contextmanager
+def unfinished(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[Unfinished]:
+    """Yield what a run makes `out` in, as it was left with `resume`, else empty; whole at the end, it becomes `out`.
+
+    identity: what must be equal for a run to go on. Where it does not come to its end, what has a finished piece stays;
+    but of what is the model's own fault, and would come again, nothing is left. Meanwhile nobody else writes `out`.
+    Raises OutputError and ConfigError as `open_journal` does, DiskFullError.
+    """
+    work = work_folder(out)
+    with Uninterrupted() as signals, parents(out), claimed(out) as claim:
+        claim.recover()
+        check_output(out, overwrite=overwrite)
+        anew = not resume and (overwrite or not _begun(work))
+        if not resume:
+            make_work_folder(work, overwrite=anew)
+        journal = open_journal(work / JOURNAL, identity, resume=resume, overwrite=anew)
+        folder = work / OUTPUT
+        try:
+            with disk_errors(folder):
+                folder.mkdir(exist_ok=True)
+            with signals.delivered():
+                yield Unfinished(folder, journal, work)
+            with disk_errors(out):
+                claim.publish(folder)
+        except BaseException as error:
+            if not len(journal) or isinstance(error, NumericalError | CheckpointError):
+                remove_work_folder(work)
+            raise
+        finally:
+            claim.recover()
+        with disk_errors(work):
+            remove_work_folder(work)
+
+
+def _begun(work: Path) -> bool:
+    """Whether a run has finished a piece there, as far as its journal has a line for one."""
+    journal = work / JOURNAL
+    if not journal.is_file():
+        return False
+    with journal.open("rb") as file:
+        return len(file.readlines(1 << 16)) > 1
 
 
 def work_folder(out: Path) -> Path:
@@ -25,13 +89,13 @@ def work_folder(out: Path) -> Path:
 
 
 def make_work_folder(work: Path, *, overwrite: bool) -> None:
-    """Make the folder; with `overwrite`, what a stopped search left in it goes.
+    """Make the folder; with `overwrite`, what a stopped run left in it goes.
 
-    Raises OutputError where something lies there that no search wrote.
+    Raises OutputError where something lies there that no run wrote.
     """
     strange = _strange(work)
     if strange is not None:
-        raise OutputError(f"{strange} was not written by a search, which would work there: move it away")
+        raise OutputError(f"{strange} was not written by a run, which would work there: move it away")
     with disk_errors(work):
         if overwrite:
             remove_work_folder(work)
@@ -39,8 +103,8 @@ def make_work_folder(work: Path, *, overwrite: bool) -> None:
 
 
 def remove_work_folder(work: Path) -> None:
-    """Remove what a search wrote, and the folder where nothing else is in it."""
-    for path in work.iterdir() if work.is_dir() else ():
+    """Remove what a run wrote, its journal last, and the folder where nothing else is in it."""
+    for path in sorted(work.iterdir(), key=lambda path: path.name == JOURNAL) if work.is_dir() else ():
         if _is_own(path.name):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     with contextlib.suppress(OSError):
@@ -78,8 +142,8 @@ def _strange(work: Path) -> Path | None:
         return work
     names = sorted(path.name for path in work.iterdir()) if work.exists() else []
     foreign = next((name for name in names if not _is_own(name)), None)
-    if foreign is None and names and JOURNAL not in names:
-        foreign = names[0]
+    if foreign is None and JOURNAL not in names:
+        foreign = next((name for name in names if not fnmatch.fnmatchcase(name, _UNMADE)), None)
     return None if foreign is None else work / foreign
 
 

@@ -42,13 +42,17 @@ class CheckpointWriter:
     Every file is allocated at its full size on entry, so a full disk is met before the work. On leaving without an
     error, every planned tensor must have been written; files are fsynced and the index is written last.
     fingerprints: sha256 by name of what was written, where `fingerprint` asks for it, for `readback.prove_written`.
+    resume: files that are there already, of an equal plan, are gone on with; `keep` says what they hold.
     Raises DiskFullError, OutputError, CrepeError.
     """
 
-    def __init__(self, root: Path, plan: Mapping[str, Planned], *, fingerprint: bool = False) -> None:
+    def __init__(
+        self, root: Path, plan: Mapping[str, Planned], *, fingerprint: bool = False, resume: bool = False
+    ) -> None:
         self.root = root
         self.fingerprints: dict[str, str] = {}
         self._fingerprint = fingerprint
+        self._new = 0 if resume else os.O_EXCL
         self.plan = dict(plan)
         self._offsets: dict[str, int] = {}
         self._files: dict[str, int] = {}
@@ -83,7 +87,7 @@ class CheckpointWriter:
         for name in names:
             self._offsets[name] += start
         with disk_errors(self.root):
-            handle = os.open(self.root / file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            handle = os.open(self.root / file, os.O_CREAT | self._new | os.O_RDWR | os.O_NOFOLLOW, 0o644)
             self._files[file] = handle
             _reserve(handle, start + position)
             os.pwrite(handle, struct.pack("<Q", len(raw)) + raw, 0)
@@ -106,6 +110,26 @@ class CheckpointWriter:
             with disk_errors(self.root):
                 _write_exactly(self._files[planned.file], view, self._offsets[name])
         self._pending.discard(name)
+
+    def keep(self, fingerprints: Mapping[str, str]) -> bool:
+        """Whether the files hold these tensors, by sha256; then they count as written."""
+        if not all(fingerprint(self.read(name)) == expected for name, expected in fingerprints.items()):
+            return False
+        self.fingerprints |= fingerprints
+        self._pending -= fingerprints.keys()
+        return True
+
+    def read(self, name: str) -> Tensor:
+        """What the files hold of a planned tensor, written or not. Raises OutputError."""
+        planned = self.plan[name]
+        tensor = torch.empty(planned.shape, dtype=planned.dtype)
+        if tensor.numel():
+            view, done = bytes_of(tensor), 0
+            with disk_errors(self.root):
+                while done < len(view):
+                    place = self._offsets[name] + done
+                    done += os.preadv(self._files[planned.file], [view[done : done + (1 << 30)]], place)
+        return tensor
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:

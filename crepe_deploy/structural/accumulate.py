@@ -37,7 +37,7 @@ def level_shares(kept: Sequence[int], centre: int, how: str) -> list[float]:
 
 def mean_weight(levels: Sequence[Level], shares: Sequence[float], size: int) -> Tensor:
     """W_bar (hidden, size) in the levels' dtype, added up in fp32; a level with a share of 0 is not touched."""
-    total = torch.zeros(levels[0].weight.shape[0], size)
+    total = torch.zeros(levels[0].weight.shape[0], size, device=levels[0].weight.device)
     for level, share in zip(levels, shares, strict=True):
         if share:
             total.index_add_(1, level.columns, level.weight.float(), alpha=share)

@@ -27,8 +27,10 @@ def flap_scores(decoder: Decoder, tokens: Tensor, step: Progress = silent) -> li
             with collector.watching(block, specs):
                 stream.run(block, index, advance=True)
             stats = [collector.stats(spec, stream.sequences) for spec in specs]
-            attention, neurons = (flap(weights[spec.key], moments) for spec, moments in zip(specs, stats, strict=True))
-        scores.append((attention, neurons))
+            attention, neurons = (
+                flap(weights[spec.key], moments).cpu() for spec, moments in zip(specs, stats, strict=True)
+            )
+        scores.append((attention.cpu(), neurons.cpu()))
         step(index + 1, len(decoder.blocks))
     return scores
 

@@ -79,7 +79,7 @@ def dense_reference(decoder: Decoder, tokens: Tensor, fitness: str, top_k: int) 
         with decoder.block(index) as (block, _):
             stream.run(block, index, advance=True)
         if index in watched:
-            hidden[index] = torch.cat(stream.hidden)
+            hidden[index] = torch.cat(stream.hidden).cpu()
     if fitness == "hidden":
         return Reference(tokens, None, None, hidden)
     count = min(top_k, decoder.vocab_size)
@@ -91,8 +91,8 @@ def dense_reference(decoder: Decoder, tokens: Tensor, fitness: str, top_k: int) 
             for first in range(0, len(logits), LOGIT_ROWS):
                 rows = slice(first, first + LOGIT_ROWS)
                 values, places = logits[rows].float().topk(count)
-                indices[window, rows] = places.to(torch.int32)
-                likely[window, rows] = torch.log_softmax(values, dim=-1)
+                indices[window, rows] = places.to(torch.int32).cpu()
+                likely[window, rows] = torch.log_softmax(values, dim=-1).cpu()
     return Reference(tokens, indices, likely, {})
 
 
@@ -168,7 +168,7 @@ class FitnessJudge:
         return after, behind
 
     def _difference(self, states: list[Tensor], index: int, chosen: Tensor) -> float:
-        dense = self.reference.hidden[index][chosen].float()
+        dense = self.reference.hidden[index][chosen].to(states[0].device).float()
         return float((torch.cat(states).float() - dense).square().sum() / dense.square().sum())
 
     def _divergences(self, hidden: dict[int, list[Tensor]], chosen: Tensor) -> dict[int, float]:
@@ -180,9 +180,8 @@ class FitnessJudge:
                 for place, state in enumerate(torch.cat(states)):
                     logits = head(tokens[place : place + 1], state[None])[0]
                     window = int(chosen[place])
-                    totals[node] += top_k_divergence(
-                        logits, self.reference.indices[window], self.reference.likely[window]
-                    )
+                    places, likely = self.reference.indices[window], self.reference.likely[window]
+                    totals[node] += top_k_divergence(logits, places.to(logits.device), likely.to(logits.device))
         return {node: total / tokens.numel() for node, total in totals.items()}
 
 

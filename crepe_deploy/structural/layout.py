@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from crepe_deploy.errors import CheckpointError, ConfigError, UnsupportedModel
+from crepe_deploy.limits import MOST
 from crepe_deploy.model.families import FAMILIES, family_of, known
 from crepe_deploy.model.structure import SEPARATE, Part, Projections, Structure
 
@@ -28,6 +29,7 @@ PER_LAYER_CLASSES: Final = {
     if family.per_layer_of
 }
 _NAMES: Final = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "intermediate": "intermediate_size"}
+_MOST_LAYERS: Final = 10_000
 _WINDOW_KEYS: Final = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 Content = dict[str, Any]
 
@@ -232,9 +234,13 @@ def layer_widths(content: Mapping[str, Any]) -> list[Widths]:
     """The widths of every layer that a `config.json` of any layout states. Raises CheckpointError for a wrong one."""
     try:
         if content.get("model_type") == DECI_TYPE:
-            heads = content["num_attention_heads"]
+            heads = _whole(content["num_attention_heads"])
             return [
-                Widths(heads, heads // block["attention"]["n_heads_in_group"], block["ffn"]["intermediate_size"])
+                Widths(
+                    heads,
+                    heads // _whole(block["attention"]["n_heads_in_group"]),
+                    _whole(block["ffn"]["intermediate_size"]),
+                )
                 for block in content["block_configs"]
             ]
         heads = content["num_attention_heads"]
@@ -244,21 +250,27 @@ def layer_widths(content: Mapping[str, Any]) -> list[Widths]:
             "intermediate_size": content["intermediate_size"],
         }
         entries = {int(index): entry for index, entry in (content.get("per_layer_config") or {}).items()}
-        layers = range(content["num_hidden_layers"])
-        if entries.keys() - set(layers):
+        layers = range(_whole(content["num_hidden_layers"], most=_MOST_LAYERS))
+        if any(index not in layers for index in entries):
             raise CheckpointError(f"config.json: per_layer_config names layer {max(entries)} of {len(layers)}")
         merged = [{**whole, **entries.get(index, {})} for index in layers]
-        return [Widths(*(int(layer[name]) for name in _NAMES.values())) for layer in merged]
+        return [Widths(*(_whole(layer[name]) for name in _NAMES.values())) for layer in merged]
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"config.json does not state the widths of its layers: {error!r}") from error
+
+
+def _whole(value: Any, most: int = MOST) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{value!r:.60} is no number from 0 to {most}")
+    return value
 
 
 def layer_shapes(content: Mapping[str, Any]) -> list[dict[str, tuple[int, int]]]:
     """For every layer the shapes of its matrices, by name within the layer. Raises CheckpointError."""
     try:
-        hidden, head_dim = int(content["hidden_size"]), content.get("head_dim")
-        size = int(head_dim or hidden // content["num_attention_heads"])
-    except (KeyError, TypeError, ValueError) as error:
+        hidden = _whole(content["hidden_size"])
+        size = _whole(content.get("head_dim") or hidden // _whole(content["num_attention_heads"]))
+    except (KeyError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"config.json does not state the size of its heads: {error!r}") from error
     projections = written_projections(content)
     return [_shapes(projections, hidden, size, layer) for layer in layer_widths(content)]

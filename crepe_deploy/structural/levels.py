@@ -108,7 +108,8 @@ class _Projection:
         """(in,): what each channel is worth without a sweep."""
         if self.rules.select == "random":
             generator = torch.Generator().manual_seed(self.rules.seed * 1_000_003 + self.salt)
-            return torch.rand(self.weight.shape[1], generator=generator, dtype=torch.float64)
+            drawn = torch.rand(self.weight.shape[1], generator=generator, dtype=torch.float64)
+            return drawn.to(self.weight.device)  # drawn on the host: the same wherever it computes
         return SCORES[self.rules.select](self.weight, self.stats)
 
     def order(
@@ -157,7 +158,7 @@ def neuron_levels(
     """
     projection = _Projection(weight, stats, rules, salt)
     wanted = sorted(set(sizes), reverse=True)
-    problem, everything = projection.problem(), torch.arange(weight.shape[1])
+    problem, everything = projection.problem(), torch.arange(weight.shape[1], device=weight.device)
     removed = projection.order(problem, everything, everything.unsqueeze(1), wanted[-1], rules.per_round)
     kept = [_without(everything, removed[: weight.shape[1] - size]) for size in wanted]
     weights = projection.weights(problem, everything, kept)
@@ -175,14 +176,14 @@ def attention_levels(
     alike. Raises NumericalError, CalibrationError.
     """
     projection = _Projection(weight, stats, rules, salt)
-    problem, everything = projection.problem(), torch.arange(weight.shape[1])
+    problem, everything = projection.problem(), torch.arange(weight.shape[1], device=weight.device)
     fewest = min(groups for groups, _ in sizes)
     by_group = everything.view(geometry.kv_heads, -1)
     removed = projection.order(problem, everything, by_group, fewest, 1)
     levels: dict[AttentionSize, Level] = {}
     whole = sorted({groups for groups, queries in sizes if queries == geometry.queries_per_group}, reverse=True)
     stay = {
-        count: _without(torch.arange(geometry.kv_heads), removed[: geometry.kv_heads - count])
+        count: _without(torch.arange(geometry.kv_heads, device=weight.device), removed[: geometry.kv_heads - count])
         for count in {groups for groups, _ in sizes}
     }
     if whole:
@@ -203,12 +204,14 @@ def _fewer_queries(
     """Levels of these groups with fewer query heads in each; counts: descending, below all of them."""
     size = geometry.queries_per_group
     heads = [group * size + query for group in groups for query in range(size)]
-    channels = head_features(heads, geometry.head_dim)
+    device = projection.weight.device
+    channels = head_features(heads, geometry.head_dim).to(device)
     inner = None if problem is None else problem.restrict(channels)
-    units = torch.arange(len(channels)).view(len(heads), geometry.head_dim)
+    units = torch.arange(len(channels), device=device).view(len(heads), geometry.head_dim)
     labels = [position // size for position in range(len(heads))]
     removed = projection.order(inner, channels, units, len(groups) * counts[-1], 1, labels)
-    stays = [_without(torch.arange(len(heads)), removed[: len(groups) * (size - count)]) for count in counts]
+    everyone = torch.arange(len(heads), device=device)
+    stays = [_without(everyone, removed[: len(groups) * (size - count)]) for count in counts]
     kept = [units[stay].flatten() for stay in stays]
     weights = projection.weights(inner, channels, kept)
     levels = {}
@@ -221,6 +224,6 @@ def _fewer_queries(
 
 
 def _without(everything: Tensor, removed: Sequence[int]) -> Tensor:
-    kept = torch.ones(len(everything), dtype=torch.bool)
-    kept[torch.tensor(removed, dtype=torch.int64)] = False
+    kept = torch.ones_like(everything, dtype=torch.bool)
+    kept[torch.tensor(removed, dtype=torch.int64, device=everything.device)] = False
     return everything[kept]

@@ -129,13 +129,13 @@ def removal_order(
     """
     if len(units) <= remaining:
         return []
-    alive = torch.arange(len(units))
+    alive = torch.arange(len(units), device=units.device)
     within = problem.restrict(units.flatten())
     factor = cholesky(within.hessian)
     weight = torch.cholesky_solve(within.gradient, factor).to(dtype).contiguous()
     inverse = torch.cholesky_inverse(factor).to(dtype).contiguous()
     gradient, size = within.gradient.to(dtype), units.shape[1]
-    labels = torch.zeros(len(units), dtype=torch.int64) if classes is None else torch.tensor(classes)
+    labels = torch.zeros_like(alive) if classes is None else torch.tensor(classes, device=units.device)
     removed: list[int] = []
     while len(alive) > remaining:
         shape = (len(alive), size, weight.shape[1])
@@ -145,7 +145,7 @@ def removal_order(
         removed += alive[gone].tolist()
         _remove(weight, inverse, _features(gone, size))
         left = len(alive) - len(gone)
-        holes, last = gone[gone < left], torch.ones(len(alive), dtype=torch.bool)
+        holes, last = gone[gone < left], torch.ones_like(alive, dtype=torch.bool)
         last[:left] = False
         last[gone] = False
         tail = last.nonzero().flatten()
@@ -170,7 +170,7 @@ def _lowest(scores: Tensor, names: Tensor, labels: Tensor, count: int | None) ->
 
 
 def _features(positions: Tensor, size: int) -> Tensor:
-    return (positions.unsqueeze(1) * size + torch.arange(size)).flatten()
+    return (positions.unsqueeze(1) * size + torch.arange(size, device=positions.device)).flatten()
 
 
 def _remove(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:

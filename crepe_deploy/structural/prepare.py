@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.architecture import content_with_sizes
 from crepe_deploy.model.decoder import Decoder
@@ -82,20 +84,20 @@ class Run:
 
     def store(self, name: str) -> Store:
         """A supernet in the working folder."""
-        return Store(self.work / name)
+        return Store(self.work / name, self.decoder.device)
 
 
 def prepare_run(
     model: Model, out: Path, config: TyrConfig, calibration: CalibrationSet, *,
-    resume: bool, overwrite: bool, show: Show, say: Say,
+    resume: bool, overwrite: bool, show: Show, say: Say, device: torch.device = CPU,
 ) -> Run:  # fmt: skip
-    """Refuse what cannot work, say what the run will take, and open its journal.
+    """Refuse what cannot work, say what the run will take on this device, and open its journal.
 
     Raises ConfigError, OutputError, UnsupportedModel, CheckpointError, DiskFullError.
     """
     config.check()
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
-    decoder = Decoder(model.folder, config.dtype)
+    decoder = Decoder(model.folder, config.dtype, device)
     require_family(decoder)
     geometry = Geometry.from_config(decoder.config)
     held = _check_windows(config, calibration, decoder)

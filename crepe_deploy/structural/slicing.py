@@ -23,20 +23,20 @@ def in_layer(name: str) -> tuple[int, str] | None:
 
 
 def sliced(path: str, tensor: Tensor, plan: LayerPlan, geometry: Geometry) -> Tensor:
-    """What stays of the tensor at `path` of a layer, in its dtype; o_proj and down_proj become the plan's refit ones.
+    """What stays of the tensor at `path` of a layer, where it is, in its dtype; o_proj and down_proj become the plan's.
 
     Norms and the biases of o_proj and down_proj stay whole; what was tuned goes before all. Raises NumericalError for a
     refit that overflows the dtype.
     """
     if path in plan.tuned:
-        return _cast(path, plan.tuned[path], tensor.dtype)
+        return _cast(path, plan.tuned[path], tensor)
     projections = geometry.structure.projections
     if parts := projections.rows.get(path.rpartition(".")[0]):
-        return tensor[_kept_rows(parts, plan, geometry)]
+        return tensor[_kept_rows(parts, plan, geometry).to(tensor.device)]
     if path == f"{projections.output}.weight":
-        return _cast(path, plan.o_proj, tensor.dtype)
+        return _cast(path, plan.o_proj, tensor)
     if path == f"{projections.down}.weight":
-        return _cast(path, plan.down_proj, tensor.dtype)
+        return _cast(path, plan.down_proj, tensor)
     return tensor
 
 
@@ -70,16 +70,19 @@ def masked(path: str, tensor: Tensor, plan: LayerPlan, geometry: Geometry) -> Te
         columns = torch.tensor(plan.neurons)
     elif path in plan.tuned:
         parts, small = projections.rows.get(path.rpartition(".")[0]), sliced(path, tensor, plan, geometry)
-        return small if parts is None else tensor.index_copy(0, _kept_rows(parts, plan, geometry), small)
+        if parts is None:
+            return small
+        return tensor.index_copy(0, _kept_rows(parts, plan, geometry).to(tensor.device), small)
     else:
         return tensor
-    return torch.zeros_like(tensor).index_copy_(1, columns, sliced(path, tensor, plan, geometry))
+    return torch.zeros_like(tensor).index_copy_(1, columns.to(tensor.device), sliced(path, tensor, plan, geometry))
 
 
-def _cast(path: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = weight.detach().cpu().to(dtype).contiguous()
+def _cast(path: str, weight: Tensor, like: Tensor) -> Tensor:
+    """`weight` where `like` is, in its dtype."""
+    stored = weight.detach().to(like.device, like.dtype).contiguous()
     if not bool(torch.isfinite(stored).all()):
-        raise NumericalError(f"{path}: the refit weight does not fit {str(dtype).removeprefix('torch.')}")
+        raise NumericalError(f"{path}: the refit weight does not fit {str(like.dtype).removeprefix('torch.')}")
     return stored
 
 

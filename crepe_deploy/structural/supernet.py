@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from crepe_deploy.device import CPU
 from crepe_deploy.errors import CheckpointError, CrepeError, VerifyError
 from crepe_deploy.store.files import disk_errors, write_json
 from crepe_deploy.store.manifest import sha256_file
@@ -67,9 +68,13 @@ def planned_bytes(geometry: Geometry, wanted: Sequence[LayerLevels], itemsize: i
 
 @dataclass
 class Store:
-    """One iteration's supernet in `folder`. Every file's hash is compared once, before its first use."""
+    """One iteration's supernet in `folder`. Every file's hash is compared once, before its first use.
+
+    device: where levels are wanted that are read.
+    """
 
     folder: Path
+    device: torch.device = CPU
     _trusted: set[Path] = field(default_factory=set)
     _hashes: dict[int, dict[str, str]] = field(default_factory=dict)
 
@@ -125,7 +130,7 @@ class Store:
             tensors: dict[str, Tensor] = load_file(str(path))
         except (CheckpointError, VerifyError, SafetensorError, OSError, RuntimeError) as error:
             raise VerifyError(f"{error}: the same command with --resume rebuilds this level") from error
-        return tensors
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def _layer_hashes(self, index: int) -> dict[str, str]:
         if index not in self._hashes:
@@ -156,4 +161,4 @@ def _tensors(level: Level) -> dict[str, Tensor]:
     if level.groups:
         tensors["groups"] = torch.tensor(level.groups, dtype=torch.int32)
         tensors["queries"] = torch.tensor(level.queries, dtype=torch.int32)
-    return tensors
+    return {name: tensor.cpu() for name, tensor in tensors.items()}

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from crepe_deploy.device import CPU, described
 from crepe_deploy.machine import peak_rss_bytes
 from crepe_deploy.progress import Say, Show
 from crepe_deploy.store.manifest import versions
@@ -46,16 +49,19 @@ class Writer(Protocol):
 
 def tyr(
     model: Model, out: Path, config: TyrConfig, calibration: CalibrationSet, *,
-    resume: bool, overwrite: bool, show: Show, say: Say, write: Writer,
+    resume: bool, overwrite: bool, show: Show, say: Say, write: Writer, device: torch.device = CPU,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune `model` structurally and let `write` make what belongs into `out`; returns the report with what it adds.
 
-    The folder OUT.work holds what a stopped run goes on from with `resume`; it is removed at the end.
+    The folder OUT.work holds what a stopped run goes on from with `resume`; it is removed at the end. device: that
+    computes.
     Raises ConfigError, OutputError, UnsupportedModel, DiskFullError before any work, NumericalError, VerifyError.
     """
     started = time.monotonic()
     write.check(model)
-    run = prepare_run(model, out, config, calibration, resume=resume, overwrite=overwrite, show=show, say=say)
+    run = prepare_run(
+        model, out, config, calibration, resume=resume, overwrite=overwrite, show=show, say=say, device=device
+    )
     widths, facts = find_widths(run)
     plans, repair = repaired(run, finish(run, widths))
     report = _report(run, plans, facts | repair, time.monotonic() - started)
@@ -85,6 +91,7 @@ def _report(run: Run, plans: Sequence[LayerPlan], facts: dict[str, Any], seconds
         "config": asdict(run.config),
         "calibration": run.calibration.record(),
         **facts,
+        "device": described(run.decoder.device),
         "seconds": {**{name: round(value, 2) for name, value in run.phases.seconds.items()}, "all": round(seconds, 2)},
         "peak_rss_bytes": peak_rss_bytes(),
         "versions": versions(),

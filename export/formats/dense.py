@@ -123,6 +123,6 @@ def _place(source: Path, target: Path, *, link: bool) -> None:
 
 def _recount(folder: Path, name: str, stored: Tensor, record: TensorRecord) -> None:
     weight = stored.T.contiguous() if record.transposed else stored
-    zeros = check_pattern(name, weight, parse_record(record.pattern))
+    zeros = record.recounted(name, check_pattern(name, weight, parse_record(record.pattern)), stored.shape).zeros
     if zeros != record.zeros:
         raise VerifyError(f"{folder / name}: {zeros} zeros were counted and the manifest says {record.zeros}")

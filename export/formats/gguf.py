@@ -7,7 +7,6 @@ the file holds. llama.cpp itself is not needed.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -22,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import MissingExtra, ParityError
+from ...errors import ParityError
+from ...extras import require
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import PARITY_TOLERANCE, walk_logits
 from ...pattern import Pattern, parse_record
@@ -32,6 +32,7 @@ from ...store.files import disk_errors
 from ...store.gguf import check_gguf
 from ...store.manifest import Manifest, TensorRecord
 from ...structural.check import is_structural
+from ..frame import usage
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from ..frame.greedy import GREEDY_TOKENS, greedy_of
 from ..llamacpp.architecture import Architecture, Field, Stored, architecture_of, tensors_of
@@ -82,12 +83,11 @@ class Gguf(Exporter[GgufPlan]):
     suffixes: ClassVar[tuple[str, ...]] = (".gguf",)
     stale: ClassVar[tuple[str, ...]] = ("left_dense", "greedy")
     needs_manifest: ClassVar[bool] = False
-    words: ClassVar[Words] = Words(_TRUTH, tags=("gguf",))
+    words: ClassVar[Words] = Words(_TRUTH, tags=("gguf",), use=usage.GGUF, library="llama-cpp-python")
 
     def check(self) -> None:
         check_type(self.quantise)
-        if importlib.util.find_spec("gguf") is None:
-            raise MissingExtra("gguf", "gguf", "writing a GGUF file")
+        require("writing a GGUF file", "gguf")
 
     def check_pruning(self, model: Path, pattern: Pattern) -> None:
         architecture = architecture_of(model)
@@ -177,7 +177,8 @@ class Gguf(Exporter[GgufPlan]):
             "parity": _parity(plan, entries, exact=exact),
         }
         greedy = {"greedy": greedy_of(plan.decoder.reader.root, plan.source.manifest, tick)} if exact else {}
-        tensors = {key: old.recounted(zeros[key]) for key, old in plan.source.manifest.tensors.items()}
+        pruned, reader = plan.source.manifest.tensors, plan.decoder.reader
+        tensors = {key: old.recounted(key, zeros[key], reader.info(key).shape) for key, old in pruned.items()}
         return replace(written, metrics={"gguf": record, **greedy}, tensors=tensors)
 
     def size(self, plan: GgufPlan, folder: Path) -> Mapping[str, Any]:
@@ -193,7 +194,7 @@ class Gguf(Exporter[GgufPlan]):
         truth = f"{_TRUTH} Removing whole heads and neurons did." if is_structural(manifest) else _TRUTH
         types = ", ".join(f"{count} {name}" for name, count in manifest.metrics["gguf"]["types"].items())
         rounded = "" if manifest.metrics["gguf"]["exact"] else "quantised as GGUF"
-        return Words(f"{truth} Its tensors: {types}.", self.words.tags, rounded or None)
+        return replace(self.words, truth=f"{truth} Its tensors: {types}.", done=rounded or None)
 
 
 def _rows(architecture: Architecture) -> int:

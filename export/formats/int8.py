@@ -106,7 +106,8 @@ class Int8(Exporter[Int8Plan]):
                     writer.write(info.name + SCALE_SUFFIX, scales)
                 writer.write(info.name, tensor)
                 tick()
-        tensors = {name: record.recounted(zeros[name]) for name, record in parent.tensors.items()}
+        shapes = {name: plan.reader.info(name).shape for name in parent.tensors}
+        tensors = {name: old.recounted(name, zeros[name], shapes[name]) for name, old in parent.tensors.items()}
         metrics = {**_overall(tensors), "quantisation": _quantisation({name: errors[name] for name in plan.chosen})}
         return Written(fingerprints=writer.fingerprints, tensors=tensors, metrics=metrics)
 

@@ -167,6 +167,7 @@ def _choose(reader: CheckpointReader, parent: Manifest, config: PackedConfig) ->
     packed: list[str] = []
     left: list[str] = []
     for name, record in parent.tensors.items():
+        record.check_shape(name, reader.info(name).shape)
         fits = _packable(name, record, config) and reader.info(name).dtype in DTYPES
         (packed if fits else left).append(name)
     return packed, left

@@ -80,6 +80,8 @@ def _done(manifest: Manifest, words: Words) -> list[str]:
     pruned = [f"pruned to {pattern} with {method}"] if manifest.tensors else []
     if "structural" in manifest.config:
         pruned = ["structurally pruned"]
+    if "experts" in manifest.config:
+        pruned = [f"{manifest.config['experts']['kept']} of {manifest.config['experts']['before']} experts"]
     pruned += ["healed"] if "healed" in manifest.config else []
     return [*pruned, *([words.done] if words.done else [])]
 
@@ -87,6 +89,8 @@ def _done(manifest: Manifest, words: Words) -> list[str]:
 def _pruning(manifest: Manifest) -> dict[str, str]:
     if "structural" in manifest.config:
         return _structural_rows(manifest)
+    if "experts" in manifest.config:
+        return _expert_rows(manifest)
     return _pruning_rows(manifest) if manifest.tensors else {"pruning": "none"}
 
 
@@ -116,8 +120,30 @@ def _structural_rows(manifest: Manifest) -> dict[str, str]:
     }
 
 
+def _expert_rows(manifest: Manifest) -> dict[str, str]:
+    experts, sizes, used = (
+        manifest.config["experts"], manifest.metrics["parameters"], manifest.metrics["effective_experts"]
+    )  # fmt: skip
+    whole = {"multi-token prediction": "left as it was, for all experts: serve without it"}
+    return {
+        "method": str(manifest.config["method"]),
+        "experts in a layer": f"{experts['kept']} of {experts['before']}, {experts['per_token']} for a token",
+        "parameters": f"{sizes['after']['held']:,} of {sizes['before']['held']:,} held, {sizes['after']['active']:,} "
+        "active for a token",
+        "experts used as if evenly, in a layer": f"{used['before']:.1f} before, {used['after']:.1f} after",
+        "calibration": _calibration(manifest.calibration),
+        **(whole if experts["left_whole"] else {}),
+    }
+
+
+def _calibration(calibration: dict[str, Any] | None, without: str = "none") -> str:
+    if calibration is None:
+        return without
+    return f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}"
+
+
 def _pruning_rows(manifest: Manifest) -> dict[str, str]:
-    config, metrics, calibration = manifest.config, manifest.metrics, manifest.calibration
+    config, metrics = manifest.config, manifest.metrics
     method, error = config["method"] or "an unknown method", metrics["mean_layer_error"]
     return {
         "method": f"{method} {_parameters(config['resolved_method'])}".rstrip(),
@@ -125,9 +151,7 @@ def _pruning_rows(manifest: Manifest) -> dict[str, str]:
         **({"logits scaled by": f"{metrics['rescale']['factor']:.4f}"} if "rescale" in metrics else {}),
         "pattern": f"{config['pattern']}{_mixed(metrics)} in {metrics['pruned_tensors']} linear layers",
         "zeros counted in those layers": f"{metrics['sparsity_of_pruned_tensors']:.4%}",
-        "calibration": ("unknown" if config["method"] is None else "none")
-        if calibration is None
-        else f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}",
+        "calibration": _calibration(manifest.calibration, "unknown" if config["method"] is None else "none"),
         "mean relative layer error": "unknown" if error is None else f"{error:.4f}",
     }
 
@@ -143,7 +167,8 @@ def _mixed(metrics: dict[str, Any]) -> str:
 
 
 def _front_matter(manifest: Manifest, words: Words) -> str:
-    tags = ["pruned", "sparse"] if manifest.tensors else ["pruned"] if "structural" in manifest.config else []
+    smaller = {"structural", "experts"} & manifest.config.keys()
+    tags = ["pruned", "sparse"] if manifest.tensors else ["pruned"] if smaller else []
     content: dict[str, Any] = {
         "library_name": words.library,
         "pipeline_tag": "text-generation",

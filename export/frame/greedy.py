@@ -43,8 +43,8 @@ def record_greedy(source: Path, count: int = GREEDY_TOKENS, tick: Callable[[], N
     is in memory together at the end of each walk anyway and stays there in the files' dtype; of the blocks, as many
     tensors as `KEPT_BYTES` hold. Those are read once, the rest once for each token.
     """
-    stored = Decoder(source).dtype
-    decoder = Decoder(source, "float32")
+    stored = Decoder(source, experts=True).dtype
+    decoder = Decoder(source, "float32", experts=True)
     decoder.reader = KeepingReader(source, _keeps(decoder))
     prompt, ids = _prompt_ids(source, decoder)
     tokens = torch.tensor([ids])

@@ -49,3 +49,19 @@ DECI: Final = """\
 ```
 vllm serve MODEL --trust-remote-code
 ```"""
+GGUF: Final = """\
+llama.cpp and what is built on it (llama-server, Ollama, LM Studio) take the file:
+
+```
+llama-cli -m MODEL/model.gguf -p "The capital of France is"
+llama-server -m MODEL/model.gguf   # an OpenAI server
+```
+
+In Python, after `pip install llama-cpp-python`:
+
+```python
+from llama_cpp import Llama
+
+model = Llama("MODEL/model.gguf")   # from the hub: Llama.from_pretrained("MODEL", filename="model.gguf")
+print(model("The capital of France is", max_tokens=24)["choices"][0]["text"])
+```"""

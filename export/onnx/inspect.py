@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, MissingExtra
+from ...errors import CheckpointError
+from ...extras import require
 from ...serve.ort import GRAPH_NAME, is_onnx
 from ...store.audit import TensorAudit, count_zeros, named_pattern, recorded
 from ...store.checkpoint import require_inside
@@ -74,11 +75,10 @@ def matrices(folder: Path) -> Iterator[tuple[TensorAudit, int | None, Tensor]]:
 
 def load_graph(folder: Path) -> Any:
     """The graph of a folder without its external weights. Raises CheckpointError, MissingExtra."""
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-    except ImportError as error:
-        raise MissingExtra("onnx", "onnx", "reading an ONNX folder") from error
+    require("reading an ONNX folder", "onnx")
+    import onnx
+    from google.protobuf.message import DecodeError
+
     path = folder / GRAPH_NAME
     try:
         model = onnx.load_model_from_string(read_bytes(path, limit=GRAPH_BYTES))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from pathlib import Path
 from typing import Any, Final
 
-from ...errors import ConfigError, MissingExtra, NoTokenizer, UnsupportedModel
+from ...errors import ConfigError, NoTokenizer, UnsupportedModel
+from ...extras import require
 from ...model.families import family_of, known
 from ...nearest import unknown
 from ...texts import load_tokenizer
@@ -37,9 +37,7 @@ def check_options(flavor: str, precision: str) -> None:
         raise ConfigError(
             f"--precision '{precision}' is not offered by --onnx-flavor {flavor}; it has {', '.join(known)}{why}"
         )
-    for name in _LIBRARIES[flavor]:
-        if importlib.util.find_spec(name) is None:
-            raise MissingExtra(name.replace("_", "-"), "onnx", f"--format onnx --onnx-flavor {flavor}")
+    require(f"--format onnx --onnx-flavor {flavor}", *_LIBRARIES[flavor])
 
 
 def check_model(config: Any, flavor: str) -> None:

@@ -134,3 +134,28 @@ def small(seed: int = 0, **changes: Any) -> Run:
     run = without(made_up_run(seed, rounds=2, **changes), layers=[], quality=None)
     candidates = [c.model_copy(update={"series": c.series[:1]}) for c in run.candidates[::4]]
     return run.model_copy(update={"candidates": candidates})
+
+
+def charted(seed: int = 0) -> Run:
+    """A made-up run as small as one can be of which every kind of chart is drawn; two of them make a history."""
+    run = made_up_run(seed, rounds=2)
+    points = run.workload.points[:2]
+    candidates = [
+        candidate.model_copy(
+            update={
+                "layers": candidate.layers[:1],
+                "series": [
+                    series.model_copy(update={"visits": [_cut(visit) for visit in series.visits]})
+                    for series in candidate.series[:2]
+                ],
+            }
+        )
+        for candidate in run.candidates[0:3:2]
+    ]
+    return run.model_copy(
+        update={"candidates": candidates, "workload": run.workload.model_copy(update={"points": points})}
+    )
+
+
+def _cut(visit: Visit) -> Visit:
+    return visit.model_copy(update={"requests": [r.model_copy(update={"itl_s": r.itl_s[:3]}) for r in visit.requests]})

@@ -40,6 +40,11 @@ def test_every_stage_is_rehearsed_and_resumed(tmp_path: Path) -> None:
     assert {(row["pattern"], row["batch"]) for row in rows} == {(p, b) for p in ("2:4", "16:32") for b in (1, 16)}
     assert all(row["correct"] and row["us"]["packed"]["median"] > 0 and "own dense" in row["us"] for row in rows)
     assert set(results["model"]) == {"dense", "2:4"}
+    assert set(results["prune"]) == {"crepe", "best"}
+    for row in results["prune"].values():  # the rehearsal's device is the CPU
+        assert row["correct"]
+        assert set(row["masks"].values()) == {1.0}
+        assert row["device"]["seconds_a_block"] > 0
     again = rehearse(out)
     assert again.returncode == 0
     assert "model" not in again.stderr  # nothing is measured twice
@@ -74,6 +79,9 @@ def test_the_table_says_what_was_measured_and_what_was_wrong(tmp_path: Path) -> 
     page.write_text("no place")
     with pytest.raises(ConfigError, match="no place"):
         table.write_into(page, text)
+    pruned = {"seconds_a_block": 2.0, "peak_bytes": 5e9}
+    row = {"cpu": pruned, "device": pruned, "masks": {"own_statistics": 0.999}, "correct": False}
+    assert "| crepe | 2.00 | 2.00 | 5.00 | 99.9000% WRONG |" in table.render(results() | {"prune": {"crepe": row}})
     nothing = copy.deepcopy(results()) | {"layers": {}, "model": {}}
     assert table.render(nothing) == table.NOTHING
 

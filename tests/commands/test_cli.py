@@ -281,7 +281,7 @@ def test_stopping_leaves_nothing(tmp_path: Path, calib: Path, stop: signal.Signa
         preexec_fn=lambda: signal.signal(stop, signal.SIG_DFL),  # shells ignore SIGINT for what runs in the background
     ) as process:
         deadline = time.monotonic() + 3600
-        while not (tmp_path / "out.partial" / "pruned.partial" / "model.safetensors").exists():
+        while not (tmp_path / "out.work" / "pruned" / "model.safetensors").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)

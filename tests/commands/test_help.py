@@ -60,8 +60,8 @@ def test_examples_parse(line: str) -> None:
     arguments = shlex.split(line)[1:]
     command: click.Command = cli
     context = cli.make_context("crepe-deploy", arguments)
-    while isinstance(command, click.Group):
-        name, chosen, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+    while isinstance(command, click.Group) and (words := [*context._protected_args, *context.args]):
+        name, chosen, rest = command.resolve_command(context, words)
         assert chosen is not None and name is not None, line
         command = chosen
         context = command.make_context(name, rest, parent=context)

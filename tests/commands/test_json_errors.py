@@ -24,7 +24,7 @@ def commands(group: click.Group = cli.cli, path: tuple[str, ...] = ()) -> Iterat
 
 cli.add_outer_commands()
 COMMANDS = list(commands())
-NOTHING = {"doctor"}  # takes nothing that could be missing
+NOTHING = {"doctor", "clean"}  # takes nothing that could be missing
 
 
 def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:

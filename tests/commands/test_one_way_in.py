@@ -56,7 +56,7 @@ def test_each_command_takes_it(names: dict[str, str], capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("kind", KINDS)
 def test_bench_finds_its_folder_and_names_it_as_typed(names: dict[str, str], kind: str) -> None:
     given = {"baseline": None, "points": None, "rounds": None, "threads": None, "text": None, "max_tokens": None}
-    scenario = build_scenario([Path(names[kind])], engine="fake", aa=False, window=512, **given)  # type: ignore[arg-type]
+    scenario = build_scenario([Path(names[kind])], engine="transformers", aa=False, window=512, **given)  # type: ignore[arg-type]
     (candidate,) = scenario.candidates
     assert candidate.name == Path(names[kind]).name and (candidate.folder / "config.json").is_file()
 

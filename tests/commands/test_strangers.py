@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
 from crepe_deploy.cli import run
 from crepe_deploy.store.manifest import load_manifest, save_manifest, sha256_file
+from crepe_deploy.store.stock import tokenizer_of
+from tests.gguf_files import write_gguf
 from tests.pico import make_pico_llama, sample_text
 
 CANARY = """
@@ -155,3 +158,50 @@ def test_no_code_of_a_stranger_runs_and_nothing_asks(tmp_path: Path, kind: str) 
     assert "unexpected" not in said and "Traceback" not in said, said
     assert "trust_remote_code" not in said and "[y/N]" not in said
     assert set(codes.values()) <= {0, 1, 2}, codes
+
+
+ESCAPES = (
+    "{{ cycler.__init__.__globals__.os.system('touch MARK') }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    "{{ self.__init__.__globals__['__builtins__']['open']('MARK', 'w') }}",
+    "{% for c in [].__class__.__base__.__subclasses__() %}{% if c.__name__ == 'Popen' %}{{ c(['touch', 'MARK']) }}"
+    "{% endif %}{% endfor %}",
+    "{% import 'canary.py' as x %}{% include '/etc/passwd' %}{{ namespace.__init__.__globals__ }}",
+)
+
+
+def hostile_gguf(place: Path, pico: Path, marker: Path, template: str) -> Path:
+    """A GGUF file whose metadata name code in every way that a reader might believe."""
+
+    def more(writer: Any) -> None:
+        (place.parent / "canary.py").write_text(CANARY.format(marker=str(marker)))
+        for key in ("auto_map", "general.auto_map", "tokenizer.auto_map", "llama.auto_map"):
+            writer.add_string(key, json.dumps(AUTO))
+        writer.add_string("general.source.url", f"file://{place.parent}/canary.py")
+        writer.add_string("general.custom_code", CANARY.format(marker=str(marker)))
+        writer.add_string("tokenizer.huggingface.json", json.dumps({"auto_map": AUTO, "tokenizer_class": "Canary"}))
+        writer.add_string("tokenizer.chat_template.tool_use", template)
+        writer.add_array("tokenizer.chat_templates", ["tool_use"])
+
+    return write_gguf(place, pico, rope=more, template=template)
+
+
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.faults) for n in range(1, len(ESCAPES)))])
+def test_no_code_that_a_gguf_file_names_runs(tmp_path: Path, number: int) -> None:
+    marker, out, text = tmp_path / "ran", tmp_path / "out", tmp_path / "text.txt"
+    out.mkdir()
+    text.write_text(sample_text(2000))
+    template = ESCAPES[number].replace("MARK", str(marker))
+    model = hostile_gguf(tmp_path / "canary.gguf", make_pico_llama(tmp_path / "pico"), marker, template)
+    codes, said = answers(
+        [["eval", str(model), "--text", str(text), "--window", "32"], *commands(model, text, out)], tmp_path
+    )
+    assert not marker.exists()
+    assert "unexpected" not in said and "Traceback" not in said, said
+    assert "trust_remote_code" not in said and "[y/N]" not in said
+    assert set(codes.values()) <= {0, 1, 2} and list(codes.values()).count(0) > 5, codes
+    tokenizer = tokenizer_of(out / "magnitude")
+    assert tokenizer.chat_template
+    with pytest.raises((jinja2.exceptions.TemplateError, TypeError)):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert not marker.exists()

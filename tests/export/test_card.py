@@ -97,3 +97,35 @@ def test_tasks_have_their_rows(out: Path) -> None:
     text = (out / "int8" / "README.md").read_text()
     assert "| arc easy, acc, 20 documents | 0.5 (standard error 0.1) |" in text and "lm-eval 0.4" in text
     verify(out / "int8")
+
+
+def test_the_folder_of_prune_has_a_card_that_can_be_refreshed(tmp_path: Path) -> None:
+    model = make_pico_llama(tmp_path / "model")
+    folder, text = tmp_path / "pruned", tmp_path / "text.txt"
+    text.write_text(sample_text(2000), encoding="utf-8")
+    manifest = crepe_deploy.prune(model, folder, method="magnitude")
+    card = (folder / "README.md").read_text()
+    assert ModelCard(card).data.pipeline_tag == "text-generation"
+    assert "# model, pruned to 2:4 with magnitude" in card and str(tmp_path) not in card
+    assert "README.md" in manifest.files and crepe_deploy.verify(folder) == manifest
+    crepe_deploy.evaluate(folder, text=text, window=64, max_tokens=256, update_card=True)
+    assert BEGIN in (folder / "README.md").read_text()
+    crepe_deploy.verify(folder)
+    crepe_deploy.export(folder, tmp_path / "packed", format="packed")
+    assert BEGIN not in (tmp_path / "packed" / "README.md").read_text()
+
+
+def test_a_gguf_card_says_how_llama_cpp_loads_and_serves_it(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = make_pico_llama(tmp_path / "model")
+    crepe_deploy.export(model, tmp_path / "file", format="gguf")
+    card = ModelCard((tmp_path / "file" / "README.md").read_text())
+    assert card.data.library_name == "llama-cpp-python" and "gguf" in card.data.tags
+    for words in (
+        "llama-server -m MODEL/model.gguf",
+        "llama-cli",
+        "pip install llama-cpp-python",
+        "Llama.from_pretrained",
+    ):
+        assert words in card.text
+    assert (tmp_path / "file" / "model.gguf").is_file()

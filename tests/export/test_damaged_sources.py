@@ -150,6 +150,18 @@ def test_a_pruned_tensor_that_the_weights_do_not_hold_is_named(
     assert "ml//p.gate_proj" in (said := capsys.readouterr().err) and "unexpected" not in said
 
 
+@pytest.mark.parametrize("format", ["dense", "packed", "int8", "gguf"])
+@pytest.mark.parametrize("shape", [[0, 64], [-1, 64], [64, 10**30], [7, 11]])
+def test_a_pruned_tensor_of_another_shape_is_named(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, shape: list[int]
+) -> None:
+    document = json.loads((pruned / "manifest.json").read_text())
+    document["tensors"]["model.layers.1.mlp.gate_proj.weight"]["shape"] = shape
+    (pruned / "manifest.json").write_text(json.dumps(document))
+    assert run(["export", str(pruned), "--format", format, "--out", str(tmp_path / "out")]) in (1, 2)
+    assert "layers.1.mlp.gate_proj" in (said := capsys.readouterr().err) and "unexpected" not in said
+
+
 @pytest.mark.parametrize("shape", [(8, 1), (8,), (8, 0), (0, 4), (2, 2, 4), (4, 6)])
 def test_weights_of_another_shape_hold_no_pattern(shape: tuple[int, ...]) -> None:
     assert not holds(torch.zeros(shape), parse_pattern("2:4"))

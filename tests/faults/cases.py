@@ -164,7 +164,11 @@ def _runs(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:
         ["report", *map(str, pair), "--out", OUT, "--json"],
     )
     pages = 0 if name == "benchmark.json" or rng.random() < 0.8 else 2  # a page of a report takes a second
-    return rng.choice(gates[: 3 + pages]), what
+    argv = rng.choice(gates[: 3 + pages])
+    if argv[0] == "report":
+        place.write_bytes(corpus.path("charts.json").read_bytes())  # of which every chart is drawn
+        what = spoil_file(place, rng)
+    return argv, what
 
 
 def _suite(rng: Random, corpus: Corpus, root: Path) -> tuple[list[str], str]:

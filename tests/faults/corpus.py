@@ -199,6 +199,12 @@ def _run(place: Path) -> None:
     place.write_text(small().model_dump_json())
 
 
+def _charts(place: Path) -> None:
+    from tests.bench.report_runs import charted
+
+    place.write_text(charted().model_dump_json())
+
+
 def _pytest_benchmark(place: Path) -> None:
     stats = {"min": 0.9, "max": 1.2, "mean": 1.0, "stddev": 0.1, "rounds": 5, "median": 1.0, "iterations": 1,
              "data": [0.9, 1.0, 1.0, 1.1, 1.2]}  # fmt: skip
@@ -237,6 +243,16 @@ points:
 rounds: 1
 warmup: 0
 """
+_BENCH = """name: tiny
+engine: transformers
+threads: 1
+candidates:
+  - {name: dense, folder: MODEL, dtype: float32}
+points:
+  - {name: b1, batch: 1, prompt_tokens: 8, output_tokens: 2}
+rounds: 1
+warmup: 0
+"""
 _RECIPE = """name: mine
 method: ria
 params: {exponent: 0.5}
@@ -265,8 +281,10 @@ _FILES: dict[str, Callable[[Path], object]] = {
     "text.parquet": _parquet,
     "model.gguf": _gguf,
     "run.json": _run,
+    "charts.json": _charts,
     "benchmark.json": _pytest_benchmark,
     "suite.yaml": lambda place: place.write_text(_SUITE),
+    "bench.yaml": lambda place: place.write_text(_BENCH.replace("MODEL", str(place.parent / "model"))),
     "recipe.yaml": lambda place: place.write_text(_RECIPE),
     "request.json": lambda place: place.write_text(_REQUEST),
     "budgets.yaml": lambda place: place.write_text(_BUDGETS),

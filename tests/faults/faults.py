@@ -37,23 +37,26 @@ class Scenario:
 
 
 SCENARIOS: Final = {
-    "prune": Scenario(("calibrated",)),
-    "prune --overwrite": Scenario(("calibrated", "--overwrite"), earlier="pruned"),
-    "prune-and-export": Scenario(("formats",)),
-    "prune-and-export --overwrite": Scenario(("formats", "--overwrite"), earlier="formats"),
+    "prune": Scenario(("calibrated",), resumes=True),
+    "prune --overwrite": Scenario(("calibrated", "--overwrite"), earlier="pruned", resumes=True),
+    "prune-and-export": Scenario(("formats",), resumes=True),
+    "prune-and-export --overwrite": Scenario(("formats", "--overwrite"), earlier="formats", resumes=True),
     "export dense": Scenario(("dense",), "packed"),
     "export packed": Scenario(("packed",), "pruned"),
     "export int8": Scenario(("int8", "--overwrite"), "pruned", earlier="int8"),
     "export deci": Scenario(("deci",), "per-layer"),
-    "prune gguf": Scenario(("prune",), "model.gguf"),
+    "prune gguf": Scenario(("prune",), "model.gguf", resumes=True),
     "search": Scenario(STOPPED["stopped-search"], resumes=True),
     "tyr": Scenario(STOPPED["stopped-tyr"], resumes=True),
-    "report": Scenario(("report", "RUN", "--out", "out"), "run.json"),
+    "report": Scenario(("report", "RUN", "--out", "out"), "charts.json"),
+    "heal": Scenario(("heal", "IN", "--dense", "GOOD", "--text", "TEXT", "--steps", "2", "--window", "16",
+                      "--batch-tokens", "32", "--dtype", "float32", "--out", "out"), "pruned", resumes=True),
+    "bench": Scenario(("bench", "run", "SUITE", "--out", "out.json"), "bench.yaml"),
     "gate": Scenario(("gate", "RUN", "RUN", "--max-slowdown", "1", "--markdown", "gate.md", "--junit", "gate.xml"),
                      "run.json"),
     "export onnx": Scenario(("export", "IN", "--out", "out", "--format", "onnx"), "pruned"),
 }  # fmt: skip
-SLOW: Final = {"export onnx", "report"}  # a few of their events only
+SLOW: Final = {"export onnx", "report", "bench"}  # a few of their events only
 
 
 @dataclass
@@ -94,10 +97,12 @@ class Bench:
         scenario = SCENARIOS[name]
         first, *more = scenario.arguments
         sample = self.corpus.path(scenario.sample)
-        if scenario.resumes:
+        if name in ("search", "tyr"):
             argv = self.corpus.command(f"stopped-{name}")
-        elif first in ("report", "gate", "export"):
-            argv = [str(sample) if part in ("RUN", "IN") else part for part in scenario.arguments]
+        elif first in ("report", "gate", "export", "heal", "bench"):
+            stands = {"GOOD": str(self.corpus.path("model")), "TEXT": str(self.corpus.path("text.txt"))}
+            stands |= dict.fromkeys(("RUN", "IN", "SUITE"), str(sample))
+            argv = [stands.get(part, part) for part in scenario.arguments]
         else:
             argv = [*use(first, sample, self.corpus), *more]
         return [*argv, "--resume"] if resume else argv
@@ -189,8 +194,9 @@ def _at_the_end(scratch: Path, kind: str, reference: Reference) -> Iterator[str]
     if missing := reference.names - set(present):
         yield f"missing in the end: {min(missing)}"
     left = [name for name in sorted(set(present) - reference.names) if ".failed" not in name]
-    if kind in ("EIO", "EACCES", "SIGKILL") and "cwd/out" in present:  # done, but for clearing up
-        left = [name for name in left if not re.match(r"cwd/(\.\w+\.crepe-deploy|out\.work|out\.old)(/|$)", name)]
+    written = {"cwd/out", "cwd/out.json", "cwd/preset.json"} & present.keys()
+    if kind in ("EIO", "EACCES", "SIGKILL") and written:  # done, but for clearing up
+        left = [name for name in left if not re.match(r"cwd/(\.[\w.]+\.crepe-deploy|out\.work|out\.old)(/|$)", name)]
     if left:
         yield f"left in the end: {left[0]}"
     if changed := [name for name, value in reference.stable.items() if present.get(name, value) != value]:

@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ from typing import Any
 
 from crepe_deploy.bench.gate.budgets import load_budgets
 from crepe_deploy.bench.gate.gates import gate_files
+from crepe_deploy.bench.report.chapters import build_report
 from crepe_deploy.bench.report.loading import load_groups
+from crepe_deploy.bench.report.markdown import markdown
+from crepe_deploy.bench.report.page import page
 from crepe_deploy.bench.run.result import load_run
 from crepe_deploy.bench.run.scenario import load_scenario
 from crepe_deploy.serve.onnx_requests import Ask
@@ -52,6 +56,7 @@ class Reader:
     sample: str
     file: str  # "" where the sample is a file
     read: Callable[[Path], object]
+    share: int = 1  # every how many inputs it gets one, where a reading takes seconds
 
 
 def _ask(path: Path) -> object:
@@ -60,6 +65,15 @@ def _ask(path: Path) -> object:
 
 def _packed(root: Path) -> object:
     return PackedConfig.from_dict(read_config(root).get("quantization_config", {}))
+
+
+def _charts(path: Path) -> object:
+    """The report of a run, whose libraries may not warn of anything either."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        report = build_report(load_groups([path]))
+        return page(report), markdown(report)
 
 
 def _journal_of(name: str) -> Callable[[Path], object]:
@@ -93,6 +107,7 @@ READERS: dict[str, Reader] = {
     "parquet": Reader("text.parquet", "", load_text),
     "run": Reader("run.json", "", load_run),
     "run of a report": Reader("run.json", "", lambda path: load_groups([path])),
+    "charts of a report": Reader("charts.json", "", _charts, share=25),
     "pytest-benchmark": Reader("benchmark.json", "", lambda path: gate_files(path, path, 0.1)),
     "budgets": Reader("budgets.yaml", "", load_budgets),
     "journal of tyr": Reader("stopped-tyr", "out.work/journal.jsonl", _journal_of("out.work/journal.jsonl")),
@@ -169,7 +184,7 @@ def work(seed: int, number: int, worker: int, jobs: int, corpus: Corpus, place: 
         outcomes: Counter[str] = Counter()
         messages: set[str] = set()
         defects: list[dict[str, Any]] = []
-        mine = range(worker, number, jobs)
+        mine = range(worker, number // READERS[name].share, jobs)
         for start in range(0, len(mine), BATCH):
             for line in batch(name, seed, mine[start : start + BATCH], corpus, place):
                 outcomes[line["outcome"]] += 1

@@ -235,7 +235,7 @@ def _state(pid: int) -> tuple[str, float]:
     for other in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parts = other.read_text().rpartition(")")[2].split()
-            if parts[3] == str(pid):  # of its session: what it started works for it
+            if str(pid) in (parts[1], parts[3]):  # its child, or of its session: what it started works for it
                 own += int(parts[11]) + int(parts[12])
     return fields[0], own
 

@@ -72,7 +72,7 @@ def test_every_read_of_the_weights_is_one_that_is_needed(
     prune(resolve_model(str(model)), tmp_path / "out", config, calibration)
     weights = Counter({key: count for key, count in reads.items() if not key[1].endswith((".json", ".jinja"))})
     source = expected(model, "m", in_blocks=2 if "allocate" in RUNS[label] else 1)
-    assert weights == Counter(source | expected(tmp_path / "out", "out.partial", in_blocks=1))
+    assert weights == Counter(source | expected(tmp_path / "out", "output", in_blocks=1))
 
 
 def test_an_output_layer_that_config_calls_tied_is_read_as_any_other(
@@ -89,7 +89,7 @@ def test_an_output_layer_that_config_calls_tied_is_read_as_any_other(
     reads.clear()
     prune(resolve_model(str(tmp_path / "m")), tmp_path / "out", prune_config("ria"), windows(untied, text))
     assert reads["m", "lm_head.weight"] == 1
-    assert reads["out.partial", "lm_head.weight"] == 1
+    assert reads["output", "lm_head.weight"] == 1
     before, after = CheckpointReader(tmp_path / "m"), CheckpointReader(tmp_path / "out")
     assert before.load("lm_head.weight").equal(after.load("lm_head.weight"))
 
@@ -101,6 +101,6 @@ def test_shards_are_read_no_more_often(tmp_path: Path, text: Path, reads: Counte
     reads.clear()
     prune(resolve_model(str(model)), tmp_path / "out", prune_config("ria"), windows(model, text))
     assert len(list(model.glob("*.safetensors"))) > 1
-    for label, folder in (("m", model), ("out.partial", tmp_path / "out")):
+    for label, folder in (("m", model), ("output", tmp_path / "out")):
         for key, count in expected(folder, label, in_blocks=1).items():
             assert reads[key] == count

@@ -235,7 +235,7 @@ def test_what_lm_eval_would_assert_is_said_with_the_document(
     lines += [{"doc_id": 7, "label": 0, "request": {"context": context, "continuation": continuation}}]
     lines += [{"doc_id": 7, "label": 0, "request": {"context": context, "continuation": " out"}}]
     with pytest.raises(CalibrationError, match=f"task tiny, document 2: {message}"):
-        zero_shot(model, ["tiny"], task_dir=write(lines).parent, device="cpu")
+        zero_shot(model, ["tiny"], task_dir=write(lines).parent)
 
 
 def test_a_tokenizer_without_bos_and_eos_is_refused_before_the_model_is_read(
@@ -244,11 +244,11 @@ def test_a_tokenizer_without_bos_and_eos_is_refused_before_the_model_is_read(
     model = make_pico_llama(tmp_path / "m")
     task_dir = write(rows(QUESTIONS)).parent
     _tokenizer_without(model, "bos_token", "pad_token")
-    assert zero_shot(model, ["tiny"], task_dir=task_dir, device="cpu").tasks["tiny"].documents == 5
+    assert zero_shot(model, ["tiny"], task_dir=task_dir).tasks["tiny"].documents == 5
     _tokenizer_without(model, "eos_token")
     monkeypatch.setattr("crepe_deploy.quality.zeroshot.load_model", None)
     with pytest.raises(CheckpointError, match=r"m: its tokenizer has neither BOS nor EOS.*tokenizer_config\.json"):
-        zero_shot(model, ["tiny"], task_dir=task_dir, device="cpu")
+        zero_shot(model, ["tiny"], task_dir=task_dir)
 
 
 def test_what_else_lm_eval_raises_is_one_line(
@@ -260,4 +260,4 @@ def test_what_else_lm_eval_raises_is_one_line(
     monkeypatch.setattr("lm_eval.evaluator.evaluate", fail)
     model = make_pico_llama(tmp_path / "m")
     with pytest.raises(CrepeError, match=r"lm-eval cannot judge .*AssertionError: raw"):
-        zero_shot(model, ["tiny"], task_dir=write(rows(QUESTIONS)).parent, device="cpu")
+        zero_shot(model, ["tiny"], task_dir=write(rows(QUESTIONS)).parent)

@@ -260,9 +260,9 @@ def test_the_command_searches_stops_and_resumes(
         assert crepe(*arguments) == 75
     assert "--resume goes on" in capsys.readouterr().err and not out.exists()
     assert crepe(*arguments) == 2
-    assert "holds an unfinished search" in capsys.readouterr().err
+    assert "holds an unfinished run" in capsys.readouterr().err
     assert crepe(*arguments, "--seed", 5, "--resume") == 2
-    assert "is of another search" in capsys.readouterr().err
+    assert "is of another run" in capsys.readouterr().err
     assert crepe(*arguments, "--resume") == 0
     output = capsys.readouterr()
     assert "evaluations, best proxy so far" in output.err

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from crepe_deploy.store.folders import (
     free_name,
     scratch_folder,
 )
+from crepe_deploy.store.signals import Uninterrupted
 from crepe_deploy.store.temporary import temporary_folder
 from tests.faults.strikes import environment
 
@@ -260,3 +263,27 @@ def test_temporary_folders_of_killed_runs_go_and_living_ones_stay(
         assert one.is_dir() and other.is_dir() and one != other
         assert not left.exists()
     assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == ["crepe", "other"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_waits_also_where_another_thread_would_take_it(number: signal.Signals) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    over, before = threading.Event(), signal.signal(number, stop)
+    other = threading.Thread(target=over.wait)
+    other.start()
+    done = []
+    try:
+        with pytest.raises(KeyboardInterrupt), Uninterrupted() as signals:
+            os.kill(os.getpid(), number)
+            done.append("kept from it")
+            with pytest.raises(KeyboardInterrupt), signals.delivered():
+                done.append("never")
+            os.kill(os.getpid(), number)
+            done += [str(sum(range(10**6)))]
+        assert done == ["kept from it", "499999500000"] and signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+        over.set()
+        other.join()

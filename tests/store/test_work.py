@@ -31,7 +31,7 @@ def test_somebody_elses_folder_is_refused_and_kept(tmp_path: Path, name: str, ov
     work = tmp_path / "out.work"
     work.mkdir()
     (work / name).write_text("years of work")
-    with pytest.raises(OutputError, match=f"{name}.*not written by a search"):
+    with pytest.raises(OutputError, match=f"{name}.*not written by a run"):
         make_work_folder(work, overwrite=overwrite)
     assert (work / name).read_text() == "years of work"
 

@@ -14,6 +14,7 @@ from crepe_deploy.model.structure import SEPARATE
 from crepe_deploy.structural import layout
 from crepe_deploy.structural.layout import Widths
 from crepe_deploy.structural.slicing import in_layer, padded, sized
+from tests.mutations import mutations, refusal
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -140,3 +141,16 @@ def test_other_families_are_refused_by_name(name: str) -> None:
 def test_configurations_without_widths_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         layout.layer_shapes({**LLAMA, **change})
+
+
+WIDTHS = [Widths(8, 4, 96), Widths(4, 2, 64), Widths(4, 2, 32)]
+
+
+@pytest.mark.parametrize("written", [
+    LLAMA, layout.per_layer_content(LLAMA, HEAD_DIM, WIDTHS, 4),
+    layout.deci_content(LLAMA, HEAD_DIM, layout.deci_widths(WIDTHS)),
+])  # fmt: skip
+def test_a_configuration_spoilt_anywhere_states_widths_or_is_refused(written: dict[str, Any]) -> None:
+    for change, document in mutations(written):
+        if isinstance(document, dict):
+            refusal(change, lambda document=document: layout.layer_shapes(document))  # type: ignore[misc]

@@ -14,7 +14,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from crepe_deploy.errors import KernelError, MissingExtra
+from crepe_deploy.errors import KernelError
+from crepe_deploy.extras import require
 
 from .layout import DeviceWeight, Kind
 
@@ -49,12 +50,9 @@ class Config:
 @functools.cache
 def kernels() -> ModuleType:
     """The Triton kernels. Raises MissingExtra without triton."""
-    try:
-        from . import kernels as module
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise MissingExtra("triton", "dev", "running packed layers on a GPU") from error
+    require("running packed layers on a GPU", "triton")
+    from . import kernels as module
+
     return module
 
 

@@ -74,7 +74,7 @@ def check_kept(before: Tensor, after: Tensor, mask: Tensor, norms: Tensor | None
     count, kept = int(gone.sum()), int(mask.sum())
     if not count:
         return {}
-    dead = torch.zeros(after.shape[1], dtype=torch.bool) if norms is None else norms == 0
+    dead = torch.zeros_like(after[0], dtype=torch.bool) if norms is None else norms == 0
     alive = int(gone[:, ~dead].sum())
     if alive > LOST * kept or count > kept / 2:
         raise NumericalError(

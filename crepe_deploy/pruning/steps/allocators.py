@@ -132,9 +132,9 @@ class Error:
         check_range("spread", self.spread, 0, 0.5)
 
     def observe(self, layers: Sequence[Sequence[tuple[Tensor, Stats]]], levels: Sequence[int]) -> list[Tensor]:
-        """For each unit the sum of its layers' error curves."""
+        """For each unit the sum of its layers' error curves, on the host."""
         return [
-            torch.stack([error_curve(weight, stats, count) for weight, stats in unit]).sum(0)
+            torch.stack([error_curve(weight, stats, count) for weight, stats in unit]).sum(0).cpu()
             for unit, count in zip(layers, levels, strict=True)
         ]
 
@@ -178,7 +178,7 @@ def error_curve(weight: Tensor, stats: Stats, levels: int) -> Tensor:
     ordered = parts.reshape(-1, width).sort(dim=1, descending=True).values.sum(0, dtype=torch.float64)
     left = ordered.sum() - torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
     if levels > GRID:
-        points = torch.linspace(0, width, GRID + 1).round().long()
+        points = torch.linspace(0, width, GRID + 1).round().long().to(left.device)
         left = left[points]
     return (left / left[0].clamp_min(1e-30)).clamp_min(0)
 
@@ -207,7 +207,7 @@ def power_law_exponent(weight: Tensor) -> float:
             continue
         alpha = 1 + len(tail) / spread
         fitted = 1 - torch.exp(tail * (1 - alpha))
-        observed = torch.arange(len(tail), dtype=torch.float64) / len(tail)
+        observed = torch.arange(len(tail), dtype=torch.float64, device=tail.device) / len(tail)
         distance = float((fitted - observed).abs().max())
         if distance < best:
             best, exponent = distance, alpha

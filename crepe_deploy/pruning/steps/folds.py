@@ -51,7 +51,7 @@ class Foldable:
         if self.step is None:  # a fused producer holds the neurons several times over
             once = torch.cat([order + index * width for index, order in enumerate(orders)])
             return torch.cat([once + start for start in range(0, rows, len(once))])
-        whole = torch.arange(rows)
+        whole = torch.arange(rows, device=orders[0].device)
         for index, order in enumerate(orders):
             start = self.first + index * self.step
             whole[start : start + width] = order + start

@@ -37,7 +37,7 @@ class Fold:
 
         What is retained is never less than in the given order.
         """
-        identity = torch.arange(score.shape[1])
+        identity = torch.arange(score.shape[1], device=score.device)
         if score.shape[1] == m:
             return identity  # one group: every order keeps the same
         best, retained = identity, retained_score(score, n, m)
@@ -71,7 +71,7 @@ def spread_columns(score: Tensor, m: int) -> Tensor:
     """
     parts = score.sum(0, dtype=torch.float64).argsort(stable=True).view(m, -1)
     flipped = [part if slot % 2 == 0 else part.flip(0) for slot, part in enumerate(parts)]
-    return torch.stack(flipped, dim=1).flatten().cpu()
+    return torch.stack(flipped, dim=1).flatten()
 
 
 def assign_columns(score: Tensor, order: Tensor, n: int, m: int) -> Tensor:
@@ -92,7 +92,7 @@ def worth(score: Tensor, others: Tensor, columns: Tensor, n: int) -> Tensor:
     staying = score[:, others]  # (rows, groups, m - 1)
     limits = staying.topk(n, dim=2).values[:, :, -1].T.float().contiguous()  # (groups, rows)
     offered = score[:, columns].T.float().contiguous()  # (columns, rows)
-    gain = torch.empty(len(limits), len(offered), dtype=torch.float64)
+    gain = torch.empty(len(limits), len(offered), dtype=torch.float64, device=score.device)
     excess = torch.empty_like(offered)  # one group's at a time, so that it stays in the cache
     for group, limit in enumerate(limits):
         gain[group] = torch.sub(offered, limit, out=excess).clamp_(min=0).sum(1)
@@ -107,4 +107,4 @@ def _assign(gain: Tensor) -> Tensor:
         raise NumericalError(
             "the scores are too large to compare what columns add: smaller hyperparameters, or --dtype float32"
         )
-    return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
+    return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]).to(gain.device)

@@ -68,7 +68,7 @@ class LogitRescaler:
             reference = logits(ids, wanted, 1.0).float().softmax(-1)
             for index, factor in enumerate(FACTORS):
                 sums[index] += cross_entropy(reference, logits(ids, reached, factor))
-            sums += torch.xlogy(reference, reference).sum(dtype=torch.float64) / len(reference)
+            sums += float(torch.xlogy(reference, reference).sum(dtype=torch.float64) / len(reference))
         for parameter, value in zip(stored, before, strict=True):
             parameter.copy_(value)
         divergences = (sums / len(tokens)).tolist()
