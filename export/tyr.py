@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -9,8 +10,9 @@ from typing import Any, Literal, cast
 from ..errors import ConfigError
 from ..model.architecture import content_with_sizes, load_config
 from ..store.checkpoint import read_config
-from ..store.files import write_json
+from ..store.files import disk_errors, write_json
 from ..store.folders import atomic_folder
+from ..store.manifest import load_manifest
 from ..store.sources import Model
 from ..structural.layout import Widths, check_family
 from ..structural.plan import Geometry
@@ -54,7 +56,7 @@ class FolderWriter:
                 calibration=result.calibration.record(),
                 metrics={name: value for name, value in result.report.items() if name not in _ELSEWHERE},
             )  # fmt: skip
-            healed = {} if self.healing is None else {"healed": self.healing(folder / "dense")}
+            healed = {} if self.healing is None else {"healed": self._healed(folder / "dense", self.healing)}
             written = {
                 **healed,
                 "dense": {"path": str(out / "dense"), "size": manifest.metrics["size"]},
@@ -62,6 +64,16 @@ class FolderWriter:
             }
             write_json(folder / "report.json", {**result.report, **written})
         return written
+
+    @staticmethod
+    def _healed(dense: Path, healing: Healing) -> dict[str, Any]:
+        """Heal the folder in its place; what its manifest says of that."""
+        healed = healing(dense)
+        with disk_errors(dense):
+            shutil.rmtree(dense)
+            healed.rename(dense)
+        found: dict[str, Any] = load_manifest(dense).config["healed"]
+        return found
 
     def _record(self, result: TyrResult) -> dict[str, Any]:
         return asdict(result.config) | ({"base_model": self.base_model} if self.base_model else {})

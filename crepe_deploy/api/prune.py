@@ -75,11 +75,7 @@ def prune(
     """
     from crepe_deploy.exporting.prune import seal
 
-    if _minutes(recipe) is not None:
-        raise ConfigError(
-            f"recipe '{recipe}' trains what is pruned, which prune does not: give it to prune-and-export, or prune "
-            "with another recipe and train the folder with the command heal"
-        )
+    _check_untrained(recipe)
     asked = {
         "method": method, "preset": preset, "params": params, "recipe": recipe, "feed": feed, "allocate": allocate,
         "permute": permute, "reprune": reprune, "reconstruct": reconstruct, "repair": repair, "rescale": rescale,
@@ -161,6 +157,15 @@ def prune_and_export(
 def _minutes(recipe: str | Path | None) -> float | None:
     """For how long a recipe heals."""
     return None if recipe is None else load_recipe(recipe).heal
+
+
+def _check_untrained(recipe: str | Path | None) -> None:
+    """Raise ConfigError for a recipe that heals."""
+    if _minutes(recipe) is not None:
+        raise ConfigError(
+            f"recipe '{recipe}' trains what is pruned, which prune does not: give it to prune-and-export, or prune "
+            "with another recipe and train the folder with the command heal"
+        )
 
 
 def _names(format: str | Sequence[str]) -> list[str]:

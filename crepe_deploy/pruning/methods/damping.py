@@ -8,23 +8,24 @@ With d_i its diagonal, the sizes of the input channels, and m their mean, a damp
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal, get_args
 
 from torch import Tensor
 
 from crepe_deploy.errors import ConfigError, NumericalError
 from crepe_deploy.nearest import unknown
 
-RULES: Final = ("mean", "geometric")
+DampingRule = Literal["mean", "geometric"]
+RULES: Final[tuple[DampingRule, ...]] = get_args(DampingRule)
 
 
-def check_rule(rule: str) -> None:
+def check_rule(rule: DampingRule) -> None:
     """Raise ConfigError for a rule that there is not."""
     if rule not in RULES:
-        raise ConfigError(unknown("damping_rule", rule, RULES))
+        raise ConfigError(unknown("damping_rule", str(rule), RULES))
 
 
-def ridge(diagonal: Tensor, rule: str) -> Tensor:
+def ridge(diagonal: Tensor, rule: DampingRule) -> Tensor:
     """What a damping of 1 adds to the `diagonal` (in,) of a Gram matrix: one number for all channels, or (in,)."""
     mean = diagonal.mean()
     return mean if rule == "mean" else (diagonal * mean).sqrt()

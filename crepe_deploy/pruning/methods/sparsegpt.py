@@ -24,7 +24,7 @@ from crepe_deploy.pattern import NM, Pattern, Unstructured, check_divides, fract
 from crepe_deploy.select import largest_in_matrix, largest_per_group, largest_per_row
 
 from .base import Feed, Solution, check_range
-from .damping import check_rule, revive, ridge
+from .damping import DampingRule, check_rule, revive, ridge
 
 STRIP = 16  # columns corrected one by one before a matrix product takes over
 DAMPING_STEP = 10
@@ -50,7 +50,7 @@ class SparseGPT:
     damping: float = 0.01
     block_size: int = 128
     max_damping: float = 1.0
-    damping_rule: str = "mean"
+    damping_rule: DampingRule = "mean"
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
     feed: ClassVar[Feed] = "pruned"
 
@@ -99,7 +99,7 @@ def _swept(weight: Tensor, mask: Tensor, factor: Factor, block_size: int, patter
     return columns
 
 
-def factorise(hessian: Tensor, damping: float, max_damping: float, rule: str = "mean") -> Factor:
+def factorise(hessian: Tensor, damping: float, max_damping: float, rule: DampingRule = "mean") -> Factor:
     """`hessian` (in, in) -> its Factor, trying `damping`, 10 * damping, ... up to `max_damping`. Does not mutate.
 
     Dead inputs get a diagonal of 1. Raises NumericalError if the hessian is not finite or if it is not positive

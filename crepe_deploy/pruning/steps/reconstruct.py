@@ -38,7 +38,7 @@ from crepe_deploy.pattern import Pattern, Unstructured
 from crepe_deploy.select import select
 
 from ..methods.base import Solution, check_range
-from ..methods.damping import check_rule, revive, ridge
+from ..methods.damping import DampingRule, check_rule, revive, ridge
 from ..methods.sparsegpt import SparseGPT, sweep
 
 TINY = 1e-30
@@ -54,7 +54,7 @@ class Goal:
     gram: Tensor
     wanted: Tensor
     damping: float
-    rule: str
+    rule: DampingRule
 
     def error(self, weight: Tensor) -> Tensor:
         """(out,) fp64: f of each row of weight (out, in), up to a constant that only the goal decides."""
@@ -81,7 +81,7 @@ class Exact:
     damping: float = 0.1
     tolerance: float = 0.01
     max_steps: int = 60
-    damping_rule: str = "mean"
+    damping_rule: DampingRule = "mean"
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class Admm:
     growth: float = 1.3
     tolerance: float = 0.01
     max_steps: int = 20
-    damping_rule: str = "mean"
+    damping_rule: DampingRule = "mean"
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
@@ -138,7 +138,7 @@ class Obs:
     damping: float = 0.01
     max_damping: float = 1.0
     block_size: int = 128
-    damping_rule: str = "mean"
+    damping_rule: DampingRule = "mean"
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class Obs:
 RECONSTRUCTORS: dict[str, type[Exact] | type[Admm] | type[Obs]] = {"exact": Exact, "admm": Admm, "obs": Obs}
 
 
-def make_goal(dense: Tensor, stats: Stats, damping: float, rule: str = "mean") -> Goal:
+def make_goal(dense: Tensor, stats: Stats, damping: float, rule: DampingRule = "mean") -> Goal:
     """The goal of putting out what `dense` (out, in) should, see `Stats`. Raises CalibrationError, NumericalError.
 
     Inputs that were 0 on every calibration token get a diagonal of 1 before anything is added, as in SparseGPT.

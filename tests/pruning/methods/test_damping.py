@@ -12,7 +12,7 @@ from crepe_deploy.errors import ConfigError, NumericalError
 from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import NM
 from crepe_deploy.pruning.config import prune_config
-from crepe_deploy.pruning.methods.damping import RULES, revive, ridge
+from crepe_deploy.pruning.methods.damping import RULES, DampingRule, revive, ridge
 from crepe_deploy.pruning.methods.sparsegpt import SparseGPT
 from crepe_deploy.pruning.steps.reconstruct import RECONSTRUCTORS, Exact, make_goal
 from crepe_deploy.select import select
@@ -28,14 +28,14 @@ def outliers(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(16, 64, generator=draw), inputs[:512], inputs[512:]
 
 
-def added(rule: str, diagonal: Tensor) -> Tensor:
+def added(rule: DampingRule, diagonal: Tensor) -> Tensor:
     mean = float(diagonal.double().mean())
     each = [mean if rule == "mean" else (float(one) * mean) ** 0.5 for one in diagonal.double()]
     return torch.tensor(each, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_solver_adds_what_the_rule_says(rule: str) -> None:
+def test_every_solver_adds_what_the_rule_says(rule: DampingRule) -> None:
     weight, inputs, _ = outliers()
     gram = 2 / 8 * inputs.T @ inputs
     expected = gram.double() + 0.1 * added(rule, gram.diagonal()).diag()
