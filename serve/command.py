@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import click
 
+from ..commands.groups import Grouped
 from ..errors import CrepeError
 
 EXAMPLES: Final = """\b
@@ -19,7 +20,7 @@ Examples:
 """
 
 
-@click.command("serve", context_settings={"ignore_unknown_options": True}, epilog=EXAMPLES)
+@click.command("serve", cls=Grouped, context_settings={"ignore_unknown_options": True}, epilog=EXAMPLES)
 @click.argument("model")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Anything but this machine needs --api-key.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from ...commands.groups import Grouped
 from ...commands.options import Number
 from ...errors import ConfigError
 
@@ -26,7 +27,7 @@ Examples:
 """
 
 
-@click.command("gate", epilog=EXAMPLES)
+@click.command("gate", cls=Grouped, epilog=EXAMPLES)
 @click.argument("baseline", type=_PATH)
 @click.argument("candidate", type=_PATH, required=False)
 @click.option("--budgets", type=_PATH, default=None, help="YAML or JSON: how much worse is allowed; see configs/.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .groups import Grouped
 from .options import (
     base_model_option,
     format_option,
@@ -29,7 +30,7 @@ Examples:
 """
 
 
-@click.command("export", epilog=EXAMPLES)
+@click.command("export", cls=Grouped, epilog=EXAMPLES)
 @click.argument("source")
 @click.option(
     "--out",

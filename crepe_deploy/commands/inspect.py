@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .groups import Grouped
 from .options import json_option, print_result, revision_option, say
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ Examples:
 """
 
 
-@click.command("inspect", epilog=EXAMPLES)
+@click.command("inspect", cls=Grouped, epilog=EXAMPLES)
 @click.argument("folder", metavar="MODEL")
 @revision_option
 @json_option

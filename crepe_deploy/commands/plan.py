@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import completion
+from .groups import Grouped
 from .inspect import expert_lines
 from .options import (
     Count,
@@ -30,7 +31,7 @@ Examples:
 """
 
 
-@click.command("plan", epilog=EXAMPLES)
+@click.command("plan", cls=Grouped, epilog=EXAMPLES)
 @click.argument("model", shell_complete=completion.files)
 @chosen_sparsity_options
 @click.option("--calib-samples", type=Count(1), default=None, help="Default: 64, as is chosen.")
