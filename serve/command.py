@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import click
 
-from ..commands.groups import Grouped
 from ..errors import CrepeError
+from ..option_groups import Grouped
 
 EXAMPLES: Final = """\b
 Examples:

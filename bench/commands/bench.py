@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ...commands.groups import Grouped
 from ...commands.options import Count, say
 from ...errors import ConfigError, CrepeError
+from ...option_groups import Grouped
 from .init_ci import init_ci_command
 
 if TYPE_CHECKING:

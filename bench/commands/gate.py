@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ...commands.groups import Grouped
 from ...commands.options import Number
 from ...errors import ConfigError
+from ...option_groups import Grouped
 
 if TYPE_CHECKING:
     from ..gate.budgets import Budgets

@@ -10,9 +10,9 @@ from typing import Final
 
 import click
 
-from ...commands.groups import Grouped
 from ...commands.options import json_option, print_result
 from ...errors import ConfigError, OutputError
+from ...option_groups import Grouped
 
 WORKFLOW: Final = Path(".github/workflows/crepe-deploy.yml")
 RUNNER: Final = "ubuntu-latest"

@@ -8,8 +8,8 @@ from typing import Final
 
 import click
 
-from ...commands.groups import Grouped
 from ...commands.options import Count, Number
+from ...option_groups import Grouped
 
 EXAMPLES: Final = """\b
 Examples:

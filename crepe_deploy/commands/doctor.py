@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from crepe_deploy.api.doctor import OPTIONAL
+from crepe_deploy.option_groups import Grouped
 
-from .groups import Grouped
 from .options import json_option, print_result
 
 EXAMPLES = """\b

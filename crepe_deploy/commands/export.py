@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .groups import Grouped
+from crepe_deploy.option_groups import Grouped
+
 from .options import (
     base_model_option,
     format_option,

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from .groups import Grouped
+from crepe_deploy.option_groups import Grouped
+
 from .options import (
     Count,
     Number,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .groups import Grouped
+from crepe_deploy.option_groups import Grouped
+
 from .options import json_option, print_result, revision_option, say
 
 if TYPE_CHECKING:

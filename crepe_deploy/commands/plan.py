@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from . import completion
-from .groups import Grouped
 from .inspect import expert_lines
 from .options import (
     Count,

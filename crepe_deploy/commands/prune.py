@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .groups import Grouped
+from crepe_deploy.option_groups import Grouped
+
 from .options import prepare_libraries, print_result, prune_options, resumable_folder, say, values
 
 EXAMPLES = """\b

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from . import completion
-from .groups import Grouped
 from .options import (
     Count,
     Number,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from .groups import Grouped
+from crepe_deploy.option_groups import Grouped
+
 from .options import json_option, print_result
 
 EXAMPLES = """\b

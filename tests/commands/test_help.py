@@ -12,7 +12,7 @@ import pytest
 from crepe_deploy.exporting.registry import EXPORTERS
 
 from crepe_deploy.cli import add_outer_commands, cli, run
-from crepe_deploy.commands.groups import GROUPS
+from crepe_deploy.option_groups import GROUPS
 
 add_outer_commands()
 
