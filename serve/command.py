@@ -10,6 +10,7 @@ from typing import Any, Final
 import click
 
 from ..errors import CrepeError
+from ..option_groups import Grouped
 
 EXAMPLES: Final = """\b
 Examples:
@@ -19,7 +20,7 @@ Examples:
 """
 
 
-@click.command("serve", context_settings={"ignore_unknown_options": True}, epilog=EXAMPLES)
+@click.command("serve", cls=Grouped, context_settings={"ignore_unknown_options": True}, epilog=EXAMPLES)
 @click.argument("model")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Anything but this machine needs --api-key.")

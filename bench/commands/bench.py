@@ -11,6 +11,7 @@ import click
 
 from ...commands.options import Count, say
 from ...errors import ConfigError, CrepeError
+from ...option_groups import Grouped
 from .init_ci import init_ci_command
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def bench_command() -> None:
 bench_command.add_command(init_ci_command)
 
 
-@bench_command.command("run", epilog=EXAMPLES)
+@bench_command.command("run", cls=Grouped, epilog=EXAMPLES)
 @click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | MODEL...")
 @click.option("--baseline", default=None, help="The dense folder; with CONFIG, a candidate's name. Default: the first.")
 @click.option("--engine", default=None, help="vllm or transformers, for candidates that name none.")
@@ -61,7 +62,7 @@ bench_command.add_command(init_ci_command)
 @click.option("--threads", type=Count(1), default=None, help="Of each candidate. Default: one a core.")
 @click.option("--aa", is_flag=True, help="Measure the baseline twice, for the machine's noise floor.")
 @click.option("--text", type=click.Path(path_type=Path), default=None, help="Also measure quality on this text.")
-@click.option("--window", type=Count(2), default=512, show_default=True, help="Tokens a window of --text.")
+@click.option("--window", type=Count(2), default=512, show_default=True, help="Tokens in each window of --text.")
 @click.option("--max-tokens", type=Count(2), default=None, help="Score only the first tokens of --text.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="The run. Default: NAME.json, here.")
 @click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
@@ -73,7 +74,9 @@ bench_command.add_command(init_ci_command)
     help="Judge the candidates by these budgets, against the baseline.",
 )
 @click.option("--max-rounds", type=Count(1), default=None, help="With --gate: add rounds while undecided.")
-@click.option("--json", "as_json", is_flag=True, help="Print the run, or with --gate the verdict, as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the run, or with --gate the verdict, as one JSON document on stdout."
+)
 @click.pass_obj
 def run_command(
     typed: str, /, targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None,

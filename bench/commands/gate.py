@@ -10,6 +10,7 @@ import click
 
 from ...commands.options import Number
 from ...errors import ConfigError
+from ...option_groups import Grouped
 
 if TYPE_CHECKING:
     from ..gate.budgets import Budgets
@@ -26,7 +27,7 @@ Examples:
 """
 
 
-@click.command("gate", epilog=EXAMPLES)
+@click.command("gate", cls=Grouped, epilog=EXAMPLES)
 @click.argument("baseline", type=_PATH)
 @click.argument("candidate", type=_PATH, required=False)
 @click.option("--budgets", type=_PATH, default=None, help="YAML or JSON: how much worse is allowed; see configs/.")

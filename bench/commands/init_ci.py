@@ -12,6 +12,7 @@ import click
 
 from ...commands.options import json_option, print_result
 from ...errors import ConfigError, OutputError
+from ...option_groups import Grouped
 
 WORKFLOW: Final = Path(".github/workflows/crepe-deploy.yml")
 RUNNER: Final = "ubuntu-latest"
@@ -119,7 +120,7 @@ def fill(text: str, values: dict[str, str]) -> str:
     return re.sub("|".join(map(re.escape, values)), lambda match: values[match.group()], text)
 
 
-@click.command("init-ci", epilog=EXAMPLES)
+@click.command("init-ci", cls=Grouped, epilog=EXAMPLES)
 @click.argument("scenario", type=click.Path(path_type=Path))
 @click.option("--budgets", type=click.Path(path_type=Path), required=True, help="The budgets file of the gate.")
 @click.option("--root", type=click.Path(path_type=Path), default=Path(), help="The repository. Default: here.")

@@ -9,6 +9,7 @@ from typing import Final
 import click
 
 from ...commands.options import Count, Number
+from ...option_groups import Grouped
 
 EXAMPLES: Final = """\b
 Examples:
@@ -17,7 +18,7 @@ Examples:
 """
 
 
-@click.command("report", epilog=EXAMPLES)
+@click.command("report", cls=Grouped, epilog=EXAMPLES)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; it appears whole or not.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it holds an earlier report and nothing else.")
@@ -35,7 +36,7 @@ Examples:
     type=Count(1),
     help="KV-cache tokens in the memory stack.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 def report_command(
     runs: tuple[Path, ...], out: Path, overwrite: bool, max_perplexity_ratio: float, context: int, as_json: bool
 ) -> None:

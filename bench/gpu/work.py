@@ -59,7 +59,7 @@ class Plan:
     variants: tuple[str, ...]
     pruned: dict[str, Any]
     windows: tuple[int, int]
-    prunings: dict[str, dict[str, str]]
+    prunings: dict[str, dict[str, Any]]
 
     @property
     def on_gpu(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from crepe_deploy.api.doctor import OPTIONAL
+from crepe_deploy.option_groups import Grouped
 
 from .options import json_option, print_result
 
@@ -18,7 +19,7 @@ Examples:
 """
 
 
-@click.command("doctor", epilog=EXAMPLES)
+@click.command("doctor", cls=Grouped, epilog=EXAMPLES)
 @click.option("--retune", is_flag=True, help="Forget kernel speeds measured here, perhaps while it was busy.")
 @json_option
 def doctor_command(retune: bool, as_json: bool) -> None:

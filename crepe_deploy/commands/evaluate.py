@@ -8,8 +8,20 @@ from typing import Any
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from . import completion
-from .options import SEED, Count, device_option, json_option, prepare_libraries, print_result, say
+from .options import (
+    SEED,
+    Count,
+    device_option,
+    dtype_option,
+    json_option,
+    prepare_libraries,
+    print_result,
+    say,
+    text_field_option,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -20,7 +32,7 @@ Examples:
 """
 
 
-@click.command("eval", epilog=EXAMPLES)
+@click.command("eval", cls=Grouped, epilog=EXAMPLES)
 @click.argument("model", shell_complete=completion.files)
 @click.option(
     "--text",
@@ -28,12 +40,12 @@ Examples:
     shell_complete=completion.files,
     help="Evaluation text: .txt, .jsonl, .parquet or a datasets name.",
 )
-@click.option("--text-field", default="text", show_default=True)
+@text_field_option
 @click.option("--window", type=Count(2), default=2048, show_default=True, help="Tokens in each window.")
 @click.option("--stride", type=Count(1), default=None, help="Default: the window, without overlap.")
 @click.option("--max-tokens", type=Count(2), default=None, help="Score only the first tokens.")
 @click.option("--bos", default="auto", show_default=True, help="auto, none, start or window.")
-@click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes)
+@dtype_option
 @device_option
 @click.option("--against", default=None, shell_complete=completion.files, help="The dense model, for paired KL.")
 @click.option("--tasks", default=None, help="Comma-separated zero-shot tasks, through lm-eval.")

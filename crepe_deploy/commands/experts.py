@@ -7,13 +7,15 @@ from typing import Any
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from . import completion
 from .options import (
-    SEED,
     Number,
     base_model_option,
     calibration_options,
     device_option,
+    dtype_option,
     json_option,
     options,
     overwrite_option,
@@ -21,6 +23,7 @@ from .options import (
     print_result,
     revision_option,
     say,
+    seed_option,
 )
 
 EXAMPLES = """\b
@@ -42,9 +45,8 @@ experts_options = options(
     click.option("--scores", type=click.Path(path_type=Path), default=None, metavar="FILE",
                  help="OUT/scores.safetensors of an earlier run on MODEL, instead of --calib."),
     base_model_option,
-    click.option("--seed", type=SEED, default=0, show_default=True),
-    click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes,
-                 help="To compute in: auto, bfloat16, float16, float32."),
+    seed_option,
+    dtype_option,
     device_option,
     revision_option,
     overwrite_option,
@@ -52,7 +54,7 @@ experts_options = options(
 )  # fmt: skip
 
 
-@click.command("experts", epilog=EXAMPLES)
+@click.command("experts", cls=Grouped, epilog=EXAMPLES)
 @experts_options
 def experts_command(calib: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Remove whole experts from MODEL, a mixture of experts: OUT/dense/ loads wherever MODEL does.

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from .options import (
     base_model_option,
     format_option,
@@ -29,7 +31,7 @@ Examples:
 """
 
 
-@click.command("export", epilog=EXAMPLES)
+@click.command("export", cls=Grouped, epilog=EXAMPLES)
 @click.argument("source")
 @click.option(
     "--out",

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from .options import (
-    SEED,
     Count,
     Number,
     device_option,
@@ -23,6 +24,8 @@ from .options import (
     resume_option,
     revision_option,
     say,
+    seed_option,
+    text_field_option,
 )
 
 EXAMPLES = """\b
@@ -38,7 +41,7 @@ heal_options = options(
     click.option("--dense", required=True, metavar="MODEL", help="The model that FOLDER was pruned from."),
     click.option("--text", multiple=True, required=True, metavar="FILE_OR_DATASET",
                  help="To train on: .txt, .jsonl, .parquet or a datasets name; never a test split. Give several."),
-    click.option("--text-field", default="text", show_default=True, help="Field of .jsonl, .parquet or dataset rows."),
+    text_field_option,
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist."),
     click.option("--steps", type=Count(1), default=None, help="Budget; 200 where --minutes is not given either."),
     click.option("--minutes", type=Number(0, min_open=True), default=None, help="Budget in place of steps."),
@@ -59,7 +62,7 @@ heal_options = options(
     device_option,
     click.option("--holdout", type=Number(0, min_open=True), default=0.05, show_default=True,
                  help="Share of each text that decides which step is best."),
-    click.option("--seed", type=SEED, default=0, show_default=True),
+    seed_option,
     revision_option,
     resume_option,
     overwrite_option,
@@ -67,7 +70,7 @@ heal_options = options(
 )  # fmt: skip
 
 
-@click.command("heal", epilog=EXAMPLES)
+@click.command("heal", cls=Grouped, epilog=EXAMPLES)
 @heal_options
 def heal_command(out: Path, text: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Train the pruned model in FOLDER towards its dense parent, every zero held: OUT is a folder of the same kind.

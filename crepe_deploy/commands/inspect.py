@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from .options import json_option, print_result, revision_option, say
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ Examples:
 """
 
 
-@click.command("inspect", epilog=EXAMPLES)
+@click.command("inspect", cls=Grouped, epilog=EXAMPLES)
 @click.argument("folder", metavar="MODEL")
 @revision_option
 @json_option

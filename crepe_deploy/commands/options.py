@@ -117,6 +117,14 @@ device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
     help="To compute on; auto: the first GPU that torch sees, else the CPU.",
 )  # fmt: skip
+dtype_option = click.option(
+    "--dtype", default="auto", show_default=True, shell_complete=completion.dtypes,
+    help="To compute in: auto (the checkpoint's), bfloat16, float16, float32.",
+)  # fmt: skip
+seed_option = click.option("--seed", type=SEED, default=0, show_default=True, help="Of all that is drawn at random.")
+text_field_option = click.option(
+    "--text-field", default="text", show_default=True, help="Field of .jsonl, .parquet or dataset rows."
+)
 resume_option = click.option("--resume", is_flag=True, help="Go on with OUT.work of a stopped run.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
@@ -220,11 +228,10 @@ prune_options = options(
                  help="logits: fit their scale to the dense model on held-out calibration windows."),
     calibration_options(samples=None, length=None,
                         left_out=" Default, with the length: 128 x 2048; 64 x 512 where --calib is left out."),
-    click.option("--seed", type=SEED, default=0, show_default=True),
+    seed_option,
     click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches."),
     click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense."),
-    click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes,
-                 help="To compute in: auto, bfloat16, float16, float32."),
+    dtype_option,
     device_option,
     revision_option,
     resume_option,

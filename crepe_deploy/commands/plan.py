@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from . import completion
 from .inspect import expert_lines
 from .options import (
@@ -30,7 +32,7 @@ Examples:
 """
 
 
-@click.command("plan", epilog=EXAMPLES)
+@click.command("plan", cls=Grouped, epilog=EXAMPLES)
 @click.argument("model", shell_complete=completion.files)
 @chosen_sparsity_options
 @click.option("--calib-samples", type=Count(1), default=None, help="Default: 64, as is chosen.")

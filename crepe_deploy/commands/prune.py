@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from .options import prepare_libraries, print_result, prune_options, resumable_folder, say, values
 
 EXAMPLES = """\b
@@ -20,7 +22,7 @@ Examples:
 """
 
 
-@click.command("prune", epilog=EXAMPLES)
+@click.command("prune", cls=Grouped, epilog=EXAMPLES)
 @prune_options
 def prune_command(out: Path, as_json: bool, **options: Any) -> None:
     """Prune MODEL into the Hugging Face folder OUT, with its manifest.

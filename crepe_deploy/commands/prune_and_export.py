@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from .options import (
     base_model_option,
     format_option,
@@ -32,7 +34,7 @@ Examples:
 """
 
 
-@click.command("prune-and-export", epilog=EXAMPLES)
+@click.command("prune-and-export", cls=Grouped, epilog=EXAMPLES)
 @prune_options
 @format_option(
     "Default: dense and packed, with onnx where that alone is served here; dense beside a named method. "

@@ -8,20 +8,23 @@ from typing import Any
 import click
 
 from crepe_deploy.errors import ConfigError
+from crepe_deploy.option_groups import Grouped
 
 from . import completion
 from .options import (
-    SEED,
     Count,
     Number,
     calibration_options,
     device_option,
+    dtype_option,
     prepare_libraries,
     print_result,
     resumable,
     revision_option,
     say,
+    seed_option,
     sparsity_options,
+    text_field_option,
 )
 
 EXAMPLES = """\b
@@ -32,12 +35,17 @@ Examples:
 """
 
 
-@click.command("search", epilog=EXAMPLES)
+@click.command("search", cls=Grouped, epilog=EXAMPLES)
 @click.argument("model", shell_complete=completion.files)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Preset to write, for prune --preset.")
 @calibration_options(samples=16, length=512, required=True)
-@click.option("--text", required=True, metavar="FILE_OR_DATASET", help="Text to judge on; never a test split.")
-@click.option("--text-field", default="text", show_default=True)
+@click.option(
+    "--text",
+    required=True,
+    metavar="FILE_OR_DATASET",
+    help="To judge on: .txt, .jsonl, .parquet or a datasets name; never a test split.",
+)
+@text_field_option
 @click.option("--text-samples", type=Count(1), default=4, show_default=True, help="Windows judged on.")
 @click.option("--text-length", type=Count(2), default=512, show_default=True, help="Tokens in each.")
 @sparsity_options
@@ -64,16 +72,16 @@ Examples:
 @click.option("--fit", type=Count(3), default=16, show_default=True, help="Settings judged to fit proxies.")
 @click.option("--finalists", type=Count(1), default=8, show_default=True, help="Settings judged at the end.")
 @click.option("--kernels", default=None, metavar="LIST", help="Window sizes, comma-separated, odd, ascending.")
-@click.option("--seed", type=SEED, default=0, show_default=True)
+@seed_option
 @click.option("--workers", type=Count(1), default=2, show_default=True, help="Threads that score candidates.")
 @click.option("--include", default=None, metavar="REGEX", help="Prune only tensors whose name matches.")
 @click.option("--exclude", default=None, metavar="REGEX", help="Leave tensors whose name matches dense.")
-@click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes)
+@dtype_option
 @device_option
 @revision_option
 @click.option("--resume", is_flag=True, help="Go on with the journal OUT.journal of a stopped search.")
-@click.option("--overwrite", is_flag=True, help="Replace the output and the journal if they exist.")
-@click.option("--json", "as_json", is_flag=True, help="Print the preset on stdout, nothing else.")
+@click.option("--overwrite", is_flag=True, help="Replace the preset and the journal if they exist.")
+@click.option("--json", "as_json", is_flag=True, help="Print the preset as one JSON document on stdout, nothing else.")
 def search_command(out: Path, calib: tuple[str, ...], kernels: str | None, as_json: bool, **options: Any) -> None:
     """Find CRePE's hyperparameters for MODEL and write them as a preset with its provenance.
 

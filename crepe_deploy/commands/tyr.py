@@ -7,14 +7,16 @@ from typing import Any
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from . import completion
 from .options import (
-    SEED,
     Count,
     Number,
     base_model_option,
     calibration_options,
     device_option,
+    dtype_option,
     heal_option,
     healed_line,
     json_option,
@@ -26,6 +28,7 @@ from .options import (
     resume_option,
     revision_option,
     say,
+    seed_option,
 )
 
 EXAMPLES = """\b
@@ -90,9 +93,8 @@ tyr_options = options(
                  help="Of per-layer widths: for readers with crepe-deploy installed, or DeciLM's for stock vLLM."),
     click.option("--remote-code", is_flag=True, help="Put modelling files beside per-layer weights."),
     heal_option,
-    click.option("--seed", type=SEED, default=0, show_default=True),
-    click.option("--dtype", default="auto", show_default=True, shell_complete=completion.dtypes,
-                 help="To compute in: auto, bfloat16, float16, float32."),
+    seed_option,
+    dtype_option,
     device_option,
     revision_option,
     resume_option,
@@ -102,7 +104,7 @@ tyr_options = options(
 )  # fmt: skip
 
 
-@click.command("tyr", epilog=EXAMPLES)
+@click.command("tyr", cls=Grouped, epilog=EXAMPLES)
 @tyr_options
 def tyr_command(out: Path, calib: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Remove whole KV groups and FFN neurons from MODEL: OUT/dense/ is a physically smaller checkpoint.

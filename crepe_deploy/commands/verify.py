@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from crepe_deploy.option_groups import Grouped
+
 from .options import json_option, print_result
 
 EXAMPLES = """\b
@@ -15,7 +17,7 @@ Examples:
 """
 
 
-@click.command("verify", epilog=EXAMPLES)
+@click.command("verify", cls=Grouped, epilog=EXAMPLES)
 @click.argument("folder", type=click.Path(path_type=Path))
 @json_option
 def verify_command(folder: Path, as_json: bool) -> None:

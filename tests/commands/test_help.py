@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 import click
 import pytest
+from crepe_deploy.exporting.registry import EXPORTERS
 
-from crepe_deploy.cli import add_outer_commands, cli
+from crepe_deploy.cli import add_outer_commands, cli, run
+from crepe_deploy.option_groups import GROUPS
 
 add_outer_commands()
 
@@ -66,3 +68,48 @@ def test_examples_parse(line: str) -> None:
         command = chosen
         context = command.make_context(name, rest, parent=context)
     assert context.params
+
+
+OPTIONS = [
+    (" ".join(path), option) for path, command in COMMANDS.items() for option in command.params
+    if isinstance(option, click.Option)
+]  # fmt: skip
+# Options whose name means another thing in another command.
+OTHERWISE = {
+    "--budgets", "--calib-length", "--calib-samples", "--format", "--heal", "--json", "--max-tokens", "--method",
+    "--minutes", "--out", "--overwrite", "--resume", "--seed", "--sparsity", "--text", "--top-k", "--window", "--dtype",
+}  # fmt: skip
+
+
+def test_every_option_says_what_it_is() -> None:
+    assert [(name, option.name) for name, option in OPTIONS if not option.help] == []
+
+
+def test_an_option_is_worded_alike_wherever_it_means_the_same() -> None:
+    words: dict[str, set[str | None]] = {}
+    for _, option in OPTIONS:
+        words.setdefault(option.opts[0], set()).add(option.help)
+    assert {name for name, helps in words.items() if len(helps) > 1} <= OTHERWISE
+
+
+def test_options_stand_in_groups_that_a_table_has(capsys: pytest.CaptureFixture[str]) -> None:
+    named = [name for names in GROUPS.values() for name in names.split()]
+    assert len(set(named)) == len(named)
+    assert set(named) <= {str(option.name) for _, option in OPTIONS}
+    for path, command in COMMANDS.items():
+        loose = [option.name for option in command.params if isinstance(option, click.Option)]
+        if len(loose) > 8 and path != ("bench", "init-ci"):
+            assert set(map(str, loose)) <= set(named), path
+    assert run(["prune", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line.rstrip(":") for line in lines if line.rstrip(":") in GROUPS and line.endswith(":")]
+    assert heads == ["What to prune", "How to prune", "Calibration", "Running", "Output"]
+    assert sum(line.strip().startswith("--calib ") for line in lines) == 1
+
+
+def test_formats_are_the_registrys_wherever_they_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("export", "prune-and-export"):
+        assert run([command, "--help"]) == 0
+        assert ", ".join(EXPORTERS) in " ".join(capsys.readouterr().out.split())
+        assert run([command, "none", "--out", "out", "--format", "none"]) == 2
+        assert f"known: {', '.join(EXPORTERS)}" in capsys.readouterr().err
