@@ -128,7 +128,7 @@ def test_prune_says_where_it_computed(tmp_path: Path, model: Path, text: Path) -
     said: list[str] = []
     with stand_in():
         manifest = prune(model, tmp_path / "out", calib=text, calib_samples=4, calib_length=32, say=said.append)
-    assert said == [f"computing on {NAME}"]
+    assert f"computing on {NAME}" in said
     assert manifest.metrics["device"] == NAME
 
 

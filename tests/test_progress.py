@@ -193,7 +193,7 @@ def test_a_terminal_shows_what_is_done_elapsed_and_left(tmp_path: Path) -> None:
         assert process.wait() == 0, shown
     os.close(main)
     said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
-    label = "pruning to 2:4, recipe best (ria, permute fold, reconstruct admm, rescale logits)"
+    label = "pruning to 16:32, recipe best (ria, permute fold, reconstruct admm, rescale logits)"
     assert label in said and re.search(r"\d+%, 0:\d\d:\d\d elapsed, about 0:\d\d:\d\d left", said), said
     assert re.search(re.escape(f"pruning {model}") + r": done, 0:\d\d:\d\d elapsed\s*$", said), said
 

@@ -58,7 +58,7 @@ def with_text(model: Path, text: Path, out: Path) -> list[list[str]]:
         ["prune", str(model), "--out", str(out), *calibration],
         ["eval", str(model), "--text", str(text), "--window", "32"],
         ["tyr", str(model), "--out", str(out), *calibration],
-        ["search", str(model), "--out", str(out), *calibration, "--text", str(text)],
+        ["search", str(model), "--out", f"{out}.json", *calibration, "--text", str(text)],
     ]
 
 

@@ -13,6 +13,7 @@ from crepe_deploy import cli
 from crepe_deploy.cli import run
 from crepe_deploy.store.folders import Claim, atomic_folder, held
 from tests.bench.report_runs import small
+from tests.moe import make_moe
 from tests.pico import make_pico_llama, sample_text
 
 TEXT = ("--calib", "text.txt", "--calib-samples", "2", "--calib-length", "16")
@@ -25,6 +26,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
                "out.json"),
     "tyr": ("tyr", "model", *TEXT, "--sparsity", "0.25", "--search-samples", "1", "--ffn-multiple", "8", "--out",
             "out"),
+    "experts": ("experts", "mixtral", "--remove", "1", *TEXT, "--out", "out"),
     "heal": ("heal", "pruned", "--dense", "model", "--text", "text.txt", "--steps", "1", "--window", "16",
              "--batch-tokens", "32", "--out", "out"),
     "report": ("report", "run.json", "--out", "out"),
@@ -53,6 +55,7 @@ def output_of(name: str) -> str:
 @pytest.fixture
 def samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_pico_llama(tmp_path / "model")
+    make_moe(tmp_path / "mixtral", "mixtral")
     (tmp_path / "text.txt").write_text(sample_text(2000))
     (tmp_path / "run.json").write_text(small().model_dump_json())
     suite = {"name": "a", "engine": "transformers", "candidates": [{"name": "a", "folder": "model"}],

@@ -136,7 +136,7 @@ def test_a_text_of_one_token_is_refused_before_any_work(command: str, text: str,
         if command == "prune":
             crepe_deploy.prune(model, tmp_path / "out", method="sparsegpt", **small)
         elif command == "search":
-            crepe_deploy.search(model, tmp_path / "out", text=file, **small)
+            crepe_deploy.search(model, tmp_path / "out.json", text=file, **small)
         else:
             crepe_deploy.tyr(model, tmp_path / "out", sparsity=0.3, **small)
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import pytest
@@ -85,6 +86,6 @@ def test_the_clock_stops_cma_es_after_a_generation() -> None:
 
 
 def test_without_cmaes_the_install_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimise.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"crepe-deploy\[search\]"):
         cma_es(Space(), START, distance, evaluations=1, seed=0)

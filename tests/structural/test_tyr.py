@@ -224,7 +224,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     code, _, err = command(capsys, pico, text, out)
     assert code == 2 and "--resume" in err
     code, _, err = command(capsys, pico, text, out, "--resume", "--seed", "1")
-    assert code == 2 and "another search" in err
+    assert code == 2 and "another run" in err
     code, report, _ = command(capsys, pico, text, out, "--resume")
     assert code == 0
     assert report["layers"] == expected["layers"] and report["split"] == expected["split"]
