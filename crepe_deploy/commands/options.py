@@ -200,6 +200,11 @@ quantise_option = click.option(
     "--quantise", default=None, help="Of a GGUF file: auto (default, as stored), f32, f16, bf16, q8_0, q5_0 or q4_0."
 )
 
+repair_option = click.option(
+    "--repair", default=None, metavar="STEP", shell_complete=completion.steps["repair"],
+    help="block: tune what is kept of each block to the dense model's output behind it.",
+)  # fmt: skip
+
 prune_options = options(
     click.argument("model", shell_complete=completion.files),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist."),
@@ -222,8 +227,7 @@ prune_options = options(
                  help="dsnot, dsnot-ria or swaps, inside rows and groups."),
     click.option("--reconstruct", default=None, metavar="STEP", shell_complete=completion.steps["reconstruct"],
                  help="exact, obs or admm: fit kept weights to the output. STEP is NAME[:PARAMETER=VALUE,...]."),
-    click.option("--repair", default=None, metavar="STEP", shell_complete=completion.steps["repair"],
-                 help="block: tune the kept weights of each block to the dense model's output behind it."),
+    repair_option,
     click.option("--rescale", default=None, metavar="STEP", shell_complete=completion.steps["rescale"],
                  help="logits: fit their scale to the dense model on held-out calibration windows."),
     calibration_options(samples=None, length=None,

@@ -24,6 +24,7 @@ from .options import (
     overwrite_option,
     prepare_libraries,
     print_result,
+    repair_option,
     resumable_folder,
     resume_option,
     revision_option,
@@ -87,8 +88,7 @@ tyr_options = options(
     click.option("--finish", type=click.Choice(["paired", "single", "supernet"]), default="single", show_default=True,
                  help="How the found widths are pruned at the end: aiming at each layer's own output, at the dense "
                  "model's, or as the last supernet has them."),
-    click.option("--repair", default=None, metavar="STEP", shell_complete=completion.steps["repair"],
-                 help="block: tune what is left of each block to the dense model's output behind it."),
+    repair_option,
     click.option("--layout", type=click.Choice(["plugin", "deci"]), default="plugin", show_default=True,
                  help="Of per-layer widths: for readers with crepe-deploy installed, or DeciLM's for stock vLLM."),
     click.option("--remote-code", is_flag=True, help="Put modelling files beside per-layer weights."),
