@@ -211,6 +211,12 @@ def test_the_map_names_files_of_its_rooms() -> None:
             assert (ROOT / room / name).exists(), f"{room} has no {name}"
 
 
+def test_results_name_no_place_of_the_machine_that_made_them() -> None:
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        places = re.findall(r"[\"\s](/(?:home|root|work|tmp|dev/shm|Users)/[^\"\s]*)", path.read_text(encoding="utf-8"))
+        assert not places, (path.name, places[:3])
+
+
 def test_no_pickle_and_no_remote_code() -> None:
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")

@@ -81,7 +81,7 @@ def _direct(options: argparse.Namespace) -> int:
         if int(time.time() - began) % 60 == 0 or len(codes) >= len(workers):
             summary = figures.gather(options, time.time() - began, storm)
             for place in filter(None, (options.out / "figures.json", options.write)):
-                place.write_text(json.dumps(summary, indent=1) + "\n")
+                place.write_text(figures.publishable(summary))
     if options.table:
         write_table(options.table, summary)
     print("\n".join(figures.lines(summary)).encode(errors="backslashreplace").decode())

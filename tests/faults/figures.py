@@ -106,6 +106,9 @@ class Alone:
         }
 
 
+_PLACES = re.compile(r"(/[\w.+-]+)+/(site-packages|crepe-deploy-faults-\w+|python3\.\d+)/")
+
+
 def _readers(folder: Path) -> Alone:
     alone = Alone()
     for place in sorted(folder.glob("reader-*.json")):
@@ -119,6 +122,12 @@ def signature(details: str) -> str:
     errors = re.findall(r"^([A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Panic\w*|\w+))(?::|$)", details, re.M)
     where = "{}:{} {}".format(*frames[-1]) if frames else "?"
     return f"{errors[-1] if errors else '?'} at {where}"
+
+
+def publishable(summary: dict[str, Any]) -> str:
+    """As JSON without the paths of this machine: what lies in the checkout, a library or the scratch starts there."""
+    text = json.dumps(summary, indent=1)
+    return _PLACES.sub("", text.replace(f"{Path.cwd()}/", "")) + "\n"
 
 
 def lines(summary: dict[str, Any]) -> list[str]:

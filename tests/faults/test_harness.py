@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from . import figures
 from .formats import spoil_safetensors, spoil_yaml
 from .mutate import misspell, spoil_bytes, spoil_json, spoil_text
 from .strikes import environment
@@ -114,3 +115,9 @@ def test_a_share_of_the_inputs_and_faults(tmp_path: Path) -> None:
 def test_many_inputs_and_faults(tmp_path: Path) -> None:
     figures = run_share(tmp_path, "--seed", 1, "--inputs", 5000, "--faults", 500)
     assert figures["inputs"]["number"] == 5000 and figures["faults"]["number"] == 500
+
+
+def test_what_is_published_names_no_place_of_the_machine() -> None:
+    scratch = "/dev/shm/crepe-deploy-faults-x1/run"
+    place = f"{Path.cwd()}/crepe_deploy/cli.py /opt/v/lib/python3.11/site-packages/torch/a.py {scratch}"
+    assert figures.publishable({"at": place}) == '{\n "at": "crepe_deploy/cli.py torch/a.py run"\n}\n'
