@@ -49,9 +49,7 @@ ROWS = {
 
 
 @torch.inference_mode()
-def gram_matrices(
-    model: nn.Module, tokens: Tensor, layers: Sequence[str] = LAYERS
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def gram_matrices(model: nn.Module, tokens: Tensor, layers: Sequence[str]) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """The sums X^T X (in, in) fp32 of the layers' inputs after each micro-batch of tokens (samples, length)."""
     sums: dict[str, Tensor] = {}
 
@@ -92,8 +90,8 @@ def measure(assets_dir: Path, say: Any) -> dict[str, Any]:
         assets.text("c4", "train"), load_tokenizer(assets.model), wanted, LENGTH, seed=0
     ).tokens
     model = load_model(assets.model)
-    grams = {done: dict(sums) for done, sums in gram_matrices(model, tokens[: SAMPLES[-1]]) if done in SAMPLES}
-    *_, (_, held) = gram_matrices(model, tokens[SAMPLES[-1] :])
+    grams = {done: dict(sums) for done, sums in gram_matrices(model, tokens[: SAMPLES[-1]], LAYERS) if done in SAMPLES}
+    *_, (_, held) = gram_matrices(model, tokens[SAMPLES[-1] :], LAYERS)
     say("the layers' inputs are summed")
     rows: dict[str, dict[str, float]] = {}
     for label, (step, sizes) in ROWS.items():
