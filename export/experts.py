@@ -23,13 +23,13 @@ from ..model.blocks import expert_layer
 from ..model.calibrate import embed
 from ..model.decoder import PROOF_DTYPE, Decoder
 from ..model.proof import check_parity
+from ..moe.choose import chosen, effective
+from ..moe.config import ExpertsConfig
+from ..moe.cut import Cut, cut_content, cut_of, masked
+from ..moe.layers import ExpertLayers, expert_layers
+from ..moe.measure import LayerStats, measure
+from ..moe.scores import SCORES_NAME, Scores, load_scores
 from ..progress import Show, ticker
-from ..routing.choose import chosen, effective
-from ..routing.config import ExpertsConfig
-from ..routing.cut import Cut, cut_content, cut_of, masked
-from ..routing.layers import ExpertLayers, expert_layers
-from ..routing.measure import LayerStats, measure
-from ..routing.scores import SCORES_NAME, Scores, load_scores
 from ..store.checkpoint import CheckpointReader, read_config
 from ..store.companions import copy_companions
 from ..store.files import require_disk, write_json

@@ -19,8 +19,8 @@ from crepe_deploy.api.inputs import find_model, windows_of
 from crepe_deploy.cli import cli
 from crepe_deploy.errors import CalibrationError, ConfigError
 from crepe_deploy.texts import CalibrationSet
-from tests.moe import make_moe
 from tests.pico import make_pico_llama, sample_text
+from tests.pico_moe import make_moe
 
 ROOT = Path(__file__).resolve().parent.parent
 FUNCTIONS = (

@@ -21,8 +21,8 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.healing import heal as healing
 from crepe_deploy.pattern import parse_pattern
 from crepe_deploy.select import select
-from tests.moe import make_moe
 from tests.pico import VOCAB, make_pico_llama, sample_text
+from tests.pico_moe import make_moe
 from tests.stand_in import NAME, PLACE, MixedDevicesError, stand_in
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from crepe_deploy.device import chosen
 from crepe_deploy.errors import ConfigError
+from crepe_deploy.moe.config import ExpertsConfig
 from crepe_deploy.progress import Say, Show, hidden, unsaid
-from crepe_deploy.routing.config import ExpertsConfig
 
 from .inputs import Calibration, check_base_model, check_calibration, find_model, output, windows_of
 

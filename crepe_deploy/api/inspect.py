@@ -9,9 +9,9 @@ from typing import Any, NotRequired, TypedDict, cast
 from crepe_deploy.errors import InputError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.families import family_of
+from crepe_deploy.moe.layers import layers_if_any
 from crepe_deploy.packed.config import QUANT_METHOD
 from crepe_deploy.progress import Say, unsaid
-from crepe_deploy.routing.layers import layers_if_any
 from crepe_deploy.store.audit import audit, inspect_folder, recorded
 from crepe_deploy.store.checkpoint import read_config, require_folder
 from crepe_deploy.store.gguf_headers import headers_of
@@ -48,7 +48,7 @@ class Inspection:
     """What `inspect` counted.
 
     layers: the widths of each layer where layers may differ, else None. damage: why the folder's tokenizer does not
-    work, or None. experts: of a mixture whose files this can walk, `routing.layers.ExpertLayers.record`.
+    work, or None. experts: of a mixture whose files this can walk, `moe.layers.ExpertLayers.record`.
     """
 
     folder: Path

@@ -7,10 +7,10 @@ from typing import Any, NotRequired, TypedDict
 
 from crepe_deploy.device import described, resolve
 from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.moe.layers import layers_if_any
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern
 from crepe_deploy.progress import Say, unsaid
-from crepe_deploy.routing.layers import layers_if_any
 from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
@@ -39,7 +39,7 @@ class Plan(TypedDict):
 
     device: that a run would compute on. chosen: what `prune-and-export` chooses of what was left out, by option.
 
-    experts: of a mixture of experts, in which only whole experts can be pruned, `routing.layers.ExpertLayers.record`.
+    experts: of a mixture of experts, in which only whole experts can be pruned, `moe.layers.ExpertLayers.record`.
     heal_memory_estimate_bytes: above the libraries, by the options of `heal` that save memory, where it was asked for.
     """
 

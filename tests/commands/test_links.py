@@ -12,8 +12,8 @@ import pytest
 from crepe_deploy import cli
 from crepe_deploy.cli import run
 from tests.bench.report_runs import small
-from tests.moe import make_moe
 from tests.pico import make_pico_llama, sample_text
+from tests.pico_moe import make_moe
 
 TEXT = ("--calib", "text.txt", "--calib-samples", "2", "--calib-length", "16")
 SEARCH = ("--text", "text.txt", "--text-samples", "1", "--text-length", "16", "--out", "out.json")

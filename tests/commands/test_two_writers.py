@@ -13,8 +13,8 @@ from crepe_deploy import cli
 from crepe_deploy.cli import run
 from crepe_deploy.store.folders import Claim, atomic_folder, held
 from tests.bench.report_runs import small
-from tests.moe import make_moe
 from tests.pico import make_pico_llama, sample_text
+from tests.pico_moe import make_moe
 
 TEXT = ("--calib", "text.txt", "--calib-samples", "2", "--calib-length", "16")
 # A command with an output, as it is called in a folder of the samples, and the output.

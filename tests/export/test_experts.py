@@ -17,9 +17,9 @@ import crepe_deploy
 from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError, UnsupportedModel
 from crepe_deploy.model.families import family_of
 from crepe_deploy.store.manifest import verify
-from tests.moe import FAMILIES, make_moe
+from tests.moe.reference import without
 from tests.pico import VOCAB, make_pico_llama
-from tests.routing.reference import without
+from tests.pico_moe import FAMILIES, make_moe
 from tests.stand_in import NAME, stand_in
 
 TOKENS = torch.randint(3, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from crepe_deploy.errors import CheckpointError, UnsupportedModel
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.proof import walk_logits
-from tests.moe import FAMILIES, make_moe
 from tests.pico import VOCAB
+from tests.pico_moe import FAMILIES, make_moe
 
 TOKENS = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 

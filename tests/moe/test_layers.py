@@ -9,8 +9,8 @@ import torch
 import crepe_deploy
 from crepe_deploy.commands.inspect import expert_lines
 from crepe_deploy.commands.plan import lines
-from tests.moe import make_moe
 from tests.pico import VOCAB, make_pico_llama
+from tests.pico_moe import make_moe
 
 
 def test_what_stays_is_predicted(tmp_path: Path) -> None:

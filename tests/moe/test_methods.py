@@ -7,8 +7,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from crepe_deploy.routing.measure import LayerStats
-from crepe_deploy.routing.methods import METHODS
+from crepe_deploy.moe.measure import LayerStats
+from crepe_deploy.moe.methods import METHODS
 
 
 def stats(tokens: list[float], reap: list[float], gram: torch.Tensor) -> LayerStats:

@@ -11,18 +11,18 @@ import torch
 from crepe_deploy.model.blocks import expert_layer
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.proof import walk_logits
-from crepe_deploy.routing.choose import effective
-from crepe_deploy.routing.measure import LayerStats, measure, metered
-from tests.moe import FAMILIES, make_moe
+from crepe_deploy.moe.choose import effective
+from crepe_deploy.moe.measure import LayerStats, measure, metered
+from tests.moe.reference import statistics
 from tests.pico import VOCAB
-from tests.routing.reference import statistics
+from tests.pico_moe import FAMILIES, make_moe
 
 TOKENS = torch.randint(3, VOCAB, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("layout", FAMILIES)
 def test_statistics_are_those_of_a_loop(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crepe_deploy.routing.measure.PART_NUMBERS", 7 * 4 * 3 * 64)  # seven tokens at a time
+    monkeypatch.setattr("crepe_deploy.moe.measure.PART_NUMBERS", 7 * 4 * 3 * 64)  # seven tokens at a time
     decoder = Decoder(make_moe(tmp_path / "moe", layout), experts=True)
     assert decoder.experts is not None
     hidden = torch.randn(20, 64, generator=torch.Generator().manual_seed(2))

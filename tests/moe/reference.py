@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from crepe_deploy.routing.measure import LayerStats
+from crepe_deploy.moe.measure import LayerStats
 
 
 def without(router: nn.Module, gone: list[int], hidden: Tensor) -> tuple[Tensor, Tensor]:
