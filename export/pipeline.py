@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..progress import Progress, part, silent
 from ..pruning.config import PruneConfig
 from ..pruning.prune import Origin, describe_origin, prune_into
 from ..pruning.run_plan import RunPlan, plan_run
-from ..store.files import disk_errors, write_json
+from ..store.files import clear, disk_errors, write_json
 from ..store.folders import atomic_folder, check_output, free_name
 from ..store.manifest import Manifest, load_manifest, save_manifest, verify
 from ..store.sources import Model
@@ -96,7 +95,7 @@ def prune_and_export(
         if healing is not None:
             pruned = healing(pruned)
         save_manifest(pruned, with_greedy(pruned, load_manifest(pruned)))  # once, for every format
-        _remove(path for path in work.folder.iterdir() if not _is_done(work, path, exporters, base_model))
+        clear(work.folder, [exporter.name for exporter in exporters if _is_done(work, exporter, base_model)])
         exports = {}
         for exporter in exporters:
             target, key = work.folder / exporter.name, _key(exporter, base_model)
@@ -133,20 +132,14 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _is_done(work: Unfinished, folder: Path, exporters: Sequence[Exporter[Any]], base_model: str | None) -> bool:
-    """Whether a stopped run has written this format whole, and it is asked for with the same options."""
-    keys = [_key(exporter, base_model) for exporter in exporters if exporter.name == folder.name]
-    return any(work.journal.get("format", key, _is_summary) is not None for key in keys) and _is_whole(folder)
+def _is_done(work: Unfinished, exporter: Exporter[Any], base_model: str | None) -> bool:
+    """Whether a stopped run has written this format whole, with the same options."""
+    summary = work.journal.get("format", _key(exporter, base_model), _is_summary)
+    return summary is not None and _is_whole(work.folder / exporter.name)
 
 
 def _key(exporter: Exporter[Any], base_model: str | None) -> str:
     return f"{exporter!r} {base_model}"
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in list(paths):
-        with disk_errors(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _summary(exporter: Exporter[Any], manifest: Manifest, final: Path, folder: Path) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.store.checkpoint import SINGLE_NAME
 from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import atomic_folder, check_output
-from crepe_deploy.store.journal import Journal, open_journal
+from crepe_deploy.store.journal import Journal
 from crepe_deploy.store.manifest import MANIFEST_NAME, Manifest, Source, ancestors, load_manifest, sha256_file, verify
 from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.store.stock import check_ids
-from crepe_deploy.store.work import JOURNAL, make_work_folder, remove_work_folder, removed_once_written, work_folder
+from crepe_deploy.store.work import begin, remove_work_folder, removed_once_written, work_folder
 from crepe_deploy.store.writing import Planned
 from crepe_deploy.texts import load_tokenizer
 
@@ -174,9 +174,7 @@ def _open(job: Job, out: Path, processes: int, *, resume: bool, overwrite: bool)
         "what": "healing", "pruned": sha256_file(job.folder / MANIFEST_NAME), "dense": job.source.files,
         "texts": job.corpus.texts, "config": job.config.record(), "processes": processes,
     }  # fmt: skip
-    if not resume:
-        make_work_folder(work, overwrite=overwrite)
-    return open_journal(work / JOURNAL, identity, resume=resume, overwrite=overwrite)
+    return begin(work, identity, resume=resume, overwrite=overwrite)
 
 
 def _trainer(job: Job, accelerator: Any, work: Path, journal: Journal | None, say: Say) -> Trainer:

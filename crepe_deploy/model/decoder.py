@@ -288,6 +288,12 @@ class Decoder:
                 _replace(self.model, name, parameter)
 
 
+def follow(parameter: nn.Parameter, stored: Tensor) -> None:
+    """Bring a block's own copy of a tensor up to date where it is one, in the dtype of computation."""
+    if parameter.data_ptr() != stored.data_ptr():
+        parameter.data.copy_(stored)
+
+
 def check_dtype(dtype: str) -> None:
     """Raise ConfigError unless this names a dtype to compute in."""
     if dtype not in ("auto", PROOF_DTYPE, *COMPUTE_DTYPES):

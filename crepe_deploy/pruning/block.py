@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from crepe_deploy.model.calibrate import Collector, Stream, embed
@@ -19,7 +16,7 @@ from crepe_deploy.phases import Phases
 from .layer import LayerPruner, LayerResult
 from .metering import RunMeter
 from .run_plan import RunPlan
-from .steps.repair import Lesson, Repaired, tunable
+from .steps.repair import Lessons, Repaired, tunable
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,9 @@ def _beside_dense(
         _send_dense_sides(plan, index, streams, dense)
     if repair is not None and targets:
         with pruner.phases("repair"):
-            learnt, held = (_Lessons(pair, index, plan.decoder.device) for pair in pairs)
+            learnt, held = (
+                Lessons(pair.pruned.stream, pair.dense.stream, index, plan.decoder.device) for pair in pairs
+            )
             repaired = repair(block, _tuned(plan, index, weights), learnt, held, meter.repair(index))
             for pair in pairs:
                 pair.pruned.outputs = []  # what its parts put out before
@@ -140,26 +139,6 @@ def _tuned(plan: RunPlan, index: int, weights: dict[str, Tensor]) -> dict[str, T
     block, prefix = plan.decoder.blocks[index], f"{plan.decoder.blocks_path}.{index}."
     pruned, linear = ([spec.path for spec in specs[index]] for specs in (plan.targets, plan.decoder.linears))
     return {name: weights[plan.decoder.key(prefix + name)] for name in tunable(block, pruned, linear)}
-
-
-@dataclass(frozen=True)
-class _Lessons(Sequence[Lesson]):
-    """What the block reads in the pruned model and is to put out, with the dense side behind it already.
-
-    Each comes to the device that computes when it is asked for.
-    """
-
-    pair: Pair
-    block: int
-    device: torch.device
-
-    def __len__(self) -> int:
-        return len(self.pair.pruned.stream.hidden)
-
-    def __getitem__(self, place: Any) -> Any:
-        stream = self.pair.pruned.stream
-        given, wanted = (side.hidden[place].to(self.device) for side in (stream, self.pair.dense.stream))
-        return Lesson(stream.calls[place][self.block], given, wanted)
 
 
 def _group(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.model.decoder import Decoder, LinearSpec, follow
 from crepe_deploy.model.stats import Stats, reorder_stats
 from crepe_deploy.pattern import NM, Pattern
 from crepe_deploy.phases import Phases
@@ -61,7 +61,7 @@ class LayerPruner:
             with self.phases("error"):
                 error = layer_error(weight, pruned, weighting)
         weight.copy_(pruned)
-        _follow(block, spec.path, "weight", stored)
+        follow(block.get_submodule(spec.path).get_parameter("weight"), stored)
         return LayerResult(error, "none" if weighting is None else "input-norm", count_zeros(pruned), notes)
 
     def _pruned(
@@ -163,23 +163,16 @@ class LayerPruner:
         """Reorder the rows of `producer`, and its bias."""
         module = block.get_submodule(producer)
         transposed = not isinstance(module, nn.Linear)
-        for name, _ in module.named_parameters():
+        for name, parameter in module.named_parameters():
             stored = weights[self.decoder.key(f"{prefix}.{producer}.{name}")]
             axis = 1 if transposed and stored.ndim == 2 else 0
             reorder_rows(stored, fold.output_order(orders, stored.shape[axis]), axis)
-            _follow(block, producer, name, stored)
+            follow(parameter, stored)
 
 
 def reorder_rows(tensor: Tensor, order: Tensor, axis: int) -> None:
     """Reorder `tensor` along `axis` in place: entry i becomes entry order[i]."""
     tensor.copy_(tensor.index_select(axis, order))
-
-
-def _follow(block: nn.Module, path: str, name: str, stored: Tensor) -> None:
-    """Bring the block's own copy of a tensor up to date where it is one, in the dtype of computation."""
-    computed = block.get_submodule(path).get_parameter(name)
-    if computed.data_ptr() != stored.data_ptr():
-        computed.data.copy_(stored)
 
 
 def input_norms(stats: Stats) -> Tensor | None:

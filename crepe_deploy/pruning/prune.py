@@ -13,7 +13,6 @@ output  walk        embeddings, blocks, head, from the disk: logits against memo
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,7 +32,7 @@ from crepe_deploy.progress import Progress, part, silent
 from crepe_deploy.store.audit import check_pattern
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.companions import copy_companions
-from crepe_deploy.store.files import disk_errors
+from crepe_deploy.store.files import clear
 from crepe_deploy.store.journal import Journal
 from crepe_deploy.store.manifest import Manifest, Source, TensorRecord, hash_folder, inherit, save_manifest, versions
 from crepe_deploy.store.sources import Model, describe_source
@@ -181,7 +180,7 @@ def _write(folder: Path, journal: Journal, plan: RunPlan, streams: Streams, mete
     layers: dict[str, LayerResult] = {}
     repaired: list[Repaired] = []
     layout = _same_layout(decoder.reader)
-    _clear(folder, {planned.file for planned in layout.values()})
+    clear(folder, {planned.file for planned in layout.values()})  # what a stopped run has put beside the weights goes
     with CheckpointWriter(folder, layout, fingerprint=True, resume=True) as writer:
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
@@ -210,14 +209,6 @@ def _write(folder: Path, journal: Journal, plan: RunPlan, streams: Streams, mete
                 for name in writer.pending:
                     writer.write(name, head.weights[name].cpu() if name in head.weights else decoder.reader.load(name))
     return Pruned(layers, repaired, logits, rescaled, phases.seconds)
-
-
-def _clear(folder: Path, kept: set[str]) -> None:
-    """Remove what a stopped run has put beside the weights."""
-    with disk_errors(folder):
-        for path in folder.iterdir():
-            if path.name not in kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _same_layout(reader: CheckpointReader) -> dict[str, Planned]:

@@ -6,7 +6,7 @@ them once more through the dense and the pruned blocks, as the run before did be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crepe_deploy.model.decoder import follow
 from crepe_deploy.store.journal import Journal, numbers
 from crepe_deploy.store.writing import CheckpointWriter
 
 from .block import BlockResult, Streams, send_dense, send_pruned
 from .layer import LayerResult
 from .run_plan import RunPlan
-from .steps.repair import Repaired
+from .steps.repair import Repaired, is_repaired
 
 
 def note(journal: Journal, index: int, result: BlockResult, fingerprints: Mapping[str, str]) -> None:
@@ -63,16 +64,15 @@ def _fill(plan: RunPlan, index: int, weights: dict[str, Tensor], writer: Checkpo
     for name, parameter in block.named_parameters():
         stored = weights[plan.decoder.key(prefix + name)]
         stored.copy_(writer.read(plan.decoder.key(prefix + name)))
-        if parameter.data_ptr() != stored.data_ptr():
-            parameter.data.copy_(stored)
+        follow(parameter, stored)
 
 
-def are_patterns(value: Any, names: set[str]) -> bool:
+def are_patterns(value: Any, names: Set[str]) -> bool:
     """Whether what a journal holds are patterns as text for all of these tensors."""
     return isinstance(value, dict) and value.keys() == names and all(isinstance(text, str) for text in value.values())
 
 
-def is_block(value: Any, names: set[str], tensors: Any) -> bool:
+def is_block(value: Any, names: Set[str], tensors: Set[str]) -> bool:
     """Whether what a journal holds is the record of a block with these targets and tensors."""
     if not isinstance(value, dict) or value.keys() != {"layers", "repaired", "seconds", "sha256"}:
         return False
@@ -81,7 +81,7 @@ def is_block(value: Any, names: set[str], tensors: Any) -> bool:
         isinstance(layers, dict)
         and layers.keys() == names
         and all(_is_layer(layer) for layer in layers.values())
-        and (repaired is None or _is_repaired(repaired))
+        and (repaired is None or is_repaired(repaired))
         and _are_numbers(value["seconds"])
         and isinstance(sha256, dict)
         and sha256.keys() == tensors
@@ -97,10 +97,6 @@ def _is_layer(layer: Any) -> bool:
         and numbers([layer["error"], layer["zeros"]])
         and _are_numbers(layer["notes"])
     )
-
-
-def _is_repaired(repaired: Any) -> bool:
-    return isinstance(repaired, dict) and repaired.keys() == {"before", "after", "step"} and _are_numbers(repaired)
 
 
 def _are_numbers(table: Any) -> bool:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,14 @@ def abandoned(name: str) -> bool:
     except PermissionError:
         return False
     return False
+
+
+def clear(folder: Path, kept: Collection[str] = ()) -> None:
+    """Remove everything in `folder` but what bears these names. Raises OutputError."""
+    with disk_errors(folder):
+        for path in list(folder.iterdir()):
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:

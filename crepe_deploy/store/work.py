@@ -53,9 +53,7 @@ def unfinished(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrit
         claim.recover()
         check_output(out, overwrite=overwrite)
         anew = not resume and (overwrite or not _begun(work))
-        if not resume:
-            make_work_folder(work, overwrite=anew)
-        journal = open_journal(work / JOURNAL, identity, resume=resume, overwrite=anew)
+        journal = begin(work, identity, resume=resume, overwrite=anew)
         folder = work / OUTPUT
         try:
             with disk_errors(folder):
@@ -86,6 +84,16 @@ def _begun(work: Path) -> bool:
 def work_folder(out: Path) -> Path:
     """Where a run for `out` keeps its journal, and what belongs to it, until it is done."""
     return out.parent / f"{out.name}.work"
+
+
+def begin(work: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Journal:
+    """The journal of a run in `work`, which is made, or found with `resume`.
+
+    Raises OutputError as `make_work_folder`, that and ConfigError as `open_journal` does.
+    """
+    if not resume:
+        make_work_folder(work, overwrite=overwrite)
+    return open_journal(work / JOURNAL, identity, resume=resume, overwrite=overwrite)
 
 
 def make_work_folder(work: Path, *, overwrite: bool) -> None:

@@ -19,10 +19,10 @@ from crepe_deploy.progress import Say, Show
 from crepe_deploy.pruning.steps import Steps
 from crepe_deploy.store.files import require_disk
 from crepe_deploy.store.folders import check_output
-from crepe_deploy.store.journal import Journal, open_journal
+from crepe_deploy.store.journal import Journal
 from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.store.stock import check_tokenizer, config_of
-from crepe_deploy.store.work import JOURNAL, make_work_folder, work_folder
+from crepe_deploy.store.work import begin, work_folder
 from crepe_deploy.texts import CalibrationSet
 
 from .config import TyrConfig
@@ -118,9 +118,7 @@ def prepare_run(
         "source": describe_source(model).model_dump(mode="json"), "calibration": calibration.record(),
         "config": asdict(config), "what": "structural pruning from judged splits",
     }  # fmt: skip
-    if not resume:
-        make_work_folder(work, overwrite=overwrite)
-    journal = open_journal(work / JOURNAL, identity, resume=resume, overwrite=overwrite)
+    journal = begin(work, identity, resume=resume, overwrite=overwrite)
     return Run(config, decoder, geometry, units, budgets, shared, calibration, held, work, journal, show, say)
 
 

@@ -7,13 +7,13 @@ norms are tuned as `--repair block` of `prune` does it, and what it then puts ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from crepe_deploy.errors import NumericalError
-from crepe_deploy.model.calibrate import Stream, embed
-from crepe_deploy.pruning.steps.repair import BlockRepair, Lesson, Repaired, tunable
+from crepe_deploy.model.calibrate import embed
+from crepe_deploy.pruning.steps.repair import BlockRepair, Lessons, Repaired, tunable
 
 from .narrow import narrowed
 from .prepare import Run
@@ -42,7 +42,9 @@ def repair_plans(run: Run, plans: StoredPlans, repair: BlockRepair, tick: Tick) 
             with narrowed(block, plan, run.geometry):
                 if result is None:
                     tuned = _tuned(run, index, block, weights)
-                    learnt, held = (_lessons(*sides, index) for sides in zip(pruned, dense, strict=True))
+                    learnt, held = (
+                        Lessons(*sides, index, run.decoder.device) for sides in zip(pruned, dense, strict=True)
+                    )
                     result = repair(block, tuned, learnt, held, tick)
                     if not math.isfinite(result.before):
                         raise NumericalError(f"what layer {index} puts out once narrowed is not finite")
@@ -65,11 +67,3 @@ def _tuned(run: Run, index: int, block: nn.Module, weights: dict[str, Tensor]) -
         stored = weights[run.decoder.key(f"{run.decoder.blocks_path}.{index}.{name}")]
         tuned[name] = parameter.data.to(stored.dtype, copy=True)
     return tuned
-
-
-def _lessons(pruned: Stream, dense: Stream, index: int) -> Sequence[Lesson]:
-    """What the block reads in the narrowed model, and what it is to put out, with the dense side behind it already."""
-    return [
-        Lesson(calls[index], given, wanted)
-        for calls, given, wanted in zip(pruned.calls, pruned.hidden, dense.hidden, strict=True)
-    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crepe_deploy.errors import VerifyError
-from crepe_deploy.pruning.steps.repair import Repaired
+from crepe_deploy.pruning.steps.repair import Repaired, is_repaired
 from crepe_deploy.store.files import disk_errors
 from crepe_deploy.store.journal import Journal
 from crepe_deploy.store.manifest import sha256_file
@@ -59,10 +58,6 @@ class TunedLayers:
 
 
 def _is_entry(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"before", "after", "step", "sha256"}
-        and all(type(value[name]) is float and math.isfinite(value[name]) for name in ("before", "after"))
-        and type(value["step"]) is int
-        and isinstance(value["sha256"], str)
-    )
+    if not isinstance(value, dict) or not isinstance(value.get("sha256"), str):
+        return False
+    return is_repaired({name: entry for name, entry in value.items() if name != "sha256"})

@@ -10,14 +10,17 @@ them stays, the start among them: no block ends worse there than it began.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from crepe_deploy.model.calibrate import Stream
 from crepe_deploy.model.calls import Call
+from crepe_deploy.model.decoder import follow
 from crepe_deploy.progress import unheard
 
 from ..methods.base import check_range
@@ -36,12 +39,42 @@ class Lesson:
 
 
 @dataclass(frozen=True)
+class Lessons(Sequence[Lesson]):
+    """What block number `block` reads in the pruned model and is to put out, with the dense side behind it already.
+
+    Each comes to the device that computes when it is asked for.
+    """
+
+    pruned: Stream
+    dense: Stream
+    block: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.pruned.hidden)
+
+    def __getitem__(self, place: Any) -> Any:
+        given, wanted = (stream.hidden[place].to(self.device) for stream in (self.pruned, self.dense))
+        return Lesson(self.pruned.calls[place][self.block], given, wanted)
+
+
+@dataclass(frozen=True)
 class Repaired:
     """Mean relative squared error of a block's output on held-out windows, before and after; step: the one kept."""
 
     before: float
     after: float
     step: int
+
+
+def is_repaired(value: Any) -> bool:
+    """Whether what a journal holds is a `Repaired`."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {field.name for field in fields(Repaired)}
+        and all(type(value[name]) is float and math.isfinite(value[name]) for name in ("before", "after"))
+        and type(value["step"]) is int
+    )
 
 
 @dataclass(frozen=True)
@@ -155,9 +188,7 @@ class _Masters:
             if name in self._alive:
                 value = torch.where((value == 0) & self._alive[name], self._start[name], value)
             stored.copy_(value)
-            parameter = self._parameters[name]
-            if parameter.data_ptr() != stored.data_ptr():
-                parameter.data.copy_(stored)
+            follow(self._parameters[name], stored)
 
 
 @torch.no_grad()
