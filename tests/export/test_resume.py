@@ -21,7 +21,7 @@ from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.texts import calibration_windows, load_tokenizer
-from tests.pico import make_pico_llama, sample_text
+from tests.pico import make_pico_llama
 
 CALIBRATION: dict[str, Any] = {"calib_samples": 4, "calib_length": 32, "method": "wanda"}
 
@@ -50,13 +50,6 @@ class Stop:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pico_llama(tmp_path_factory.mktemp("model") / "m")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calib.txt"
-    path.write_text(sample_text(600))
-    return path
 
 
 def test_it_goes_on_from_every_stage(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,3 +58,11 @@ def heal(room: Path, tmp_path: Path) -> Heal:
         return crepe_deploy.heal(room / folder, **settings)
 
     return call
+
+
+def kl(folder: Path, room: Path) -> float:
+    """Mean KL of a folder's predictions to the dense model's on other text than any that was trained on."""
+    (room / "other.txt").write_text(sample_text(500, seed=5))
+    report = crepe_deploy.evaluate(folder, text=room / "other.txt", window=64, against=room / "dense")
+    assert report.quality is not None and report.quality.paired is not None
+    return report.quality.paired.kl_mean.value

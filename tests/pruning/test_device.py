@@ -19,17 +19,10 @@ from crepe_deploy.pruning.steps import KINDS
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.texts import calibration_windows, load_tokenizer
-from tests.pico import make_pico, make_pico_llama, sample_text
+from tests.pico import make_pico, make_pico_llama
 from tests.pruning.test_prune import CONFIGS
 from tests.pruning.test_resume import Pruned
 from tests.stand_in import stand_in
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calib.txt"
-    path.write_text(sample_text(3000), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

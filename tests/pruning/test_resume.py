@@ -20,7 +20,7 @@ from crepe_deploy.store.sources import Model, resolve_model
 from crepe_deploy.store.work import JOURNAL, OUTPUT
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
 from tests.mutations import mutations
-from tests.pico import make_pico_llama, sample_text
+from tests.pico import make_pico_llama
 
 LAYERS = 3
 RUNS: dict[str, dict[str, Any]] = {
@@ -55,13 +55,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def drawn(model: Model, text: Path, samples: int) -> CalibrationSet:
     return calibration_windows(text, load_tokenizer(model.folder), samples=samples, length=32)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calib.txt"
-    path.write_text(sample_text(600))
-    return path
 
 
 @pytest.fixture(scope="module")

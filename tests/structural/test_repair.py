@@ -17,19 +17,11 @@ from crepe_deploy.pruning.steps.repair import BlockRepair
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.structural import tuned
-from tests.pico import sample_text
 from tests.structural.random_plans import make_model
 from tests.structural.stop import Stop
 
 REPAIR = "block:steps=24,rate=0.003"
 STILL = "block:steps=1,rate=1e-8"  # prunes on the same windows and moves nothing that can be seen
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calib.txt"
-    path.write_text(sample_text(4000), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

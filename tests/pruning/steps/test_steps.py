@@ -27,15 +27,8 @@ from crepe_deploy.pruning.steps.permute import Fold
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import Manifest, verify
 from crepe_deploy.store.sources import resolve_model
-from tests.pico import VOCAB, make_pico, make_pico_llama, sample_text
+from tests.pico import VOCAB, make_pico, make_pico_llama
 from tests.pruning.test_prune import CONFIGS, VARIANTS, windows
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calib.txt"
-    path.write_text(sample_text(3000), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
