@@ -55,7 +55,7 @@ class Grid:
         error = torch.full_like(largest, torch.inf)
         for shrink in SHRINKS:
             scale = (largest * (shrink / self._top)).clamp_min(least).to(self.dtype).float()
-            reached = (self.nearest(kept, scale) - kept).square_().sum(0)
+            reached = (self.nearest(kept, scale) - kept).div_(largest).square_().sum(0)  # in reach of fp32's squares
             better = (reached < error) & (largest > 0)
             best, error = torch.where(better, scale, best), torch.where(better, reached, error)
         return best
@@ -70,7 +70,7 @@ class Grid:
 
     @property
     def _top(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def _code(self, weights: Tensor, scale: Tensor) -> Tensor:
         return (weights / scale).round_().clamp_(-self._top - 1, self._top)
@@ -89,7 +89,7 @@ def round_to_nearest(weight: Tensor, mask: Tensor, grid: Grid) -> Quantized:
     columns, keep = weight.detach().t().float(), mask.t()
     width = grid.width(len(columns))
     scales, rounded = [], []
-    for part, kept in zip(columns.split(width), keep.split(width), strict=True):
+    for part, kept in zip(torch.split(columns, width), torch.split(keep, width), strict=True):
         scales.append(grid.scale(part, kept))
         rounded.append(grid.nearest(part, scales[-1]).masked_fill_(~kept, 0))
     return Quantized(torch.cat(rounded).t().contiguous(), torch.stack(scales, dim=1))
