@@ -52,7 +52,7 @@ class Int8:
         return Grid(self.bits, None, dtype)
 
     def __call__(self, weight: Tensor, mask: Tensor, stats: Stats, dtype: torch.dtype) -> tuple[Quantized, float]:
-        """`weight` (out, in), zero outside `mask`, on the grid of `dtype` -> it, and the damping that was needed (0: none).
+        """`weight` (out, in), zero outside `mask`, on the grid of `dtype`, and the damping that was needed (0: none).
 
         Does not mutate. Raises NumericalError.
         """
