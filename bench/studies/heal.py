@@ -124,7 +124,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     for text in TEXTS:
         lines += ["", f"## {text} (dense {dense[text]:.2f})", ""]
         lines += [
-            "| minutes | " + " | ".join(f"{minutes:g}" for minutes in budgets) + " |",
+            "| perplexity (lower is better) after minutes | "
+            + " | ".join(f"{minutes:g}" for minutes in budgets)
+            + " |",
             "|---" * (len(budgets) + 1) + "|",
         ]
         for start in dict.fromkeys(start for start, _ in cells):

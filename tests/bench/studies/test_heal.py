@@ -34,6 +34,6 @@ def test_cells_are_measured_once_and_tabled(tmp_path: Path, monkeypatch: pytest.
     assert result["cells"]["2:4|0.1|0"]["healed"]["steps"] > 0
     assert [path.name for path in (tmp_path / "work").iterdir() if not path.name.startswith(".")] == ["2-4-0"]
     page = (tmp_path / "heal.md").read_text()
-    assert "| minutes | 0 | 0.1 |" in page and page.count("| 2:4 |") == 2
+    assert "| perplexity (lower is better) after minutes | 0 | 0.1 |" in page and page.count("| 2:4 |") == 2
     again = CliRunner().invoke(heal.main, arguments, catch_exceptions=False)
     assert again.stderr.count("measured before") == 2 and json.loads((tmp_path / "heal.json").read_text()) == result
