@@ -37,7 +37,7 @@ def in_this_process(*arguments: str) -> Finished:
     with contextlib.redirect_stdout(output):
         code = run([*arguments, "--json"])
     assert code == 0, arguments
-    return Finished(json.loads(output.getvalue()), 1.0, 1_000_000)
+    return Finished(json.loads(output.getvalue()), 1.0, 1_000_000, 1.0)
 
 
 def test_the_story(
