@@ -18,6 +18,7 @@ from crepe_deploy.bench.studies.heal_table import TASKS, TEXTS
 
 import crepe_deploy
 from crepe_deploy.errors import ConfigError
+from tests.bench.command import in_this_process
 from tests.pico import QUICK_TYR, make_pico_llama, sample_text
 
 CALIBRATION = ("--calib-samples", "2", "--calib-length", "32")
@@ -42,6 +43,7 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assets:
         ]
         (tmp_path / "tasks" / f"{task}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     monkeypatch.setattr(heal, "ensure_assets", lambda _: found)
+    monkeypatch.setattr(heal, "crepe_deploy", in_this_process)
     monkeypatch.setattr(heal_cells, "STARTS", STARTS)
     monkeypatch.setattr(heal_cells, "NARROWING", NARROWING)
     return found
@@ -91,25 +93,39 @@ def test_the_second_model_is_healed_towards_itself(tmp_path: Path) -> None:
 
 
 def test_a_stopped_cell_goes_on_to_the_same_numbers(tmp_path: Path, assets: Assets) -> None:
-    run(tmp_path, "--cell", "2:4@0", "--cell", "2:4@30")
-    whole = cells(tmp_path).pop("2:4|30|0")
-    pruned, out = tmp_path / "work" / "2-4-0-0", tmp_path / "work" / "2-4-30-0"
+    run(tmp_path, "--cell", "2:4@0", "--cell", "2:4@20")
+    whole = cells(tmp_path).pop("2:4|20|0")
+    pruned, out = tmp_path / "work" / "2-4-0-0", tmp_path / "work" / "2-4-20-0"
 
     class Stopped(RuntimeError):
         """What a stop raises."""
 
     def stop(done: int, total: int) -> None:
-        if done == 15:
+        if done == 14:
             raise Stopped
 
     texts = [assets.text(name, "train") for name in TEXTS]
     with pytest.raises(Stopped):
-        crepe_deploy.heal(pruned, out, dense=assets.model, text=texts, steps=30, show=lambda _: nullcontext(stop))
+        crepe_deploy.heal(pruned, out, dense=assets.model, text=texts, steps=20, show=lambda _: nullcontext(stop))
     (tmp_path / "heal.json").unlink()
-    run(tmp_path, "--cell", "2:4@30")
-    row = cells(tmp_path)["2:4|30|0"]
+    run(tmp_path, "--cell", "2:4@20")
+    row = cells(tmp_path)["2:4|20|0"]
     assert [(one["what"], one["went_on"]) for one in row["runs"]] == [("heal", True)]
     assert row["perplexity"] == whole["perplexity"] and row["held_out_kl"] == whole["held_out_kl"]
+
+
+@pytest.mark.usefixtures("assets")
+def test_zero_shot_is_a_cell_of_its_own(tmp_path: Path) -> None:
+    result = CliRunner().invoke(heal.main, ["--cell", "zero-shot/2:4@0"])
+    assert result.exit_code == 2 and "need --tasks" in result.stderr
+    tasks = str(tmp_path / "tasks")
+    run(tmp_path, "--cell", "zero-shot/2:4@0", "--tasks", tasks, "--render", str(tmp_path / "heal.md"))
+    row = cells(tmp_path)["zero-shot/2:4|0|0"]
+    assert list(row["tasks"]) == list(TASKS) and [one["what"] for one in row["runs"]] == ["prune"]
+    mean = sum(row["tasks"][task]["acc"]["value"] for task in TASKS) / len(TASKS)
+    page = (tmp_path / "heal.md").read_text()
+    assert f"| 2:4 | 0 | 0 | {row['tasks']['arc_easy']['acc']['value']:.3f} |" in page and f"| {mean:.3f} |" in page
+    assert page.count("| dense |") == 1 and str(tmp_path) not in (tmp_path / "heal.json").read_text()
 
 
 def test_names_of_cells() -> None:
