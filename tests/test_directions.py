@@ -48,7 +48,7 @@ def _cells(row: str) -> list[str]:
 
 
 NEITHER: Final = {  # columns of figures that no direction is better of, or whose table is of counts
-    "seeds", "parameters left", "zeros counted", "its own files", "exit", "exit code", "code",
+    "seeds", "steps", "parameters left", "zeros counted", "its own files", "exit", "exit code", "code",
     "windows", "pattern", "Samples", "Rounds", "Convention", "Point", "At once",
     "Requests", "Candidate", "Run", "Model sha256", "removed",
 }  # fmt: skip
