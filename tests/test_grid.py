@@ -139,3 +139,14 @@ def test_what_cannot_work_is_refused() -> None:
     weight[3, 5] = torch.nan
     with pytest.raises(NumericalError, match="not finite"):
         round_to_nearest(weight, torch.ones_like(weight, dtype=torch.bool), Grid(4, 32, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_code_comes_back_for_every_scale_that_there_is(dtype: torch.dtype) -> None:
+    """All positive finite scales of the dtype, the subnormal ones too, by all codes whose weight the dtype holds."""
+    last = 0x7F7F if dtype == torch.bfloat16 else 0x7BFF
+    scales = torch.arange(1, last + 1, dtype=torch.int16).view(dtype).float().unsqueeze(1)
+    codes = torch.arange(-128, 128, dtype=torch.float32)
+    weights = (codes * scales).to(dtype)
+    found = Grid(8, None, dtype).codes(weights, scales)
+    assert torch.equal(found.float()[weights.isfinite()], codes.expand_as(weights)[weights.isfinite()])
