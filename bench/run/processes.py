@@ -16,11 +16,15 @@ from ...errors import CrepeError
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished process: its JSON output, wall-clock seconds and peak resident bytes (of that process alone)."""
+    """A finished process: its JSON output, wall-clock seconds, peak resident bytes and seconds of processor time.
+
+    Bytes and processor time are of that process alone.
+    """
 
     output: Any
     seconds: float
     peak_bytes: int
+    cpu_seconds: float
 
 
 def run_json(command: Sequence[str], env: dict[str, str] | None = None) -> Finished:
@@ -34,7 +38,7 @@ def run_json(command: Sequence[str], env: dict[str, str] | None = None) -> Finis
     seconds = time.perf_counter() - start
     if process.returncode:
         raise CrepeError(f"'{' '.join(command)}' ended with exit code {process.returncode}")
-    return Finished(json.loads(output), seconds, usage.ru_maxrss * 1024)
+    return Finished(json.loads(output), seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
 
 
 def crepe_deploy(*arguments: str) -> Finished:

@@ -69,6 +69,12 @@ class ResultsFile:
             self.content["commands"].append(command)
 
     def _save(self) -> None:
+        """Write the file, with what another run has added to it meanwhile."""
+        if self.path.is_file():
+            there = read_object(self.path)
+            commands = list(dict.fromkeys([*there["commands"], *self.content["commands"]]))
+            cells = {**there["cells"], **self.content["cells"]}
+            self.content = {**there, **self.content, "commands": commands, "cells": cells}
         write_json(self.path, self.content)
 
     def once(self, name: str, measure: Callable[[], Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
 
@@ -11,11 +9,10 @@ import pytest
 import torch
 from crepe_deploy.bench import demo
 from crepe_deploy.bench.demo_shown import COLUMNS, markdown
-from crepe_deploy.bench.run.processes import Finished
 from PIL import Image
 
-from crepe_deploy.cli import run
 from crepe_deploy.errors import DiskFullError
+from tests.bench.command import in_this_process
 from tests.pico import make_pico_llama, sample_text
 
 
@@ -29,15 +26,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> demo.Settings:
         length=32, windows=8, evaluation=("--window", "64", "--max-tokens", "512"),
         healing=("--learning-rate", "1e-3", "--batch-tokens", "256", "--window", "64"),
     )  # fmt: skip
-
-
-def in_this_process(*arguments: str) -> Finished:
-    """The command as the demo runs it, but in this process: a fresh one imports torch for seconds."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        code = run([*arguments, "--json"])
-    assert code == 0, arguments
-    return Finished(json.loads(output.getvalue()), 1.0, 1_000_000)
 
 
 def test_the_story(

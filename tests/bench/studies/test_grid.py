@@ -45,6 +45,16 @@ def test_a_cell_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert file.path.read_bytes() == before and file.find("b", "2:4", 0) is None
 
 
+def test_what_another_run_added_meanwhile_stays(tmp_path: Path) -> None:
+    ours, theirs = (ResultsFile(tmp_path / "grid.json", CONDITIONS, name) for name in ("ours", "theirs"))
+    theirs.once("dense", lambda: 1)
+    theirs.cell("a", 10, 0, lambda: {"seconds": 1})
+    ours.cell("a", 20, 0, lambda: {"seconds": 2})
+    content = json.loads(ours.path.read_text())
+    assert list(content["cells"]) == ["a|10|0", "a|20|0"] and content["dense"] == 1
+    assert content["commands"] == ["theirs", "ours"]
+
+
 def test_other_conditions_are_refused_and_texts_are_told_by_their_hash(tmp_path: Path) -> None:
     (tmp_path / "calib.txt").write_text("one")
     conditions = {"calibration": text_record(tmp_path / "calib.txt")}
