@@ -32,7 +32,7 @@ from ..run.processes import Finished, crepe_deploy
 from . import heal_cells
 from .frame import assets_option, folder_option, out_option, publish, say
 from .grid import Cell, ResultsFile, text_record
-from .heal_cells import NARROWED, STEPS, ZERO_SHOT, Piece, figures, listed, parse
+from .heal_cells import NARROWED, ZERO_SHOT, Piece, figures, listed, parse
 from .heal_table import TASKS, TEXTS, markdown
 
 
@@ -123,13 +123,17 @@ class Study:
         """Whether it lies there."""
         return self.place(piece, seed).is_dir()
 
+    def begun(self, piece: Piece, seed: int) -> bool:
+        """Whether what was stopped of it can go on."""
+        return _begun(self.place(piece, seed))
+
     def _pruned(self, place: Path, dense: Path, command: tuple[str, ...], more: tuple[str, ...]) -> Path:
         if not place.is_dir():
             self._run(place, command[0], str(dense), *command[1:], *self._texts("--calib"), *more)
         return place / "dense" if command[0] == "tyr" else place
 
     def _run(self, out: Path, *command: str) -> Finished:
-        going_on = (work_folder(out) / JOURNAL).is_file()
+        going_on = _begun(out)
         done = crepe_deploy(*command, "--out", str(out), *(["--resume"] if going_on else []))
         self.runs.append({
             "what": command[0], "cpu_seconds": round(done.cpu_seconds, 1), "seconds": round(done.seconds, 1),
@@ -142,8 +146,12 @@ class Study:
 
     def _tidy(self, piece: Piece, seed: int) -> None:
         """Remove what no other cell starts from."""
-        if piece.steps not in (0, STEPS[-1]):
+        if piece.steps not in (0, heal_cells.STEPS[-1]):
             shutil.rmtree(self.place(piece, seed))
+
+
+def _begun(out: Path) -> bool:
+    return (work_folder(out) / JOURNAL).is_file()
 
 
 def _step(out: Path) -> int:
@@ -178,7 +186,7 @@ def main(
         _measure(study, piece, seed, out)
     if as_list:
         known = read_object(out)["cells"] if out.is_file() else {}
-        click.echo("\n".join(listed(known, study.made)))
+        click.echo("\n".join(listed(known, study.made, study.begun)))
     if render is not None:
         publish(markdown(read_object(out)), render)
 

@@ -112,13 +112,19 @@ def cost(piece: Piece, seed: int, cells: Mapping[str, Cell], made: Callable[[Pie
     return minutes
 
 
-def listed(cells: Mapping[str, Cell], made: Callable[[Piece, int], bool]) -> list[str]:
-    """A line for each piece and seed: whether it is done, and its cost."""
+def listed(
+    cells: Mapping[str, Cell], made: Callable[[Piece, int], bool], begun: Callable[[Piece, int], bool]
+) -> list[str]:
+    """A line for each piece and seed: whether it is done, and its cost. begun: whether a stopped one can go on."""
     lines = []
     for piece in pieces():
         for seed in SEEDS:
             minutes, known = cost(piece, seed, cells, made), cells.get(piece.key(seed))
-            state = "left" if known is None else "done: " + figures(known)
+            if known is None:
+                state = "begun" if begun(piece, seed) else "left"
+            else:
+                part = " (cost of what came behind a stop)" if any(run["went_on"] for run in known["runs"]) else ""
+                state = f"done: {figures(known)}{part}"
             lines.append(
                 f"{piece.name:22} seed {seed}  {minutes:6.1f} CPU-minutes, {minutes / IDLE_CORES:5.1f} on {IDLE_CORES} "
                 f"idle cores  {state}"

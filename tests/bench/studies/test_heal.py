@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assets:
     monkeypatch.setattr(heal, "crepe_deploy", in_this_process)
     monkeypatch.setattr(heal_cells, "STARTS", STARTS)
     monkeypatch.setattr(heal_cells, "NARROWING", NARROWING)
+    monkeypatch.setattr(heal_cells, "STEPS", (0, 10, 20))
     return found
 
 
@@ -77,7 +79,7 @@ def test_cells_are_measured_one_by_one_and_tabled(tmp_path: Path) -> None:
     again = run(tmp_path, "--cell", "2:4@0", "--cell", "2:4@10", "--list", "--render", str(tmp_path / "heal.md"))
     assert again.stderr.count("measured before") == 2 and cells(tmp_path)["2:4|10|0"] == row
     assert re.search(r"^2:4@0 +seed 0 .*done: wiki \d", again.stdout, re.MULTILINE)
-    assert re.search(r"^2:4@200 +seed 0 .* CPU-minutes.*left$", again.stdout, re.MULTILINE)
+    assert re.search(r"^2:4@20 +seed 0 .* CPU-minutes.*left$", again.stdout, re.MULTILINE)
     page = (tmp_path / "heal.md").read_text()
     assert "| 2:4 | 0 | 0 | 0.0 | 0.0 |" in page and "| 2:4 | 10 | 0 |" in page
     assert str(tmp_path) not in (tmp_path / "heal.json").read_text() + page
@@ -97,6 +99,8 @@ def test_a_stopped_cell_goes_on_to_the_same_numbers(tmp_path: Path, assets: Asse
     whole = cells(tmp_path).pop("2:4|20|0")
     pruned, out = tmp_path / "work" / "2-4-0-0", tmp_path / "work" / "2-4-20-0"
 
+    shutil.rmtree(out)
+
     class Stopped(RuntimeError):
         """What a stop raises."""
 
@@ -108,7 +112,9 @@ def test_a_stopped_cell_goes_on_to_the_same_numbers(tmp_path: Path, assets: Asse
     with pytest.raises(Stopped):
         crepe_deploy.heal(pruned, out, dense=assets.model, text=texts, steps=20, show=lambda _: nullcontext(stop))
     (tmp_path / "heal.json").unlink()
-    run(tmp_path, "--cell", "2:4@20")
+    assert re.search(r"^2:4@20 .* begun$", run(tmp_path, "--list").stdout, re.MULTILINE)
+    listed = run(tmp_path, "--cell", "2:4@20", "--list").stdout
+    assert re.search(r"^2:4@20 .* done: wiki .* behind a stop\)$", listed, re.MULTILINE)
     row = cells(tmp_path)["2:4|20|0"]
     assert [(one["what"], one["went_on"]) for one in row["runs"]] == [("heal", True)]
     assert row["perplexity"] == whole["perplexity"] and row["held_out_kl"] == whole["held_out_kl"]
