@@ -15,7 +15,7 @@ from .cache import GGUF_CACHE
 from .checkpoint import shard_paths
 from .gguf_split import parts_of
 from .manifest import Source, sha256_file
-from .reading import read_front_matter, refuse_lost_link
+from .reading import read_front_matter, refuse_folder_of_models, refuse_lost_link
 from .temporary import remove_abandoned
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
@@ -63,7 +63,8 @@ def resolve_model(model: str, revision: str | None = None, say: Callable[[str], 
 
 def gguf_file(model: str) -> Path | None:
     """The GGUF file that MODEL names: the file itself, or the one in a folder that holds no other model, as
-    `export --format gguf` writes it. None for everything else. Raises CheckpointError, also where there are several."""
+    `export --format gguf` writes it. None for everything else. Raises CheckpointError, also where there are several,
+    and where a folder is no model and holds models."""
     try:
         path = Path(model).expanduser()
         folder = path.is_dir()
@@ -76,6 +77,8 @@ def gguf_file(model: str) -> Path | None:
     files = sorted(path.glob("*.gguf")) if folder and not (path / "config.json").exists() else []
     if files and files != parts_of(files[0]):
         raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one of them, for example {files[0]}")
+    if folder and not files:
+        refuse_folder_of_models(path)
     return files[0] if files else None
 
 
@@ -112,20 +115,39 @@ def _from_hub(model: str, revision: str | None, say: Callable[[str], None]) -> M
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    say(f"fetching {model} from the hub")
+    say(f"{_beside(model)}fetching {model} from the hub")
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"model '{model}' is no folder on this disk, and the hub did not give it: {reason}"
-        ) from error
+        raise CheckpointError(f"{_beside(model)}{refused_by_hub(model, error)}") from error
     if not (folder / "config.json").exists():
         raise CheckpointError(
             f"{model} has no config.json on the hub; of a repository of GGUF files download one "
             f"(hf download {model} FILE.gguf) and give its path"
         )
     return Model(folder, "hub", model, folder.name, {})
+
+
+def _beside(model: str) -> str:
+    """What lies here in the folder that the hub id MODEL would be in were it a path; "" where there is none."""
+    folder = Path(model).parent
+    if not folder.is_dir():
+        return ""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return f"the folder {folder} here has no {Path(model).name} (it has {', '.join(names[:5]) or 'no folders'}); "
+
+
+def refused_by_hub(model: str, error: Exception) -> str:
+    """That `model` is not here and the hub did not give it, why, and what to do."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, LocalEntryNotFoundError):
+        reason = (
+            f"it cannot be reached ({error.__cause__ or reason}); give a folder of this disk: where there is a network "
+            f"`hf download {model} --local-dir DIR` fills one, and HF_ENDPOINT names a mirror"
+        )
+    return f"model '{model}' is no folder on this disk, and the hub did not give it: {reason}"
 
 
 def describe_source(model: Model) -> Source:
