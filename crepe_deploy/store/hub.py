@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def fetch(model: str, revision: str | None, say: Callable[[str], None]) -> Path:
     """The folder of a snapshot with all that is read of it. Raises CheckpointError."""
     from huggingface_hub import snapshot_download
 
-    say(f"fetching {model} from the hub")
+    say(f"{_beside(model)}fetching {model} from the hub")
     with _asked(model):
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=FILES))
     return _configured(folder, model)
@@ -46,7 +47,7 @@ def hub_outline(model: str, revision: str | None, say: Callable[[str], None]) ->
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    say(f"reading the configuration and the headers of {model} on the hub")
+    say(f"{_beside(model)}reading the configuration and the headers of {model} on the hub")
     with _asked(model):
         snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=[CONFIG, INDEX_NAME]))
     several = (_configured(snapshot, model) / INDEX_NAME).is_file() and not (snapshot / SINGLE_NAME).is_file()
@@ -60,7 +61,7 @@ def hub_outline(model: str, revision: str | None, say: Callable[[str], None]) ->
     with temporary_folder("outline") as folder, named(folder, model):
         for name in (CONFIG, INDEX_NAME):
             if (snapshot / name).is_file():
-                (folder / name).write_bytes((snapshot / name).read_bytes())
+                shutil.copyfile(snapshot / name, folder / name)
         for name in names:
             with _asked(model):
                 header = HfApi().parse_safetensors_file_metadata(model, name, revision=snapshot.name)
@@ -96,7 +97,26 @@ def _asked(model: str) -> Iterator[None]:
     try:
         yield
     except known as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"model '{model}' is no folder on this disk, and the hub did not give it: {reason}"
-        ) from error
+        raise CheckpointError(f"{_beside(model)}{refused_by_hub(model, error)}") from error
+
+
+def _beside(model: str) -> str:
+    """What lies here in the folder that the hub id MODEL would be in were it a path; "" where there is none."""
+    folder = Path(model).parent
+    if not folder.is_dir():
+        return ""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return f"the folder {folder} here has no {Path(model).name} (it has {', '.join(names[:5]) or 'no folders'}); "
+
+
+def refused_by_hub(model: str, error: Exception) -> str:
+    """That `model` is not here and the hub did not give it, why, and what to do."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, LocalEntryNotFoundError):
+        reason = (
+            f"it cannot be reached ({error.__cause__ or reason}); give a folder of this disk: where there is a network "
+            f"`hf download {model} --local-dir DIR` fills one, and HF_ENDPOINT names a mirror"
+        )
+    return f"model '{model}' is no folder on this disk, and the hub did not give it: {reason}"

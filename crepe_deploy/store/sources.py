@@ -16,7 +16,7 @@ from .checkpoint import shard_paths
 from .gguf_split import parts_of
 from .hub import fetch
 from .manifest import Source, sha256_file
-from .reading import read_front_matter, refuse_lost_link
+from .reading import read_front_matter, refuse_folder_of_models, refuse_lost_link
 from .temporary import remove_abandoned
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
@@ -52,7 +52,8 @@ def resolve_model(model: str, revision: str | None = None, say: Callable[[str], 
 
 def gguf_file(model: str) -> Path | None:
     """The GGUF file that MODEL names: the file itself, or the one in a folder that holds no other model, as
-    `export --format gguf` writes it. None for everything else. Raises CheckpointError, also where there are several."""
+    `export --format gguf` writes it. None for everything else. Raises CheckpointError, also where there are several,
+    and where a folder is no model and holds models."""
     try:
         path = Path(model).expanduser()
         folder = path.is_dir()
@@ -65,6 +66,8 @@ def gguf_file(model: str) -> Path | None:
     files = sorted(path.glob("*.gguf")) if folder and not (path / "config.json").exists() else []
     if files and files != parts_of(files[0]):
         raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one of them, for example {files[0]}")
+    if folder and not files:
+        refuse_folder_of_models(path)
     return files[0] if files else None
 
 
