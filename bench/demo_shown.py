@@ -17,9 +17,9 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "PPL (lower is better)": lambda row: f"{row['perplexity']:.2f}",
     "KL to dense (lower is better)": lambda row: f"{row['kl']:.3f}" if row["kl"] is not None else "",
     "windows": lambda row: str(row.get("windows", "")),
-    "s": lambda row: f"{row['seconds']:.1f}" if "seconds" in row else "",
-    "peak MB": lambda row: f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
-    "file MB": lambda row: f"{row['file_bytes'] / 1e6:.0f} {row['format']}",
+    "s (lower is better)": lambda row: f"{row['seconds']:.1f}" if "seconds" in row else "",
+    "peak MB (lower is better)": lambda row: f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
+    "file MB (lower is better)": lambda row: f"{row['file_bytes'] / 1e6:.0f} {row['format']}",
     "decode speed over dense (higher is better)": lambda row: _decode_cell(row.get("decode_gain")),
 }
 

@@ -223,7 +223,7 @@ def run(
     url = _url(options.host, port)
     server = _start(command, options, url, say)
     with server.stopped_at_exit():
-        if server.wait_until_healthy(url, options.start_timeout_s):
+        if server.wait_until_healthy(url, options.start_timeout_s, say):
             ready(vars(_checked(server, url, options, greedy, say)))
             server.wait()
     server.log.unlink(missing_ok=True)  # kept where something failed
@@ -252,7 +252,7 @@ def running(
     url = _url(options.host, port)
     server = _start(command, options, url, say)
     try:
-        server.wait_until_healthy(url, options.start_timeout_s)
+        server.wait_until_healthy(url, options.start_timeout_s, say)
         yield _checked(server, url, options, greedy, say)
         server.check_running()
     finally:
@@ -262,7 +262,8 @@ def running(
 
 def _start(command: list[str], options: ServeOptions, url: str, say: Say) -> Server:
     server = Server(command, environment(options.api_key))
-    say(f"starting the server on {url}; its log is {server.log}")
+    first = "" if is_onnx(options.folder) else "; vLLM compiles when it first serves a model, which takes minutes"
+    say(f"starting the server on {url}{first}; its log is {server.log}")
     return server
 
 

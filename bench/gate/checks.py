@@ -91,7 +91,7 @@ def _objective(arm: Arm, objective: Objective, key: Key, level: float, corrected
 
 
 def _decide(wide: Interval, wider: Interval, limit: float, sign: int, rounds: int) -> Status:
-    """PASS by the plain interval, FAIL by the corrected one; sign -1 where more is better."""
+    """PASS by the plain interval, FAIL by the corrected one; sign -1 where higher is better."""
     if rounds < MIN_ROUNDS or wide.low is None or wide.high is None or wider.low is None or wider.high is None:
         return "INCONCLUSIVE"
     if (wide.high if sign > 0 else -wide.low) <= sign * limit:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from ...store.files import write_text
 from ...store.folders import held
+from ..run.metrics import METRICS
 from .verdict import Row, Status, Verdict
 
 if TYPE_CHECKING:
@@ -107,10 +108,10 @@ def cells(row: Row) -> tuple[str, ...]:
     """A row as text, in the order of COLUMNS."""
     unit = {"memory": "bytes"}.get(row.check, _unit(row))
     reason = f"{row.reason}; {row.comparison}" if row.comparison else row.reason
-    ratio = "" if row.value is None else _interval(row)
+    found = "" if row.value is None else f"{_interval(row)} ({_better(row)} is better)"
     limit = "" if row.limit is None else _number(row.limit, row.unit)
     figures = ("" if value is None else _number(value, unit) for value in (row.baseline, row.measured))
-    return (row.candidate, row.check, row.place, *figures, ratio, limit, reason)
+    return (row.candidate, row.check, row.place, *figures, found, limit, reason)
 
 
 def conditions(verdict: Verdict) -> str:
@@ -140,6 +141,13 @@ def _unit(row: Row) -> str:
     if row.metric.endswith("_per_s"):
         return "tokens/s"
     return "s" if row.check == "latency" else row.unit
+
+
+def _better(row: Row) -> str:
+    """Which way what was found is better: ratios of slow-downs lower, what an objective asks for as its metric."""
+    if row.check == "objective" and (metric := METRICS.get(row.metric)) is not None:
+        return metric.better
+    return "higher" if row.metric == "same_top" else "lower"
 
 
 def _interval(row: Row) -> str:

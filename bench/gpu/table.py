@@ -42,7 +42,11 @@ def layer_table(layers: dict[str, list[dict[str, Any]]]) -> str:
             cell = f"{row['over_dense']:.2f} ({row['of_copy_bandwidth']:.0%})" + ("" if row["correct"] else " WRONG")
             table.setdefault((name.rpartition("/")[0], row["pattern"]), {})[row["batch"]] = cell
     batches = sorted({batch for cells in table.values() for batch in cells})
-    lines = ["| layer | pattern | " + " | ".join(f"batch {batch}" for batch in batches) + " |"]
+    lines = [
+        "| speed over dense (higher is better): layer | pattern | "
+        + " | ".join(f"batch {batch}" for batch in batches)
+        + " |"
+    ]
     lines.append("|---|---|" + "---:|" * len(batches))
     for (layer, pattern), cells in table.items():
         lines.append(f"| {layer} | {pattern} | " + " | ".join(cells.get(batch, "") for batch in batches) + " |")
@@ -54,7 +58,10 @@ def model_table(results: dict[str, Any]) -> str:
     rows = results["model"]
     if "dense" not in rows:
         return ""
-    lines = ["| random Llama-3.1-8B | decode ms | over dense | prefill ms | over dense | GB |"]
+    lines = [
+        "| random Llama-3.1-8B | decode ms (lower is better) | over dense (higher is better) | "
+        "prefill ms (lower is better) | over dense (higher is better) | GB (lower is better) |"
+    ]
     lines.append("|---|---:|---:|---:|---:|---:|")
     for name, row in rows.items():
         cells = [name]
@@ -66,7 +73,10 @@ def model_table(results: dict[str, Any]) -> str:
 
 def prune_table(rows: dict[str, dict[str, Any]]) -> str:
     """Seconds a block on either side, the device's peak memory, and the share of equal mask entries."""
-    lines = ["| pruned, Llama-3.1-8B's width | CPU s a block | device s a block | peak GB | equal masks |"]
+    lines = [
+        "| pruned, Llama-3.1-8B's width | CPU s a block (lower is better) | device s a block (lower is better) | "
+        "peak GB (lower is better) | equal masks (higher is better) |"
+    ]
     lines.append("|---|---:|---:|---:|---:|")
     for name, row in rows.items():
         seconds = [f"{row[place]['seconds_a_block']:.2f}" for place in ("cpu", "device")]

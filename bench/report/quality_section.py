@@ -11,7 +11,10 @@ from .compare import Entry
 from .content import Section, Table, cell, estimate, without_empty_columns
 from .scene import Scene
 
-_COLUMNS = ("Perplexity", "Perplexity × baseline", "Mean KL (nats)", "p99 KL (nats)", "Same top token")
+_COLUMNS = (
+    "Perplexity (lower is better)", "Perplexity × baseline (lower is better)", "Mean KL, nats (lower is better)",
+    "p99 KL, nats (lower is better)", "Same top token (higher is better)",
+)  # fmt: skip
 
 
 def trade_offs(scene: Scene) -> Section:

@@ -37,7 +37,10 @@ def history(scene: Scene) -> Section:
                     quantity(entry.candidate.memory.weights_bytes, "B"), estimate(entry.perplexity_ratio(), "×"),
                 )
             )  # fmt: skip
-    columns = ("Run", "Candidate", "Decode speed ×", "Time per output token", "Weight files", "Perplexity ×")
+    columns = (
+        "Run", "Candidate", "Decode speed × (higher is better)", "Time per output token (lower is better)",
+        "Weight files (lower is better)", "Perplexity × (lower is better)",
+    )  # fmt: skip
     table = Table(
         scene.name("history-table"), "Every run of this scenario, oldest first; ratios are to that run's own baseline",
         columns, tuple(rows), scene.at(headline),
@@ -93,7 +96,7 @@ def failures(scene: Scene) -> Section:
     ]
     if not rows:
         return Section(scene.name("errors"), title, ("No request failed.", *missing))
-    columns = ("Candidate", "Point", "Failed", "Requests", "Share", "Message")
+    columns = ("Candidate", "Point", "Failed (lower is better)", "Requests", "Share (lower is better)", "Message")
     caption = "Failed requests; they enter no latency figure"
     table = Table(scene.name("errors-table"), caption, columns, tuple(rows), scene.machine)
     return Section(scene.name("errors"), title, tuple(missing), (), (table,))

@@ -20,16 +20,17 @@ def memory(scene: Scene) -> Section:
     context = f"KV cache for {count(scene.context)} tokens"
     kind = "allocated on the GPU" if scene.run.environment.host.gpu else "resident"
     words = Words(
-        scene.name("memory"), "Memory: shorter is better", "memory ({unit})", "",
+        scene.name("memory"), "Memory: lower is better", "memory ({unit})", "",
         f"{context}, peak {kind}; {scene.machine}", scene.name("memory-table"),
     )  # fmt: skip
     figure = memory_stack(stacks, words)
     table = Table(
         scene.name("memory-table"),
-        "Memory of each candidate, and the KV-cache tokens that its smaller weights make room for",
+        "Memory of each candidate (lower is better), and the KV-cache tokens that its smaller weights make room for",
         (
             "Candidate", "Weight files", "Linear layers in memory", "After loading", "Peak", "KV cache per token",
-            f"KV cache for {count(scene.context)} tokens", "Rest of the peak", "Room gained (tokens)", "Load time",
+            f"KV cache for {count(scene.context)} tokens", "Rest of the peak", "Room gained, tokens (higher is better)",
+            "Load time (lower is better)",
         ),
         tuple(_memory_row(stack, scene) for stack in stacks),
         f"{context}, peak {kind}; {scene.machine}",
@@ -125,7 +126,7 @@ def _layer_table(scene: Scene, entries: list[Entry], name: str) -> Table:
     names = list(dict.fromkeys(layer.name for entry in entries for layer in entry.candidate.layers))
     columns = ["Layer"]
     for entry in entries:
-        columns += [f"{entry.name}: shape", f"{entry.name}: zeros", f"{entry.name}: error"]
+        columns += [f"{entry.name}: shape", f"{entry.name}: zeros", f"{entry.name}: error (lower is better)"]
     rows = []
     for layer_name in names:
         row = [cell(layer_name)]

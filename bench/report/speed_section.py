@@ -48,7 +48,7 @@ def _percentiles(scene: Scene, kind: str) -> Table | None:
         return None
     columns = ("Candidate", "Point", "mean", *LEVELS, "Samples", "Rounds")
     points = "; ".join(describe(point) for point in scene.run.workload.points)
-    caption = f"{LATENCIES[kind].title} with 95 % intervals over rounds, lower is better"
+    caption = f"{LATENCIES[kind].title} with 95 % intervals over rounds (lower is better)"
     table = Table(scene.name(f"{kind}-percentiles"), caption, columns, tuple(rows), f"{points}; {scene.machine}")
     return without_empty_columns(table)
 
@@ -116,7 +116,12 @@ def _load_table(scene: Scene) -> Table:
                 rows.append(
                     (cell(entry.name), cell(point.name), Cell(count(in_flight(point)), in_flight(point)), *cells)
                 )
-    columns = ("Candidate", "Point", "At once", *(capital(METRICS[name].title) for name in names))
+    columns = (
+        "Candidate",
+        "Point",
+        "At once",
+        *(f"{capital(METRICS[name].title)} ({METRICS[name].better} is better)" for name in names),
+    )
     table = Table(scene.name("load-table"), "Absolute speed, median over rounds", columns, tuple(rows), scene.machine)
     return without_empty_columns(table)
 

@@ -20,13 +20,16 @@ def summary_lines(run: Run) -> list[str]:
     for point in run.workload.points:
         for name in SHOWN:
             lines += _metric_lines(run, point.name, name)
-    lines += ["", *(_memory_line(candidate) for candidate in run.candidates)]
-    lines += [line for candidate in run.candidates for line in _quality_line(candidate)]
+    lines += ["", "memory and time to load (lower is better)", *map(_memory_line, run.candidates)]
+    quality = [line for candidate in run.candidates for line in _quality_line(candidate)]
+    said = "quality: perplexity, its ratio and mean KL (lower is better), same top token (higher is better)"
+    lines += [said, *quality] if quality else []
     host = run.environment
     rounds = max((len(rounds_of(s, METRICS["ttft_s"])) for c in run.candidates for s in c.series), default=0)
     lines.append(
         f"{host.host.cpu}, {host.host.isa}, {host.threads} thread(s), {rounds} rounds, load {host.load[0]:.2f} before "
-        f"and {host.load[1]:.2f} after; gains are over {run.baseline}, paired by round, with 95 % intervals"
+        f"and {host.load[1]:.2f} after; gains (higher is better) are over {run.baseline}, paired by round, "
+        "with 95 % intervals"
     )
     return lines
 
@@ -57,7 +60,7 @@ def _metric_lines(run: Run, point: str, name: str) -> Iterator[str]:
     values = {c.name: rounds_of(c.series_at(point), metric) for c in run.candidates}
     if not any(values.values()):
         return
-    yield f"{point}: {metric.title}, {unit}"
+    yield f"{point}: {metric.title}, {unit} ({metric.better} is better)"
     for candidate in run.candidates:
         figures = values[candidate.name].values()
         median = f"{scale * statistics.median(figures):12.2f}" if figures else f"{'-':>12}"

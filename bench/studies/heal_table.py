@@ -47,8 +47,11 @@ def _machines(cells: Any) -> str:
 
 
 def _curve(kind: str, rows: Mapping[Piece, Sequence[tuple[int, Cell]]], dense: Mapping[str, Any]) -> list[str]:
-    head = ["start", "steps", "seeds", "CPU-minutes", f"minutes on {IDLE_CORES} idle cores"]
-    head += [f"{text} (dense {dense[text]['value']:.2f}) | over dense" for text in TEXTS]
+    head = ["start", "steps", "seeds", "CPU-minutes (lower is better)"]
+    head += [f"minutes on {IDLE_CORES} idle cores (lower is better)"]
+    head += [
+        f"{text} (dense {dense[text]['value']:.2f}; lower is better) | over dense (lower is better)" for text in TEXTS
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * (len(head) + len(TEXTS)) + "|"]
     for piece in _ordered(rows, kind):
         seeds, cells = zip(*sorted(rows[piece], key=lambda one: one[0]), strict=True)
@@ -77,7 +80,8 @@ def _ratio(values: Sequence[float], dense: float) -> str:
 
 
 def _tasks(rows: Mapping[Piece, Sequence[tuple[int, Cell]]], dense: Mapping[str, Any]) -> list[str]:
-    lines = ["| start | steps | seeds | " + " | ".join((*TASKS, "mean")) + " |", "|---" * (len(TASKS) + 4) + "|"]
+    head = " | ".join(["accuracy (higher is better): start", "steps", "seeds", *TASKS, "mean"])
+    lines = [f"| {head} |", "|---" * (len(TASKS) + 4) + "|"]
     lines.append("| dense | | | " + _accuracies([dense]) + " |")
     for piece in _ordered(rows, ZERO_SHOT):
         seeds, cells = zip(*sorted(rows[piece], key=lambda one: one[0]), strict=True)

@@ -78,7 +78,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{convention['windows']} x {convention['window']} tokens of {convention['text']}, "
         f"dense {result['dense_perplexity']['value']:.2f}. `{result['command']}`",
         "",
-        "| perplexity | " + " | ".join(patterns) + " |",
+        "| perplexity (lower is better) | " + " | ".join(patterns) + " |",
         "|---" * (len(patterns) + 1) + "|",
     ]
     for label, cells in result["rows"].items():

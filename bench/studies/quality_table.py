@@ -65,10 +65,17 @@ def markdown(result: dict[str, Any]) -> str:
     texts = list(conditions["texts"])
     for pattern in patterns:
         dense = {text: float(np.mean(result["dense"][text])) for text in texts}
-        head = [f"{text} PPL (dense {np.exp(dense[text]):.2f})" for text in texts]
+        head = [f"{text} PPL (dense {np.exp(dense[text]):.2f}; lower is better)" for text in texts]
         lines += ["", f"### {pattern}", ""]
-        columns = [part for text, title in zip(texts, head, strict=True) for part in (title, f"{text} / RIA", "closed")]
-        lines += ["| row | seeds | " + " | ".join(columns) + " | prune s |", "|---" * (len(columns) + 3) + "|"]
+        columns = [
+            part
+            for text, title in zip(texts, head, strict=True)
+            for part in (title, f"{text} / RIA (lower is better)", "closed (higher is better)")
+        ]
+        lines += [
+            "| row | seeds | " + " | ".join(columns) + " | prune s (lower is better) |",
+            "|---" * (len(columns) + 3) + "|",
+        ]
         labels = dict.fromkeys(key.rsplit("|", 2)[0] for key in result["cells"] if key.rsplit("|", 2)[1] == pattern)
         lines += [_line(result, label, pattern, texts, dense) for label in labels]
     return "\n".join([*lines, *_pairs(result, patterns, texts)]) + "\n"
@@ -85,7 +92,7 @@ def _pairs(result: dict[str, Any], patterns: list[str], texts: list[str]) -> lis
                 lines.append(f"| {pattern} | {first} / {second} | " + " | ".join(parts) + " |")
     if not lines:
         return []
-    head = ["| pattern | pair | " + " | ".join(texts) + " |", "|---" * (len(texts) + 2) + "|"]
+    head = ["| ratio (lower is better): pattern | pair | " + " | ".join(texts) + " |", "|---" * (len(texts) + 2) + "|"]
     return ["", "## CRePE, pair by pair", "", "Ratios of perplexity, paired as above.", "", *head, *lines]
 
 

@@ -45,7 +45,8 @@ def markdown(result: dict[str, Any]) -> str:
 def _table(rows: dict[str, list[Cell]]) -> list[str]:
     ordered = sorted(rows, key=lambda label: _mean_log(rows[label]))
     lines = [
-        "| | seeds | PPL | range | KL to dense | parameters left | minutes |",
+        "| | seeds | PPL (lower is better) | range (lower is better) | KL to dense (lower is better) | "
+        "parameters left | minutes (lower is better) |",
         "|---|---:|---:|---|---:|---:|---:|",
     ]
     for label in ordered:
@@ -82,7 +83,7 @@ def ablations(rows: dict[str, list[Cell]]) -> list[str]:
         return []
     head = (
         "One option changed, beside the row without the change on the same seeds:", "",
-        "| | seeds | PPL | without the change | ratio | KL to dense | without | widths |",
+        "| (lower is better) | seeds | PPL | without the change | ratio | KL to dense | without | widths |",
         "|---|---|---:|---:|---:|---:|---:|---|",
     )  # fmt: skip
     return ["", *head, *lines]
@@ -105,7 +106,7 @@ def _pace(throughput: dict[str, Any]) -> list[str]:
         "whole. "
         f"The two ways' fitness differs by at most {throughput['largest_relative_fitness_difference']:.2%} (bf16).",
         "",
-        "| | candidates a minute | from scratch | ratio | of processor time |",
+        "| (higher is better) | candidates a minute | from scratch | ratio | of processor time |",
         "|---|---:|---:|---:|---:|",
     ]
     for label, pace in rows:

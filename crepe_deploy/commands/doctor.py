@@ -42,7 +42,10 @@ def choice_lines(choices: list[dict[str, Any]]) -> list[str]:
             + (f" {entry['gain_over_dense']:.2f}x" if entry["gain_over_dense"] else "")
             for entry in sorted(entries, key=lambda entry: int(entry["batch"]))
         )
-        text.append(f"  {rows}x{columns} {dtype}, {kept:.0%} kept, {threads} threads, by batch: {', '.join(measured)}")
+        text.append(
+            f"  {rows}x{columns} {dtype}, {kept:.0%} kept, {threads} threads, by batch, speed over dense "
+            f"(higher is better): {', '.join(measured)}"
+        )
     return text
 
 
@@ -60,7 +63,9 @@ def gpu_lines(choices: list[dict[str, Any]]) -> list[str]:
             + (f" {entry['gain_over_dense']:.2f}x" if entry["gain_over_dense"] else "")
             for entry in sorted(entries, key=lambda entry: int(entry["batch"]))
         )
-        text.append(f"  {rows}x{columns} {dtype} {kind}, by batch, over dense: {', '.join(measured)}")
+        text.append(
+            f"  {rows}x{columns} {dtype} {kind}, by batch, speed over dense (higher is better): {', '.join(measured)}"
+        )
     return text
 
 

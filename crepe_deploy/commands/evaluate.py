@@ -67,21 +67,25 @@ def eval_command(model: str, as_json: bool, **options: Any) -> None:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """What `eval` measured."""
+    from crepe_deploy.quality.scoring import better
+
     text = []
     if "perplexity" in result:
         convention = ", ".join(f"{name}={value}" for name, value in result["convention"].items() if name != "sha256")
-        text += [f"perplexity {_interval(result['perplexity'])}", f"convention: {convention}"]
+        text += [f"perplexity (lower is better) {_interval(result['perplexity'])}", f"convention: {convention}"]
     if paired := result.get("paired"):
-        text.append(f"against {paired['reference']} (perplexity {_interval(paired['reference_perplexity'])}):")
+        reference = _interval(paired["reference_perplexity"])
+        text.append(f"against {paired['reference']} (perplexity {reference}, lower is better):")
         names = {
-            "perplexity_ratio": "perplexity ratio",
-            "kl_mean": "mean KL",
-            "kl_p99": "p99 KL",
-            "same_top": "same top token",
+            "perplexity_ratio": "perplexity ratio (lower is better)",
+            "kl_mean": "mean KL (lower is better)",
+            "kl_p99": "p99 KL (lower is better)",
+            "same_top": "same top token (higher is better)",
         }
         text += [f"  {label} {_interval(paired[name])}" for name, label in names.items()]
     for name, task in result.get("tasks", {}).items():
-        text.append(f"{name}: {json.dumps(task)}")
+        ways = ", ".join(f"{metric}: {better(metric)} is better" for metric in task["metrics"])
+        text.append(f"{name} ({ways}): {json.dumps(task)}")
     return text
 
 

@@ -158,8 +158,8 @@ def healed_line(healed: Mapping[str, Any]) -> str:
     """What healing did, from the manifest's entry."""
     kl = healed["held_out_kl"]
     return (
-        f"held-out KL to the dense model {kl['before']:.4f} -> {kl['after']:.4f} after {healed['steps']} steps, "
-        f"{healed['tokens']:,} tokens, {healed['seconds']:.0f} s"
+        f"held-out KL to the dense model (lower is better) {kl['before']:.4f} -> {kl['after']:.4f} after "
+        f"{healed['steps']} steps, {healed['tokens']:,} tokens, {healed['seconds']:.0f} s"
     )
 
 

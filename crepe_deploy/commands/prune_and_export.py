@@ -75,6 +75,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     if rescaled := report["rescale"]:
         text.append(
             f"logits times {rescaled['factor']:.3f}: mean KL to the dense model on held-out calibration windows "
+            "(lower is better) "
             f"{rescaled['kl_before']:.3f} -> {rescaled['kl']:.3f}"
         )
     if healed := report.get("healed"):

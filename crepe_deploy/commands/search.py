@@ -118,6 +118,6 @@ def lines(out: Path, document: dict[str, Any]) -> list[str]:
     return [
         f"{out}: {document['method']} {params}",
         f"on the search text, after {provenance['evaluations']} evaluations and {provenance['judged']} judged settings "
-        f"in {provenance['seconds']} s:",
+        f"in {provenance['seconds']} s (lower is better):",
         *shown,
     ]

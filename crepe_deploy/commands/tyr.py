@@ -136,7 +136,10 @@ def lines(report: dict[str, Any]) -> list[str]:
         text += [f"  layer {index}: {_layer(layer)}" for index, layer in enumerate(layers)]
     if repair := report.get("repair"):
         before, after = (sum(layer[name] for layer in repair) / len(repair) for name in ("before", "after"))
-        text.append(f"mean relative error of a block on held-out windows {before:.4f}, after repair {after:.4f}")
+        text.append(
+            f"mean relative error of a block on held-out windows (lower is better) {before:.4f}, "
+            f"after repair {after:.4f}"
+        )
     if healed := report.get("healed"):
         text.append(healed_line(healed))
     return [*text, f"{report['out']}/dense: written and verified"]

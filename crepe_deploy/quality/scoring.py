@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from crepe_deploy.errors import CalibrationError, ConfigError
 
 RESAMPLES = 1000
 LEVEL = 0.95
+
+_LOWER: Final = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"}
 
 Statistic = Callable[["np.ndarray[Any, Any]"], float]
 
@@ -34,6 +36,11 @@ class Estimate:
     value: float
     low: float | None
     high: float | None
+
+
+def better(metric: str) -> Literal["lower", "higher"]:
+    """Which way a metric of lm-eval is better."""
+    return "lower" if metric in _LOWER else "higher"
 
 
 def window_spans(n_tokens: int, window: int, stride: int, *, score_first: bool = False) -> list[Span]:

@@ -24,11 +24,12 @@ from crepe_deploy.errors import CheckpointError, CrepeError, VerifyError
 from crepe_deploy.store.files import disk_errors, write_json
 from crepe_deploy.store.manifest import sha256_file
 from crepe_deploy.store.reading import read_object
+from crepe_deploy.store.work import LAYER_DONE
 
 from .levels import AttentionSize, Level
 from .plan import Geometry
 
-INDEX = "levels.json"
+INDEX = LAYER_DONE
 HEADER_BYTES = 4096
 
 

@@ -103,7 +103,7 @@ def _healing(healed: dict[str, Any] | None) -> dict[str, str]:
         "trained": f"healed towards the dense model's logits, zeros held: {healed['steps']} steps, "
         f"{healed['tokens']:,} tokens, {healed['seconds']:.0f} s",
         "trained on the text of": texts,
-        "held-out KL to the dense model": f"{kl['before']:.4f} before, {kl['after']:.4f} after",
+        "held-out KL to the dense model (lower is better)": f"{kl['before']:.4f} before, {kl['after']:.4f} after",
     }
 
 
@@ -152,7 +152,7 @@ def _pruning_rows(manifest: Manifest) -> dict[str, str]:
         "pattern": f"{config['pattern']}{_mixed(metrics)} in {metrics['pruned_tensors']} linear layers",
         "zeros counted in those layers": f"{metrics['sparsity_of_pruned_tensors']:.4%}",
         "calibration": _calibration(manifest.calibration, "unknown" if config["method"] is None else "none"),
-        "mean relative layer error": "unknown" if error is None else f"{error:.4f}",
+        "mean relative layer error (lower is better)": "unknown" if error is None else f"{error:.4f}",
     }
 
 
@@ -188,8 +188,8 @@ def _size_rows(manifest: Manifest, words: Words) -> dict[str, str]:
         return {}
     layers = "decoder" if "structural" in manifest.config else words.layers
     return {
-        f"bytes of the {layers} layers, over dense": f"{size['weight_bytes_over_dense']:.4f}",
-        "bytes of all weight files, over dense": f"{size['file_bytes_over_dense']:.4f}",
+        f"bytes of the {layers} layers, over dense (lower is better)": f"{size['weight_bytes_over_dense']:.4f}",
+        "bytes of all weight files, over dense (lower is better)": f"{size['file_bytes_over_dense']:.4f}",
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import CheckpointError, OutputError
+from ...quality.scoring import better
 from ...store.checkpoint import require_inside
 from ...store.files import write_text
 from ...store.manifest import load_manifest, save_manifest, sha256_file, versions
@@ -20,7 +21,7 @@ END: Final = "<!-- crepe-deploy eval: end -->"
 _NAMES: Final = {
     "perplexity_ratio": "perplexity over it (lower is better)",
     "kl_mean": "mean KL divergence from it, nats (lower is better)",
-    "kl_p99": "99th percentile of that KL divergence",
+    "kl_p99": "99th percentile of that KL divergence (lower is better)",
     "same_top": "same most likely token (higher is better)",
 }
 
@@ -80,7 +81,8 @@ def _rows(measured: Mapping[str, Any]) -> list[str]:
         for name, task in answers["tasks"].items():
             for metric, found in task["metrics"].items():
                 error = "" if found["stderr"] is None else f" (standard error {found['stderr']:.2g})"
-                rows[f"{_cell(name)}, {metric}, {task['documents']} documents"] = f"{found['value']:.4g}{error}"
+                title = f"{_cell(name)}, {metric}, {task['documents']} documents ({better(metric)} is better)"
+                rows[title] = f"{found['value']:.4g}{error}"
         below.append(f"Tasks: lm-eval {answers['lm_eval']}, {answers['few_shot']} examples shown, {answers['dtype']}.")
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return [*table, "", *below]

@@ -64,4 +64,6 @@ def test_measured_gpu_choices_are_one_line_a_shape() -> None:
     entry = {"dtype": "bfloat16", "kind": "nibble", "shape": [64, 128], "choice": "stream n16 m1 s1 w4 p1"}
     measured = [entry | {"batch": 16, "gain_over_dense": None}, entry | {"batch": 1, "gain_over_dense": 1.5}]
     (line,) = gpu_lines(measured)
-    assert line == "  64x128 bfloat16 nibble, by batch, over dense: 1: stream 1.50x, 16: stream"
+    assert (
+        line == "  64x128 bfloat16 nibble, by batch, speed over dense (higher is better): 1: stream 1.50x, 16: stream"
+    )

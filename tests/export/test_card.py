@@ -95,7 +95,10 @@ def test_tasks_have_their_rows(out: Path) -> None:
     report = {"tasks": tasks, "lm_eval": "0.4", "few_shot": 0, "dtype": "float32"}
     update_card(out / "int8", {"model": "m", "tasks": report})
     text = (out / "int8" / "README.md").read_text()
-    assert "| arc easy, acc, 20 documents | 0.5 (standard error 0.1) |" in text and "lm-eval 0.4" in text
+    assert (
+        "| arc easy, acc, 20 documents (higher is better) | 0.5 (standard error 0.1) |" in text
+        and "lm-eval 0.4" in text
+    )
     verify(out / "int8")
 
 

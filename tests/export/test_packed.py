@@ -65,7 +65,7 @@ def test_size_and_tensors_are_as_the_format_says(tmp_path: Path) -> None:
     assert stored[name + "_values"].shape == (64, 64) and stored[name + "_mask"].shape == (64, 16)
     assert stored["lm_head.weight"].shape == (320, 64)
     card = (tmp_path / "packed" / "README.md").read_text()
-    assert "`crepe-nm`" in card and "| bytes of the packed layers, over dense | 0.5625 |" in card
+    assert "`crepe-nm`" in card and "| bytes of the packed layers, over dense (lower is better) | 0.5625 |" in card
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert config == {"quant_method": "crepe_nm", "version": 1, "n": 16, "m": 32, "ignore": ["lm_head"]}
     dense = CheckpointReader(tmp_path / "pruned")

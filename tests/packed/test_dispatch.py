@@ -172,7 +172,7 @@ def test_measured_choices_are_listed_for_doctor(cache: Path) -> None:
     assert (second["batch"], second["choice"], second["gain_over_dense"]) == (64, "tile", 0.5)
     (line,) = choice_lines([first, second])
     assert "24x64 bfloat16, 50% kept" in line
-    assert "by batch: 1: tile 3.00x, 64: tile 0.50x" in line
+    assert "by batch, speed over dense (higher is better): 1: tile 3.00x, 64: tile 0.50x" in line
 
 
 def test_describe_says_what_was_chosen_and_why() -> None:
