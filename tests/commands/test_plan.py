@@ -94,3 +94,16 @@ def test_doctor_names_the_extra_of_what_is_not_installed() -> None:
     result["installed"] = dict.fromkeys(result["installed"])
     missing = [line for line in doctor_lines(result) if "not installed" in line]
     assert len(missing) == len(result["installed"]) and all("pip install 'crepe-deploy[" in line for line in missing)
+
+
+def test_inspect_has_a_header_and_a_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_pico_llama(tmp_path / "model")
+    prune(resolve_model(str(model)), tmp_path / "pruned", prune_config("magnitude", "2:4"), None)
+    capsys.readouterr()
+    assert run(["inspect", str(tmp_path / "pruned")]) == 0
+    head, *rows, total = capsys.readouterr().out.splitlines()
+    assert head.split() == ["zeros", "pattern", "dtype", "shape", "tensor"]
+    assert (
+        total
+        == f"{len(rows)} tensors, {sum(' 2:4 ' in row for row in rows)} of them with a pattern, 50.00% zeros in these"
+    )
