@@ -14,25 +14,13 @@ from crepe_deploy.machine import cache_dir
 from .cache import GGUF_CACHE
 from .checkpoint import shard_paths
 from .gguf_split import parts_of
+from .hub import fetch
 from .manifest import Source, sha256_file
 from .reading import read_front_matter, refuse_folder_of_models, refuse_lost_link
 from .temporary import remove_abandoned
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "LICENSE*",
-    "LICENCE*",
-    "COPYING*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
-]
 
 
 @dataclass(frozen=True)
@@ -58,7 +46,8 @@ def resolve_model(model: str, revision: str | None = None, say: Callable[[str], 
     refuse_lost_link(path, CheckpointError)
     if not is_hub_id(model):
         raise CheckpointError(f"model '{model}' is no folder on this disk and no hub id of the form owner/name")
-    return _from_hub(model, revision, say)
+    folder = fetch(model, revision, say)
+    return Model(folder, "hub", model, folder.name, {})
 
 
 def gguf_file(model: str) -> Path | None:
@@ -109,45 +98,6 @@ def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:
         convert_gguf(path, folder)
     notes = {"gguf": path.name, "gguf_sha256": digest, "weights": "dequantised from GGUF to bfloat16"}
     return Model(folder, "gguf", str(path), None, notes)
-
-
-def _from_hub(model: str, revision: str | None, say: Callable[[str], None]) -> Model:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    say(f"{_beside(model)}fetching {model} from the hub")
-    try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{_beside(model)}{refused_by_hub(model, error)}") from error
-    if not (folder / "config.json").exists():
-        raise CheckpointError(
-            f"{model} has no config.json on the hub; of a repository of GGUF files download one "
-            f"(hf download {model} FILE.gguf) and give its path"
-        )
-    return Model(folder, "hub", model, folder.name, {})
-
-
-def _beside(model: str) -> str:
-    """What lies here in the folder that the hub id MODEL would be in were it a path; "" where there is none."""
-    folder = Path(model).parent
-    if not folder.is_dir():
-        return ""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    return f"the folder {folder} here has no {Path(model).name} (it has {', '.join(names[:5]) or 'no folders'}); "
-
-
-def refused_by_hub(model: str, error: Exception) -> str:
-    """That `model` is not here and the hub did not give it, why, and what to do."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if isinstance(error, LocalEntryNotFoundError):
-        reason = (
-            f"it cannot be reached ({error.__cause__ or reason}); give a folder of this disk: where there is a network "
-            f"`hf download {model} --local-dir DIR` fills one, and HF_ENDPOINT names a mirror"
-        )
-    return f"model '{model}' is no folder on this disk, and the hub did not give it: {reason}"
 
 
 def describe_source(model: Model) -> Source:
