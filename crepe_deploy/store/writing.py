@@ -104,7 +104,9 @@ class CheckpointWriter:
             os.pwrite(handle, struct.pack("<Q", len(raw)) + raw, 0)
 
     def _keep_pieces(self) -> None:
-        for file, names in self._names.items() if self._pieces is not None else ():
+        if self._pieces is None:
+            return
+        for file, names in self._names.items():
             entry = self._pieces.shard(file, names, self._noted)
             if entry is not None and self.keep(entry["sha256"]):
                 self.notes |= entry["notes"]
