@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from crepe_deploy.errors import CheckpointError
 
@@ -29,6 +29,7 @@ FILES: Final = [
     "README.md",
 ]
 CONFIG: Final = "config.json"
+_MALFORMED: Final = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)  # of the hub's reader
 
 
 def fetch(model: str, revision: str | None, say: Callable[[str], None]) -> Path:
@@ -65,14 +66,21 @@ def hub_outline(model: str, revision: str | None, say: Callable[[str], None]) ->
                 with disk_errors(folder):
                     shutil.copyfile(snapshot / name, folder / name)
         for name in names:
-            with _asked(model):
-                header = HfApi().parse_safetensors_file_metadata(model, name, revision=snapshot.name)
-            tensors = {
-                tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
-                for tensor, info in header.tensors.items()
-            }
-            write_hole(folder / name, tensors)
+            write_hole(folder / name, _header(model, name, snapshot.name))
         yield folder
+
+
+def _header(model: str, name: str, revision: str) -> dict[str, dict[str, Any]]:
+    """The entries of a weight file's header, by tensor, as they are written there. Raises CheckpointError."""
+    from huggingface_hub import HfApi
+
+    try:
+        with _asked(model):
+            header = HfApi().parse_safetensors_file_metadata(model, name, revision=revision)
+    except _MALFORMED as error:
+        raise CheckpointError(f"{model}: the header of {name} on the hub is malformed: {error!r:.100}") from error
+    fields = ("dtype", "shape", "data_offsets")
+    return {tensor: {field: getattr(info, field) for field in fields} for tensor, info in header.tensors.items()}
 
 
 def _configured(folder: Path, model: str) -> Path:

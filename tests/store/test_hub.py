@@ -70,6 +70,36 @@ def test_weights_that_are_here_are_not_asked_for(
     assert not sent
 
 
+DEEP = "[" * 100_000 + "]" * 100_000
+ENTRIES = [
+    '{"dtype": "BF16", "shape": [4], "data_offsets": ["a", "b"]}',
+    '{"dtype": "BF16", "shape": [4], "data_offsets": [0, -8]}',
+    '{"dtype": "BF16", "shape": [4], "data_offsets": [0, 1e30]}',
+    f'{{"dtype": "BF16", "shape": [4], "data_offsets": [0, {10**30}]}}',
+    f'{{"dtype": "BF16", "shape": [4], "data_offsets": [0, {10**17}]}}',
+    '{"dtype": "BF16", "shape": [4], "data_offsets": []}',
+    '{"dtype": "BF16", "shape": [4], "data_offsets": null}',
+    '{"dtype": "BF16", "shape": "four", "data_offsets": [0, 8]}',
+    '{"dtype": "BF16", "shape": ["a", "b"], "data_offsets": [0, 8]}',
+    '{"dtype": 7, "shape": [4], "data_offsets": [0, 8]}',
+    '{"dtype": "BF16"}',
+    "7",
+    "null",
+    DEEP,
+    "9" * 6000,
+]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=[entry[:60] for entry in ENTRIES])
+def test_a_header_on_the_hub_is_read_as_one_on_the_disk(sent: Counter[str], tmp_path: Path, entry: str) -> None:
+    header = f'{{"model.embed_tokens.weight": {entry}}}'.encode()
+    weights = tmp_path / "models" / "someone" / "pico" / "model.safetensors"
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(CheckpointError, match="someone/pico"):
+        plan("someone/pico")
+    assert sent
+
+
 def test_what_is_refused_names_the_model(
     sent: Counter[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
