@@ -87,7 +87,7 @@ def _configured(folder: Path, model: str) -> Path:
 @contextmanager
 def _asked(model: str) -> Iterator[None]:
     """Inside, what the hub and the way to it say becomes a CheckpointError."""
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: that of whichever client it has
         HfHubHTTPError,
         HFValidationError,
         HTTPError,
