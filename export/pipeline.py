@@ -109,10 +109,8 @@ def prune_and_export(
                 with disk_errors(target):
                     target.mkdir(exist_ok=True)
                 with kept_if_wrong(target, out):
-                    shown, source = (
-                        part(step, f"exporting as {exporter.name}"),
-                        read_source(exporter, pruned, fresh=True),
-                    )
+                    shown = part(step, f"exporting as {exporter.name}")
+                    source = read_source(exporter, pruned, fresh=True)
                     pieces = Pieces(work.journal, key)
                     written = run(exporter, source, target, pieces, step=shown, base_model=base_model)
                 work.journal.add("format", key, _summary(exporter, written, out / exporter.name, target))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from crepe_deploy.errors import CheckpointError
 from .checkpoint import INDEX_NAME, SINGLE_NAME, indexed
 from .files import disk_errors
 from .outline import named, write_hole
+from .reading import is_folder
 from .temporary import temporary_folder
 
 FILES: Final = [
@@ -107,19 +109,19 @@ def _asked(model: str) -> Iterator[None]:
     try:
         yield
     except known as error:
-        raise CheckpointError(f"{_beside(model)}{refused_by_hub(model, error)}") from error
+        raise CheckpointError(f"{_beside(model)}{_refusal(model, error)}") from error
 
 
 def _beside(model: str) -> str:
     """What lies here in the folder that the hub id MODEL would be in were it a path; "" where there is none."""
     folder = Path(model).parent
-    if not folder.is_dir():
+    if not is_folder(folder) or not os.access(folder, os.R_OK | os.X_OK):
         return ""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     return f"the folder {folder} here has no {Path(model).name} (it has {', '.join(names[:5]) or 'no folders'}); "
 
 
-def refused_by_hub(model: str, error: Exception) -> str:
+def _refusal(model: str, error: Exception) -> str:
     """That `model` is not here and the hub did not give it, why, and what to do."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
