@@ -18,13 +18,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from crepe_deploy.errors import CheckpointError
-from crepe_deploy.grid import BITS, Grid
+from crepe_deploy.errors import CheckpointError, NumericalError, VerifyError
+from crepe_deploy.grid import BITS, Grid, codes_of
 
 from .checkpoint import CheckpointReader, TensorInfo, read_header, require_inside
+from .manifest import load_manifest
 from .writing import Planned
 
 VALUES_NAME: Final = "values.safetensors"
+AGAIN: Final = (
+    "by prune FOLDER --method magnitude --sparsity 16:32 --values int4, say: its zeros stay, being the smallest"
+)
 _SUFFIX: Final = "_scales"
 _DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -68,6 +72,30 @@ def read_values(folder: Path) -> dict[str, tuple[Grid, Tensor]]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return found
+
+
+def require_on_grid(name: str, weight: Tensor, grid: Grid, scales: Tensor) -> None:
+    """Raise VerifyError unless weight (out, in) is code * scale in every bit."""
+    fits = scales.shape == (weight.shape[0], -(-weight.shape[1] // grid.width(weight.shape[1])))
+    try:
+        if not fits:
+            raise NumericalError(f"scales {tuple(scales.shape)} for a weight {tuple(weight.shape)}")
+        codes_of(weight, scales.to(weight.device), grid)
+    except NumericalError as error:
+        raise VerifyError(f"{name}: {error}; {VALUES_NAME} is of other weights") from error
+
+
+def check_values(folder: Path) -> None:
+    """Compare every weight that has scales with them, one at a time, in a folder that has a manifest.
+
+    Raises VerifyError naming a weight that is not on its grid, CheckpointError.
+    """
+    if values := read_values(folder):
+        records, reader = load_manifest(folder).tensors, CheckpointReader(folder)
+        for name, (grid, scales) in values.items():
+            weight = reader.load(name)
+            stored = records[name].transposed if name in records else False
+            require_on_grid(name, weight.T if stored else weight, grid, scales)
 
 
 def _grid(path: Path, metadata: Mapping[str, str]) -> tuple[int, int | None]:
