@@ -90,7 +90,7 @@ class PruneConfig:
         """Raise ConfigError for what values cannot be quantised behind."""
         if self.steps.repair is not None:
             raise ConfigError(
-                "--values quantises each layer behind its pruning, and --repair trains it after that: give one; weights "
+                "--values quantises each layer behind its pruning, and --repair trains it after: give one; weights "
                 f"that were repaired are quantised {AGAIN}"
             )
         if isinstance(self.pattern, Unstructured) and self.pattern.granularity == "matrix" and self.pattern.sparsity:
