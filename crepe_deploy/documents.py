@@ -81,6 +81,11 @@ def check_text(source: str | Path) -> None:
         require(_no_file(source), "datasets")
         return
     _check_kind(path)
+    if not path.exists():
+        raise CalibrationError(
+            f"{path} is missing: --calib and --text take a file of text or the name of a dataset, and --calib "
+            "self too, for which the model writes the text itself"
+        )
     with open_file(path, CalibrationError) as file:
         if not os.fstat(file.fileno()).st_size:
             raise CalibrationError(f"{path} is empty")

@@ -19,7 +19,7 @@ GROUPS: Final = {
         "variant fitness refit finish optimizer proxy evaluations fit finalists kernels workers"
     ),
     "Calibration": "calib calib_field calib_samples calib_length",
-    "Formats": "format onnx_flavor precision quantise layout remote_code base_model",
+    "Formats": "format onnx_flavor precision quantise layout remote_code",
     "Training": (
         "dense heal steps minutes learning_rate batch_tokens accumulate checkpointing top_k lora train holdout"
     ),
@@ -32,7 +32,7 @@ GROUPS: Final = {
     ),
     "Server": "host port api_key start_timeout",
     "Running": "seed dtype device revision resume",
-    "Output": "out overwrite junit markdown as_json",
+    "Output": "out overwrite junit markdown as_json base_model",
 }
 OTHER: Final = "Options"
 _GROUP_OF: Final = {name: group for group, names in GROUPS.items() for name in names.split()}

@@ -23,8 +23,10 @@ class NM:
     m: int
 
     def __post_init__(self) -> None:
+        swapped = 1 <= self.m < self.n <= MAX_GROUP
+        meant = f"; did you mean {self.m}:{self.n}?" if swapped else ""
         if not 1 <= self.n < self.m <= MAX_GROUP:
-            raise PatternError(f"pattern {self} is not usable: N:M keeps N of M with 1 <= N < M <= {MAX_GROUP}")
+            raise PatternError(f"pattern {self} is not usable: N:M keeps N of M with 1 <= N < M <= {MAX_GROUP}{meant}")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -43,8 +45,12 @@ class Unstructured:
     granularity: Granularity = "row"
 
     def __post_init__(self) -> None:
+        percent = 1 <= self.sparsity < 100
+        meant = f"; did you mean {self.sparsity / 100:g}?" if percent else ""
         if not 0 <= self.sparsity < 1:
-            raise PatternError(f"sparsity {self.sparsity} is not usable: it is the fraction of zeros, 0 <= s < 1")
+            raise PatternError(
+                f"sparsity {self.sparsity} is not usable: it is the fraction of zeros, 0 <= s < 1{meant}"
+            )
         if self.granularity not in GRANULARITIES:
             raise PatternError(unknown("granularity", self.granularity, GRANULARITIES))
 

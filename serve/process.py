@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import ServeError
+from ..progress import Say, unsaid
 from .smoke import healthy
 
 STOP_TIMEOUT_S: Final = 30.0
 KEEPER_TIMEOUT_S: Final = 30.0
 POLL_S: Final = 0.25
+NEWS_S: Final = 20.0
 TAIL_LINES: Final = 25
 TAIL_BYTES: Final = 64 << 10
+LINE_CHARS: Final = 120
 _KEEPER: Final = Path(__file__).with_name("keeper.py")
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -57,10 +60,16 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    def wait_until_healthy(self, url: str, timeout_s: float) -> bool:
-        """True when it answers; False when a signal stopped it first. Raises ServeError with the end of its log."""
-        end = time.monotonic() + timeout_s
+    def wait_until_healthy(self, url: str, timeout_s: float, say: Say = unsaid) -> bool:
+        """True when it answers; False when a signal stopped it first. Raises ServeError with the end of its log.
+
+        say: told every NEWS_S seconds how long it takes already, and what the server logged last.
+        """
+        end, news = time.monotonic() + timeout_s, NEWS_S
         while not healthy(url):
+            if (waited := time.monotonic() - self.started) > news:
+                say(f"not ready after {waited:.0f} s; its log says: {self.last_line()}")
+                news = waited + NEWS_S
             if self.stopping:
                 return False
             if self.process.poll() is not None:
@@ -106,9 +115,21 @@ class Server:
     def tail(self) -> str:
         """The last lines of its log, and where the rest is."""
         try:
-            with self.log.open("rb") as log:
-                log.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
-                lines = log.read().decode(errors="replace").splitlines()
+            lines = self._end_of_log()
         except OSError as error:
             return f"its log cannot be read: {error}"
         return "\n".join([f"the end of {self.log}:", *(f"  {line}" for line in lines[-TAIL_LINES:])])
+
+    def last_line(self) -> str:
+        """The last line of its log that is not blank, its end left off where it is long."""
+        try:
+            lines = [line for line in self._end_of_log() if line.strip()]
+        except OSError as error:
+            return f"it cannot be read: {error}"
+        line = "".join(char for char in lines[-1] if char.isprintable()).strip() if lines else "nothing yet"
+        return line if len(line) <= LINE_CHARS else f"{line[:LINE_CHARS]}..."
+
+    def _end_of_log(self) -> list[str]:
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
+            return log.read().decode(errors="replace").splitlines()

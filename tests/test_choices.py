@@ -96,6 +96,19 @@ def test_one_line_says_what_was_chosen_and_how_to_choose_otherwise() -> None:
     assert "--calib FILE" not in line(Given(calib=True), without(ALL, *OWN), CPU)
 
 
+def test_what_a_named_method_leaves_as_always_is_said_with_what_would_be_chosen(
+    tmp_path: Path, pico: Path, calib: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--method", "wanda", "--calib", calib, "--calib-length", 32)
+    assert crepe("prune-and-export", pico, "--out", tmp_path / "out", *given) == 0
+    (said,) = (text for text in capsys.readouterr().err.splitlines() if text.startswith("not given, so as always: "))
+    assert "--sparsity 2:4 --format dense --calib-samples 128;" in said and "--calib-length" not in said
+    if not torch.cuda.is_available():
+        assert "--target auto chooses for this machine: --sparsity 16:32 --format dense,packed" in said
+    assert crepe("prune", pico, "--out", tmp_path / "all", *given, "--calib-samples", 8, "--sparsity", "2:4") == 0
+    assert "as always" not in capsys.readouterr().err
+
+
 def test_a_model_as_the_choices_see_it(tmp_path: Path) -> None:
     llama = shape_of(Decoder(make_pico_llama(tmp_path / "llama", intermediate_size=96)))
     assert llama.widths == llama.packable == {64, 96} and llama.onnx and "permute" in llama.steps

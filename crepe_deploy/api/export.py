@@ -25,7 +25,8 @@ def default_out(source: str | Path, format: str) -> Path:
 def export(
     source: str | Path, out: str | Path | None = None, *, format: str = "dense", onnx_flavor: str | None = None,
     precision: str | None = None, quantise: str | None = None, base_model: str | None = None,
-    overwrite: bool = False, revision: str | None = None, progress: Progress | None = None, say: Say | None = None,
+    resume: bool = False, overwrite: bool = False, revision: str | None = None, progress: Progress | None = None,
+    say: Say | None = None,
 ) -> Manifest:  # fmt: skip
     """Write the pruned checkpoint `source` in another format into `out`, and return its manifest.
 
@@ -34,7 +35,8 @@ def export(
     "int8", "onnx", "gguf", or "deci" for widths per layer. onnx_flavor, precision: of an ONNX graph, "portable" or
     "genai", and "fp32", "fp16" or "int4". quantise: of a GGUF file, "auto" (as stored), "f32", "f16", "bf16", "q8_0",
     "q5_0" or "q4_0". base_model: hub id of the parent, for the model card.
-    progress: told pieces of work done and in all.
+    resume: go on with OUT.work, which a stopped run leaves (on the command line exit code 75): the same bytes, and
+    files of weights that are whole are kept. progress: told pieces of work done and in all.
     Raises ConfigError, CheckpointError, OutputError, UnsupportedModel, MissingExtra (exit code 2) before writing;
     VerifyError, ParityError, DiskFullError (1).
     """
@@ -48,6 +50,6 @@ def export(
     with output(target, source, overwrite=overwrite):
         folder = find_model(source, revision, say).folder
         return export_checkpoint(
-            folder, target, format, overwrite=overwrite, step=progress or silent, options=options,
+            folder, target, format, resume=resume, overwrite=overwrite, step=progress or silent, options=options,
             base_model=base_model,
         )  # fmt: skip

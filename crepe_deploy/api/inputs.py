@@ -22,7 +22,8 @@ from crepe_deploy.pattern import NM, Pattern, Unstructured, parse_pattern
 from crepe_deploy.progress import Say, Show, hidden, unsaid
 from crepe_deploy.selftext import SELF
 from crepe_deploy.store.folders import check_output, held
-from crepe_deploy.store.sources import Model, gguf_file, is_hub_id, require_pinned, resolve_model
+from crepe_deploy.store.hub import hub_outline
+from crepe_deploy.store.sources import Model, gguf_file, is_hub_id, is_model_name, require_pinned, resolve_model
 from crepe_deploy.store.stock import check_ids
 from crepe_deploy.texts import CalibrationSet, calibration_windows, load_tokenizer
 
@@ -48,11 +49,16 @@ def find_model(model: str | Path, revision: str | None = None, say: Say | None =
 
 @contextmanager
 def outlined(model: str | Path, revision: str | None, say: Say | None) -> Iterator[tuple[Path, str]]:
-    """A folder that says what a model is, and where that comes from: of a GGUF file its header alone, outlined.
+    """A folder that says what a model is, and where that comes from: of a GGUF file its header alone, outlined, and
+    of a model on the hub its configuration and headers.
 
     Raises CheckpointError, ConfigError, UnsupportedModel, MissingExtra.
     """
     file = gguf_file(str(model))
+    if file is None and is_model_name(str(model)):
+        with hub_outline(str(model), revision, say or unsaid) as folder:
+            yield folder, str(model)
+        return
     if file is None:
         folder = find_model(model, revision, say).folder
         yield folder, str(folder)

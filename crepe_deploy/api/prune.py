@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def prune(
     reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
     calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
-    dtype: str = "auto", device: str = "auto", revision: str | None = None, resume: bool = False,
-    overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
+    dtype: str = "auto", device: str = "auto", base_model: str | None = None, revision: str | None = None,
+    resume: bool = False, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
 ) -> Manifest:  # fmt: skip
     """Prune the linear layers of `model` into the Hugging Face folder `out`, and return its manifest.
 
@@ -66,6 +67,7 @@ def prune(
     tokens in each, clipped to the model's context.
     include, exclude: regular expressions searched in tensor names. dtype: to compute in, "auto" is the checkpoint's.
     device: to compute on, "cpu", "cuda", "cuda:N", or "auto": the first GPU that torch sees, else the CPU.
+    base_model: hub id of the parent, for the model card.
     resume: go on with OUT.work, which a stopped run leaves: the same bytes, at most one block is pruned again; on the
     command line that is exit code 75. progress: told pieces of work done and in all. say: told what is fetched or
     converted.
@@ -75,6 +77,7 @@ def prune(
     """
     from crepe_deploy.exporting.prune import seal
 
+    check_base_model(base_model)
     _check_untrained(recipe)
     asked = {
         "method": method, "preset": preset, "params": params, "recipe": recipe, "feed": feed, "allocate": allocate,
@@ -94,7 +97,7 @@ def prune(
         windows = _windows(config, source, calib, calib_field, options, seed, say, progress, place)
         return prune_checkpoint(
             source, Path(out), config, windows, resume=resume, overwrite=overwrite, step=progress or silent,
-            device=place, seal=seal,
+            device=place, seal=partial(seal, base_model=base_model),
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from crepe_deploy.api.doctor import OPTIONAL
+from crepe_deploy.api.doctor import EXTRA_OF, OPTIONAL
 from crepe_deploy.option_groups import Grouped
 
 from .options import json_option, print_result
@@ -84,5 +84,6 @@ def lines(result: dict[str, Any]) -> list[str]:
         text.append(f"  {cores}; cuSPARSELt {cuda['cusparselt'] or 'none'}; triton {cuda['triton'] or 'none'}")
         text += gpu_lines(cuda["choices"])
     for name, version in result["installed"].items():
-        text.append(f"{name}: {version or 'not installed'} ({OPTIONAL[name]})")
+        missing = f"not installed: pip install 'crepe-deploy[{EXTRA_OF[name]}]'"
+        text.append(f"{name}: {version or missing} ({OPTIONAL[name]})")
     return text

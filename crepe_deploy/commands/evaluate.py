@@ -69,7 +69,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     """What `eval` measured."""
     from crepe_deploy.quality.scoring import better
 
-    text = []
+    text = ["in brackets: 95 % intervals"] if "perplexity" in result else []
     if "perplexity" in result:
         convention = ", ".join(f"{name}={value}" for name, value in result["convention"].items() if name != "sha256")
         text += [f"perplexity (lower is better) {_interval(result['perplexity'])}", f"convention: {convention}"]

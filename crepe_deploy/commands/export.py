@@ -18,6 +18,8 @@ from .options import (
     prepare_libraries,
     print_result,
     quantise_option,
+    resumable_folder,
+    resume_option,
     revision_option,
     say,
 )
@@ -43,17 +45,21 @@ Examples:
 @onnx_options
 @quantise_option
 @base_model_option
+@resume_option
 @overwrite_option
 @revision_option
 @json_option
 def export_command(source: str, out: Path | None, format: str, as_json: bool, **options: Any) -> None:
-    """Export the pruned checkpoint SOURCE, a folder, a hub id or a GGUF file, into another format."""
+    """Export the pruned checkpoint SOURCE, a folder, a hub id or a GGUF file, into another format.
+
+    Exit code 75 means stopped: the same command with --resume goes on.
+    """
     prepare_libraries()
     from crepe_deploy.api.export import default_out, export
     from crepe_deploy.progress import progress
 
     target = out if out is not None else default_out(source, format)
-    with progress(f"exporting {source} as {format}") as step:
+    with resumable_folder(target), progress(f"exporting {source} as {format}") as step:
         manifest = export(source, target, format=format, progress=step, say=say, **options)
     summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}
     limits = manifest.metrics.get(manifest.format, {}).get("limits", [])

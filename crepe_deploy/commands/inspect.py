@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,13 +40,18 @@ def inspect_command(folder: str, revision: str | None, as_json: bool) -> None:
 
 
 def tensor_lines(tensors: list[TensorRow]) -> list[str]:
-    """What `inspect` counted, one line a tensor; 'counted' where no manifest confirms its pattern."""
-    return [
-        f"{_percent(tensor['sparsity']):>8}  {tensor['pattern'] or '-':>6}  {tensor['dtype']:>9}  "
+    """What `inspect` counted: a header, a line a tensor, 'counted' where no manifest confirms its pattern, a total."""
+    rows = [
+        f"{_percent(tensor['sparsity']):>8}  {tensor['pattern'] or '-':>7}  {tensor['dtype']:>9}  "
         f"{tensor['shape']!s:>16}  {tensor['name']}{'  packed' if tensor.get('packed') else ''}"
         f"{'  counted' if tensor['pattern_from'] == 'zeros' else ''}"
         for tensor in tensors
     ]
+    pruned = [tensor for tensor in tensors if tensor["pattern"]]
+    total = f"{len(tensors)} tensors, {len(pruned)} of them with a pattern"
+    if entries := sum(math.prod(tensor["shape"]) for tensor in pruned):
+        total += f", {sum(tensor['zeros'] or 0 for tensor in pruned) / entries:.2%} zeros in these"
+    return [f"{'zeros':>8}  {'pattern':>7}  {'dtype':>9}  {'shape':>16}  tensor", *rows, total]
 
 
 def _percent(share: float | None) -> str:

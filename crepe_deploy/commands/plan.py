@@ -61,14 +61,16 @@ def lines(result: Plan) -> list[str]:
         ]
     megabytes = {
         "checkpoint": result["checkpoint_bytes"],
-        "packed checkpoint": result["packed_checkpoint_bytes"],
-        "disk needed while pruning": result["disk_needed_bytes"],
-        "peak memory above the libraries, at most about": result["peak_memory_estimate_bytes"],
-        "while the model writes text of its own (--calib self)": result["calib_self_memory_estimate_bytes"],
+        "packed checkpoint (lower is better)": result["packed_checkpoint_bytes"],
+        "disk needed while pruning, twice the checkpoint": result["disk_needed_bytes"],
     }
     text = [f"{result['model']} to {result['pattern']}: {result['prunable_tensors']} tensors, on {result['device']}"]
     text += [f"  {label}: {size / 1e6:,.0f} MB" for label, size in megabytes.items()]
-    text.append(f"  pruned tensors, packed over dense: {result['pruned_tensors_packed_over_dense']:.4f}")
+    text.append(_memory(result))
+    text.append(
+        "  bytes of the pruned tensors, packed over dense (lower is better): "
+        f"{result['pruned_tensors_packed_over_dense']:.4f}"
+    )
     for label in ("does_not_divide", "not_packable"):
         if names := result[label]:
             text.append(f"  {label.replace('_', ' ')}: {len(names)} tensors, for example {names[0]}")
@@ -76,3 +78,16 @@ def lines(result: Plan) -> list[str]:
     for options, size in result.get("heal_memory_estimate_bytes", {}).items():
         text.append(f"  heal, {options}: {size / 1e6:,.0f} MB of memory above the libraries")
     return [*text, f"  {result['advice']}"]
+
+
+def _memory(result: Plan) -> str:
+    """The most memory that is needed at once, and what for where there is more than pruning."""
+    pruning, writing = (
+        result[name] / 1e6 for name in ("peak_memory_estimate_bytes", "calib_self_memory_estimate_bytes")
+    )
+    if "calib" not in result["chosen"]:
+        return f"  memory above the libraries, at most about: {pruning:,.0f} MB"
+    return (
+        f"  memory above the libraries, at most about: {max(pruning, writing):,.0f} MB ({writing:,.0f} MB while the "
+        f"model writes text of its own, --calib self, then {pruning:,.0f} MB while it is pruned)"
+    )

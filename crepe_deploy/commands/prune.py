@@ -9,7 +9,15 @@ import click
 
 from crepe_deploy.option_groups import Grouped
 
-from .options import prepare_libraries, print_result, prune_options, resumable_folder, say, values
+from .options import (
+    base_model_option,
+    prepare_libraries,
+    print_result,
+    prune_options,
+    resumable_folder,
+    say,
+    values,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -24,6 +32,7 @@ Examples:
 
 @click.command("prune", cls=Grouped, epilog=EXAMPLES)
 @prune_options
+@base_model_option
 def prune_command(out: Path, as_json: bool, **options: Any) -> None:
     """Prune MODEL into the Hugging Face folder OUT, with its manifest.
 

@@ -67,7 +67,8 @@ def lines(report: dict[str, Any]) -> list[str]:
     text = [
         f"{report['pruned_tensors']} linear layers pruned to {report['pattern']} with {report['method']}{recipe}: "
         f"{report['sparsity_of_pruned_tensors']:.2%} zeros counted on disk, {seconds:.1f} s",
-        f"reloaded logits differ by at most {report['parity']['max_abs_logit_difference']:.3g}",
+        "logits of the files, read again from the disk, differ from the pruned model's by at most "
+        f"{report['parity']['max_abs_logit_difference']:.3g}",
     ]
     if report["steps"]:
         steps = ", ".join(f"{kind} {step['class'].lower()}" for kind, step in report["steps"].items())
@@ -83,8 +84,8 @@ def lines(report: dict[str, Any]) -> list[str]:
     text += report["limits"]
     for name, export in report["formats"].items():
         ratio = export["size"]["weight_bytes_over_dense"]
-        size = f"{export['weight_file_bytes'] / 1e6:.0f} MB, pruned layers {ratio:.4g} of their dense bytes"
-        text.append(f"{name}: {export['path']} ({size})")
+        size = f"bytes of the pruned layers over dense, lower is better: {ratio:.4g}"
+        text.append(f"{name}: {export['path']} ({export['weight_file_bytes'] / 1e6:.0f} MB; {size})")
     return text
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +9,13 @@ from typing import Any
 
 import torch
 
-from crepe_deploy.errors import CheckpointError, UnsupportedModel
 from crepe_deploy.progress import Say
 from crepe_deploy.store.checkpoint import DTYPE_NAMES, SINGLE_NAME
 from crepe_deploy.store.files import disk_errors
 from crepe_deploy.store.gguf import architecture_of, biases, check_names, check_taken, config_of_gguf, lacking
 from crepe_deploy.store.gguf_headers import Headers, headers_of
 from crepe_deploy.store.gguf_rope import rope_scaling
+from crepe_deploy.store.outline import named, write_hole
 from crepe_deploy.store.stock import config_of
 from crepe_deploy.store.temporary import temporary_folder
 
@@ -33,7 +31,7 @@ def gguf_outline(path: Path, say: Say) -> Iterator[Path]:
     Made of the header of `path`, all headers of a split file; also where the weights are not all there yet, which is
     said. Raises CheckpointError, UnsupportedModel, MissingExtra, DiskFullError, OutputError.
     """
-    with temporary_folder("outline") as folder, _named(folder, path):
+    with temporary_folder("outline") as folder, named(folder, str(path)):
         with headers_of(path) as headers:
             if not headers.whole:
                 say(f"{path} is not whole yet: planned from its header, nothing else can be done with it")
@@ -71,18 +69,4 @@ def _write_hole(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         begin, end = end, end + torch.Size(shape).numel() * _DTYPE.itemsize
         header[name] = {"dtype": DTYPE_NAMES[_DTYPE], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with disk_errors(path), path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-
-
-@contextmanager
-def _named(folder: Path, path: Path) -> Iterator[None]:
-    """Inside, what is refused is refused of `path`, and not of the folder that stands for it."""
-    try:
-        yield
-    except (CheckpointError, UnsupportedModel) as error:
-        raise type(error)(
-            str(error).replace(str(folder / "config.json"), str(path)).replace(str(folder), str(path))
-        ) from error
+    write_hole(path, header)

@@ -112,7 +112,7 @@ class Origin:
         """What must be equal for a stopped run to go on with the same bytes."""
         return {
             "what": "pruning", "source": self.source.model_dump(mode="json"), "config": self.config,
-            "calibration": self.calibration, "device": self.device, "versions": versions(),
+            "calibration": self.calibration, "device": self.device,
         }  # fmt: skip
 
 

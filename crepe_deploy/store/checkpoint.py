@@ -150,21 +150,29 @@ def shard_paths(root: Path) -> list[Path]:
             )
         names = [SINGLE_NAME]
     else:
-        weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index}: 'weight_map' is missing or not a table of file names")
-        names = sorted(set(weight_map.values()))
-        if not names:
-            raise CheckpointError(f"{index}: its 'weight_map' names no file")
+        names = indexed(root)
     return [_safe_shard(root, name) for name in names]
+
+
+def indexed(root: Path) -> list[str]:
+    """The files that the index of a folder names, in order, plain names all of them. Raises CheckpointError."""
+    index = root / INDEX_NAME
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: 'weight_map' is missing or not a table of file names")
+    names = sorted(set(weight_map.values()))
+    if not names:
+        raise CheckpointError(f"{index}: its 'weight_map' names no file")
+    for name in names:
+        if Path(name).name != name or name in {"", ".", ".."}:
+            raise CheckpointError(f"{index}: file name '{name}' points outside the folder; refused")
+        if len(name.encode(errors="replace")) > 255:
+            raise CheckpointError(f"{index}: '{name:.40}...' is too long for the name of a file")
+    return names
 
 
 def _safe_shard(root: Path, name: str) -> Path:
     path = root / name
-    if Path(name).name != name or name in {"", ".", ".."}:
-        raise CheckpointError(f"{root / INDEX_NAME}: file name '{name}' points outside the folder; refused")
-    if len(name.encode(errors="replace")) > 255:
-        raise CheckpointError(f"{root / INDEX_NAME}: '{name:.40}...' is too long for the name of a file")
     require_inside(root, path)
     if not path.is_file():
         raise CheckpointError(f"{path}: this shard is missing; download the model again")

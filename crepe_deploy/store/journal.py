@@ -1,7 +1,7 @@
 """The journal of a long run: every finished piece, one JSON document a line, so that a stopped run goes on.
 
-The first line says which run it is. A run looks a piece up before it does it, and everything between pieces is
-deterministic, so a resumed run ends where an uninterrupted one would.
+The first line says which run it is, with the libraries' versions. A run looks a piece up before it does it, and
+everything between pieces is deterministic, so a resumed run ends where an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from crepe_deploy.errors import ConfigError, OutputError
 from crepe_deploy.limits import MOST_WHOLE
 
 from .files import disk_errors, write_text
+from .manifest import versions
 from .reading import parse_json, read_bytes
 
 VERSION = 1
@@ -53,11 +54,23 @@ class Journal:
 
     def last(self, kind: str, valid: Callable[[Any], bool]) -> tuple[str, Any] | None:
         """The key and the value of the newest result of a kind; None without one. Raises ConfigError as `get` does."""
-        keys = [key for of, key in self._entries if of == kind]
+        keys = self.keys(kind)
         return (keys[-1], self.get(kind, keys[-1], valid)) if keys else None
+
+    def keys(self, kind: str) -> list[str]:
+        """Of all results of a kind."""
+        return [key for of, key in self._entries if of == kind]
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def is_begun(path: Path) -> bool:
+    """Whether there is a journal with a finished piece, or a part of its line, whosoever's it is."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return len(file.readlines(1 << 16)) > 1
 
 
 def numbers(value: Any, count: int | None = None) -> bool:
@@ -69,16 +82,19 @@ def numbers(value: Any, count: int | None = None) -> bool:
     )
 
 
-def open_journal(path: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool = False) -> Journal:
+def open_journal(
+    path: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool = False, begun: bool = False
+) -> Journal:  # fmt: skip
     """Start a journal, or with `resume` go on with the one at `path`, which must be of the same search.
 
-    A last line without its end, as a killed process leaves it, is cut off and evaluated again. Raises OutputError if
-    there is one and neither flag is given, ConfigError naming what is missing, damaged or different.
+    A last line without its end, as a killed process leaves it, is cut off and evaluated again. begun: pieces lie
+    elsewhere. Raises OutputError if there are any and neither flag is given, ConfigError naming what is missing,
+    damaged or different.
     """
-    header = {"version": VERSION, **identity}
+    header = {"version": VERSION, "versions": versions(), **identity}
     if resume:
         return Journal(path, *_read(path, header))
-    if path.exists() and not overwrite:
+    if not overwrite and (begun or is_begun(path)):
         raise OutputError(f"{path} holds an unfinished run: go on with --resume, or start anew with --overwrite")
     write_text(path, json.dumps(header) + "\n")  # whole or not at all: a stop would go on from it
     return Journal(path, {})

@@ -16,7 +16,7 @@ from crepe_deploy.errors import CheckpointError, VerifyError
 
 from .checkpoint import require_inside
 from .files import disk_errors, write_json
-from .reading import open_file, read_object
+from .reading import open_file, read_object, refuse_folder_of_models
 
 MANIFEST_NAME = "manifest.json"
 LINEAGE = "lineage"
@@ -128,6 +128,7 @@ def load_manifest(root: Path) -> Manifest:
     """Read and check `root/manifest.json`. Raises CheckpointError (missing, no JSON) or VerifyError (wrong content)."""
     path = root / MANIFEST_NAME
     if root.is_dir() and not path.exists():
+        refuse_folder_of_models(root)
         raise CheckpointError(
             f"{path} is missing: crepe-deploy did not write this folder; `crepe-deploy prune` makes one of it, and "
             f"`export --format packed` and int8 take it as it is"

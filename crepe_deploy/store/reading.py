@@ -51,6 +51,13 @@ def refuse_lost_link(path: Path, error: Error = CheckpointError) -> None:
             raise error(f"{path} cannot be read: {place} is a link that leads nowhere")
 
 
+def refuse_folder_of_models(root: Path) -> None:
+    """Raise CheckpointError naming them where a folder is no model but holds some, as of `prune-and-export`."""
+    inner = [] if (root / "config.json").exists() else sorted(str(found.parent) for found in root.glob("*/config.json"))
+    if inner:
+        raise CheckpointError(f"{root} is no model, it holds {len(inner)}: name {' or '.join(inner)}")
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is a folder at a path; at a name that the system does not take there is none."""
     try:

@@ -14,25 +14,13 @@ from crepe_deploy.machine import cache_dir
 from .cache import GGUF_CACHE
 from .checkpoint import shard_paths
 from .gguf_split import parts_of
+from .hub import fetch
 from .manifest import Source, sha256_file
-from .reading import read_front_matter, refuse_lost_link
+from .reading import read_front_matter, refuse_folder_of_models, refuse_lost_link
 from .temporary import remove_abandoned
 
 _NO_NAME = ("", "null", "Null", "NULL", "~")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "LICENSE*",
-    "LICENCE*",
-    "COPYING*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
-]
 
 
 @dataclass(frozen=True)
@@ -58,12 +46,14 @@ def resolve_model(model: str, revision: str | None = None, say: Callable[[str], 
     refuse_lost_link(path, CheckpointError)
     if not is_hub_id(model):
         raise CheckpointError(f"model '{model}' is no folder on this disk and no hub id of the form owner/name")
-    return _from_hub(model, revision, say)
+    folder = fetch(model, revision, say)
+    return Model(folder, "hub", model, folder.name, {})
 
 
 def gguf_file(model: str) -> Path | None:
     """The GGUF file that MODEL names: the file itself, or the one in a folder that holds no other model, as
-    `export --format gguf` writes it. None for everything else. Raises CheckpointError, also where there are several."""
+    `export --format gguf` writes it. None for everything else. Raises CheckpointError, also where there are several,
+    and where a folder is no model and holds models."""
     try:
         path = Path(model).expanduser()
         folder = path.is_dir()
@@ -76,6 +66,8 @@ def gguf_file(model: str) -> Path | None:
     files = sorted(path.glob("*.gguf")) if folder and not (path / "config.json").exists() else []
     if files and files != parts_of(files[0]):
         raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one of them, for example {files[0]}")
+    if folder and not files:
+        refuse_folder_of_models(path)
     return files[0] if files else None
 
 
@@ -106,26 +98,6 @@ def _from_gguf(path: Path, say: Callable[[str], None]) -> Model:
         convert_gguf(path, folder)
     notes = {"gguf": path.name, "gguf_sha256": digest, "weights": "dequantised from GGUF to bfloat16"}
     return Model(folder, "gguf", str(path), None, notes)
-
-
-def _from_hub(model: str, revision: str | None, say: Callable[[str], None]) -> Model:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    say(f"fetching {model} from the hub")
-    try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"model '{model}' is no folder on this disk, and the hub did not give it: {reason}"
-        ) from error
-    if not (folder / "config.json").exists():
-        raise CheckpointError(
-            f"{model} has no config.json on the hub; of a repository of GGUF files download one "
-            f"(hf download {model} FILE.gguf) and give its path"
-        )
-    return Model(folder, "hub", model, folder.name, {})
 
 
 def describe_source(model: Model) -> Source:

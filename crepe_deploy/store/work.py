@@ -17,16 +17,18 @@ from crepe_deploy.errors import CheckpointError, NumericalError, OutputError
 
 from .files import disk_errors
 from .folders import check_output, claimed, parents
-from .journal import Journal, open_journal
+from .journal import Journal, is_begun, open_journal
 from .signals import Uninterrupted
 
 JOURNAL: Final = "journal.jsonl"
 OUTPUT: Final = "output"
 PRUNED: Final = "pruned"
+LAYER_DONE: Final = "levels.json"  # the last file of a layer of a structural search's supernet
 _UNMADE: Final = f".{JOURNAL}.crepe-deploy-*"  # a journal whose making was cut off
 # The names that runs give what they keep there: a structural search, healing, pruning, and pruning before exports.
 OWN: Final = (
-    JOURNAL, _UNMADE, "iteration-*", "split", "shared", "final", "repaired", "step-*", "best-*", OUTPUT, PRUNED,
+    JOURNAL, _UNMADE, "iteration-*", "split", "shared", "final", "repaired", "step-*", "best-*", OUTPUT, f"{OUTPUT}.*",
+    f".{OUTPUT}.*", PRUNED,
     f"{PRUNED}-healed", f"{PRUNED}*.work", f"{PRUNED}*.partial", f"{PRUNED}*.old", f".{PRUNED}*.crepe-deploy",
 )  # fmt: skip
 
@@ -52,8 +54,7 @@ def unfinished(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrit
     with Uninterrupted() as signals, parents(out), claimed(out) as claim:
         claim.recover()
         check_output(out, overwrite=overwrite)
-        anew = not resume and (overwrite or not _begun(work))
-        journal = begin(work, identity, resume=resume, overwrite=anew)
+        journal = begin(work, identity, resume=resume, overwrite=overwrite)
         folder = work / OUTPUT
         try:
             with disk_errors(folder):
@@ -63,7 +64,7 @@ def unfinished(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrit
             with disk_errors(out):
                 claim.publish(folder)
         except BaseException as error:
-            if not len(journal) or isinstance(error, NumericalError | CheckpointError):
+            if not len(journal) or not folder.exists() or isinstance(error, NumericalError | CheckpointError):
                 remove_work_folder(work)
             raise
         finally:
@@ -73,12 +74,8 @@ def unfinished(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrit
 
 
 def _begun(work: Path) -> bool:
-    """Whether a run has finished a piece there, as far as its journal has a line for one."""
-    journal = work / JOURNAL
-    if not journal.is_file():
-        return False
-    with journal.open("rb") as file:
-        return len(file.readlines(1 << 16)) > 1
+    """Whether a run has finished a piece there: in its journal, or a layer of a supernet."""
+    return is_begun(work / JOURNAL) or any(work.glob(f"*/layer-*/{LAYER_DONE}"))
 
 
 def work_folder(out: Path) -> Path:
@@ -87,13 +84,14 @@ def work_folder(out: Path) -> Path:
 
 
 def begin(work: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Journal:
-    """The journal of a run in `work`, which is made, or found with `resume`.
+    """The journal of a run in `work`, which is made, or found with `resume`; what has no finished piece is made anew.
 
     Raises OutputError as `make_work_folder`, that and ConfigError as `open_journal` does.
     """
+    begun = _begun(work)
     if not resume:
-        make_work_folder(work, overwrite=overwrite)
-    return open_journal(work / JOURNAL, identity, resume=resume, overwrite=overwrite)
+        make_work_folder(work, overwrite=overwrite or not begun)
+    return open_journal(work / JOURNAL, identity, resume=resume, overwrite=overwrite, begun=begun)
 
 
 def make_work_folder(work: Path, *, overwrite: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from crepe_deploy.errors import CrepeError
 
-from .checkpoint import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, bytes_of, fingerprint
+from .checkpoint import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, TensorInfo, bytes_of, fingerprint
 from .files import disk_errors, write_json
+from .pieces import Noted, Pieces
 
 
 @dataclass(frozen=True)
@@ -43,32 +44,42 @@ class CheckpointWriter:
     error, every planned tensor must have been written; files are fsynced and the index is written last.
     fingerprints: sha256 by name of what was written, where `fingerprint` asks for it, for `readback.prove_written`.
     resume: files that are there already, of an equal plan, are gone on with; `keep` says what they hold.
+    pieces: where every file that is whole is noted, with its notes; those that are noted and hold what was noted are
+    kept. noted: whether this may be noted of the tensor of a name.
     Raises DiskFullError, OutputError, CrepeError.
     """
 
     def __init__(
-        self, root: Path, plan: Mapping[str, Planned], *, fingerprint: bool = False, resume: bool = False
-    ) -> None:
+        self, root: Path, plan: Mapping[str, Planned], *, fingerprint: bool = False, resume: bool = False,
+        pieces: Pieces | None = None, noted: Noted = lambda _, note: note is None,
+    ) -> None:  # fmt: skip
         self.root = root
         self.fingerprints: dict[str, str] = {}
-        self._fingerprint = fingerprint
-        self._new = 0 if resume else os.O_EXCL
+        self.notes: dict[str, Any] = {}
+        self._fingerprint = fingerprint or pieces is not None
+        self._new = 0 if resume or pieces is not None else os.O_EXCL
+        self._pieces = pieces
+        self._noted = noted
         self.plan = dict(plan)
         self._offsets: dict[str, int] = {}
         self._files: dict[str, int] = {}
         self._pending = set(self.plan)
+        self._names: dict[str, list[str]] = {}
+        for name, planned in self.plan.items():
+            self._names.setdefault(planned.file, []).append(name)
 
     def __enter__(self) -> CheckpointWriter:
         try:
-            for file in sorted({planned.file for planned in self.plan.values()}):
+            for file in sorted(self._names):
                 self._allocate(file)
+            self._keep_pieces()
         except BaseException:
             self._close()
             raise
         return self
 
     def _allocate(self, file: str) -> None:
-        names = [name for name, planned in self.plan.items() if planned.file == file]
+        names = self._names[file]
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name in names:
@@ -92,13 +103,32 @@ class CheckpointWriter:
             _reserve(handle, start + position)
             os.pwrite(handle, struct.pack("<Q", len(raw)) + raw, 0)
 
+    def _keep_pieces(self) -> None:
+        if self._pieces is None:
+            return
+        for file, names in self._names.items():
+            entry = self._pieces.shard(file, names, self._noted)
+            if entry is not None and self.keep(entry["sha256"]):
+                self.notes |= entry["notes"]
+
+    def left(self, infos: Iterable[TensorInfo], skipped: Callable[[], None] = lambda: None) -> Iterator[TensorInfo]:
+        """Those of the source's tensors that are not yet written; `skipped` is called for each of the others."""
+        for info in infos:
+            if info.name in self._pending:
+                yield info
+            else:
+                skipped()
+
     @property
     def pending(self) -> list[str]:
         """What is planned and not yet written, in the order of the plan."""
         return [name for name in self.plan if name in self._pending]
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one planned tensor; its dtype and shape must be as planned, and each is written once."""
+    def write(self, name: str, tensor: Tensor, note: Any = None) -> None:
+        """Write one planned tensor; its dtype and shape must be as planned, and each is written once.
+
+        note: goes to `notes`, also of a resumed run.
+        """
         planned = self.plan[name]
         if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape or name not in self._pending:
             raise CrepeError(f"'{name}' was planned as {planned} and written as {tensor.dtype} {tuple(tensor.shape)}")
@@ -109,7 +139,12 @@ class CheckpointWriter:
             view = bytes_of(tensor)
             with disk_errors(self.root):
                 _write_exactly(self._files[planned.file], view, self._offsets[name])
+        if note is not None:
+            self.notes[name] = note
         self._pending.discard(name)
+        if self._pieces is not None and self._pending.isdisjoint(names := self._names[planned.file]):
+            notes = {one: self.notes[one] for one in names if one in self.notes}
+            self._pieces.note_shard(planned.file, {one: self.fingerprints[one] for one in names}, notes)
 
     def keep(self, fingerprints: Mapping[str, str]) -> bool:
         """Whether the files hold these tensors, by sha256; then they count as written."""

@@ -24,11 +24,11 @@ from crepe_deploy.errors import CheckpointError, CrepeError, VerifyError
 from crepe_deploy.store.files import disk_errors, write_json
 from crepe_deploy.store.manifest import sha256_file
 from crepe_deploy.store.reading import read_object
+from crepe_deploy.store.work import LAYER_DONE
 
 from .levels import AttentionSize, Level
 from .plan import Geometry
 
-INDEX = "levels.json"
 HEADER_BYTES = 4096
 
 
@@ -94,14 +94,14 @@ class Store:
             with disk_errors(place / name):
                 save_file(_tensors(level), str(place / name))
         hashes = {name: sha256_file(place / name) for name in named}
-        write_json(place / INDEX, {"files": hashes})
+        write_json(place / LAYER_DONE, {"files": hashes})
         self._hashes[index] = hashes
         self._trusted |= {place / name for name in named}
 
     def damage(self, index: int, wanted: LayerLevels) -> str | None:
         """Why a layer must be built: what is missing or damaged, by name; None where all levels are whole."""
         place = self.layer(index)
-        if not (place / INDEX).is_file():
+        if not (place / LAYER_DONE).is_file():
             return f"{place} is not complete"
         try:
             hashes = self._layer_hashes(index)
@@ -134,9 +134,9 @@ class Store:
 
     def _layer_hashes(self, index: int) -> dict[str, str]:
         if index not in self._hashes:
-            files = read_object(self.layer(index) / INDEX).get("files")
+            files = read_object(self.layer(index) / LAYER_DONE).get("files")
             if not isinstance(files, dict):
-                raise VerifyError(f"{self.layer(index) / INDEX} names no files")
+                raise VerifyError(f"{self.layer(index) / LAYER_DONE} names no files")
             self._hashes[index] = files
         return self._hashes[index]
 

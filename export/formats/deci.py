@@ -15,6 +15,7 @@ from ...model.proof import check_parity, walk_logits
 from ...pattern import Pattern
 from ...store.checkpoint import read_config
 from ...store.files import write_json
+from ...store.pieces import Pieces
 from ...store.writing import Planned
 from ...structural import layout as layouts
 from ...structural.slicing import padded
@@ -73,13 +74,13 @@ class Deci(Exporter[DeciPlan]):
     def steps(self, plan: DeciPlan) -> int:
         return len(plan.layout.kept)
 
-    def write(self, plan: DeciPlan, folder: Path, tick: Tick) -> Written:
+    def write(self, plan: DeciPlan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
         kept, written = plan.layout.kept, plan.layout.written
 
         def transform(index: int, path: str, tensor: Tensor) -> Tensor:
             return padded(path, tensor, kept[index], written[index], plan.head_dim)
 
-        write_sliced(plan.decoder.reader, folder, plan.tensors, plan.layout, transform, tick)
+        write_sliced(plan.decoder.reader, folder, plan.tensors, plan.layout, transform, tick, pieces)
         return Written()
 
     def companions(self, plan: DeciPlan, weights: Path, folder: Path) -> None:

@@ -22,6 +22,7 @@ from ...store.audit import check_pattern
 from ...store.checkpoint import CheckpointReader, TensorInfo
 from ...store.files import disk_errors, write_json
 from ...store.manifest import LINEAGE, Manifest, TensorRecord
+from ...store.pieces import Pieces
 from ...store.readback import ReadBack, check_fingerprint
 from ...structural.check import is_structural
 from ..frame import usage
@@ -66,12 +67,15 @@ class Dense(Exporter[DensePlan]):
     def steps(self, plan: DensePlan) -> int:
         return len(plan.source.manifest.tensors) + GREEDY_TOKENS
 
-    def write(self, plan: DensePlan, folder: Path, tick: Tick) -> Written:
+    def write(self, plan: DensePlan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
         if plan.unpacking is not None:
-            return Written(fingerprints=write_unpacked(plan.unpacking, folder))
-        for name in plan.source.manifest.files:
-            if name != CARD_NAME and not name.startswith(f"{LINEAGE}/"):
-                _place(plan.source.folder / name, folder / name, link=plan.source.fresh)
+            return Written(fingerprints=write_unpacked(plan.unpacking, folder, pieces))
+        for name, sha256 in plan.source.manifest.files.items():
+            if name == CARD_NAME or name.startswith(f"{LINEAGE}/") or pieces.file(folder, name) is not None:
+                continue
+            _place(plan.source.folder / name, folder / name, link=plan.source.fresh)
+            if name.endswith(self.suffixes) and not plan.source.fresh:
+                pieces.note_file(name, sha256)
         return Written()
 
     def companions(self, plan: DensePlan, weights: Path, folder: Path) -> None:

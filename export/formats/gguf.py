@@ -30,7 +30,8 @@ from ...store.audit import check_pattern
 from ...store.companions import companions_of
 from ...store.files import disk_errors
 from ...store.gguf import check_gguf
-from ...store.manifest import Manifest, TensorRecord
+from ...store.manifest import Manifest, TensorRecord, sha256_file
+from ...store.pieces import Pieces
 from ...structural.check import is_structural
 from ..frame import usage
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
@@ -115,9 +116,12 @@ class Gguf(Exporter[GgufPlan]):
     def steps(self, plan: GgufPlan) -> int:
         return 2 * len(plan.stored) + GREEDY_TOKENS
 
-    def write(self, plan: GgufPlan, folder: Path, tick: Tick) -> Written:
+    def write(self, plan: GgufPlan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
         from gguf import GGMLQuantizationType, GGUFWriter
 
+        known = pieces.file(folder, FILE, [each.name for each in plan.stored])
+        if known is not None:
+            return Written(fingerprints=known, hashes={FILE: sha256_file(folder / FILE)})
         writer = GGUFWriter(str(folder / FILE), plan.architecture.kind.name)
         for name, value in plan.fields.items():
             _add(writer, name, value)
@@ -139,7 +143,9 @@ class Gguf(Exporter[GgufPlan]):
                 writer.write_tensor_data(extra)
         with disk_errors(folder), (folder / FILE).open("rb+") as file:
             os.fsync(file.fileno())
-        return Written(fingerprints=fingerprints)
+        sha256 = sha256_file(folder / FILE)
+        pieces.note_file(FILE, sha256, fingerprints)
+        return Written(fingerprints=fingerprints, hashes={FILE: sha256})
 
     def companions(self, plan: GgufPlan, weights: Path, folder: Path) -> None:
         for path in companions_of(weights):

@@ -8,6 +8,7 @@ which unmodified vLLM and, with the compressed-tensors package, transformers loa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +20,11 @@ from torch import Tensor
 from ...errors import ConfigError, ParityError, UnsupportedModel, VerifyError
 from ...model.decoder import Decoder
 from ...pattern import Pattern
-from ...store.checkpoint import CheckpointReader, read_config
+from ...store.checkpoint import CheckpointReader, TensorInfo, read_config
 from ...store.files import write_json
+from ...store.journal import numbers
 from ...store.manifest import TensorRecord
+from ...store.pieces import Pieces
 from ...store.readback import prove_written
 from ...store.writing import CheckpointWriter, Planned
 from ..frame import usage
@@ -91,24 +94,28 @@ class Int8(Exporter[Int8Plan]):
     def steps(self, plan: Int8Plan) -> int:
         return len(plan.reader.tensors) + len(plan.tensors)
 
-    def write(self, plan: Int8Plan, folder: Path, tick: Tick) -> Written:
+    def write(self, plan: Int8Plan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
         chosen, parent = set(plan.chosen), plan.source.manifest
-        zeros: dict[str, int] = {}
-        errors: dict[str, float] = {}
-        with CheckpointWriter(folder, plan.tensors, fingerprint=True) as writer:
-            for info in plan.reader:
-                tensor = plan.reader.load_finite(info.name)
+
+        def noted(name: str, note: Any) -> bool:
+            return note is None if name not in chosen else _is_rounding(note, plan.reader.info(name))
+
+        with CheckpointWriter(folder, plan.tensors, pieces=pieces, noted=noted) as writer:
+            for info in writer.left(plan.reader, tick):
+                tensor, note = plan.reader.load_finite(info.name), None
                 if info.name in chosen:
                     weight = tensor
                     tensor, scales = quantize(weight)
-                    errors[info.name] = rounding_error(f"{folder}: '{info.name}'", weight, tensor, scales)
-                    zeros[info.name] = tensor.numel() - int(torch.count_nonzero(tensor))
+                    error = rounding_error(f"{folder}: '{info.name}'", weight, tensor, scales)
+                    note = [error, tensor.numel() - int(torch.count_nonzero(tensor))]
                     writer.write(info.name + SCALE_SUFFIX, scales)
-                writer.write(info.name, tensor)
+                writer.write(info.name, tensor, note)
                 tick()
+        errors = {name: writer.notes[name][0] for name in plan.chosen}
+        zeros = {name: writer.notes[name][1] for name in plan.chosen}
         shapes = {name: plan.reader.info(name).shape for name in parent.tensors}
         tensors = {name: old.recounted(name, zeros[name], shapes[name]) for name, old in parent.tensors.items()}
-        metrics = {**_overall(tensors), "quantisation": _quantisation({name: errors[name] for name in plan.chosen})}
+        metrics = {**_overall(tensors), "quantisation": _quantisation(errors)}
         return Written(fingerprints=writer.fingerprints, tensors=tensors, metrics=metrics)
 
     def companions(self, plan: Int8Plan, weights: Path, folder: Path) -> None:
@@ -209,6 +216,14 @@ def _plan(reader: CheckpointReader, chosen: set[str]) -> dict[str, Planned]:
         plan[info.name] = Planned(info.file.name, torch.int8, info.shape)
         plan[info.name + SCALE_SUFFIX] = Planned(info.file.name, info.dtype, (info.shape[0], 1))
     return plan
+
+
+def _is_rounding(note: Any, info: TensorInfo) -> bool:
+    """Whether it may be a weight's rounding error and its zeros."""
+    if not numbers(note, 2):
+        return False
+    error, zeros = note
+    return error >= 0 and isinstance(zeros, int) and 0 <= zeros <= math.prod(info.shape)
 
 
 def _overall(tensors: Mapping[str, TensorRecord]) -> dict[str, float]:

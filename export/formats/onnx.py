@@ -11,6 +11,10 @@ from typing import Any, ClassVar, Final
 from ...model.architecture import load_config
 from ...pattern import Pattern
 from ...store.checkpoint import CheckpointReader
+from ...store.companions import companions_of
+from ...store.files import clear
+from ...store.manifest import sha256_file
+from ...store.pieces import Pieces
 from ..frame import usage
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from ..frame.greedy import greedy_of
@@ -83,16 +87,23 @@ class Onnx(Exporter[OnnxPlan]):
     def steps(self, plan: OnnxPlan) -> int:
         return _STAGES
 
-    def write(self, plan: OnnxPlan, folder: Path, tick: Tick) -> Written:
-        build = build_portable if self.flavor == "portable" else build_genai
-        build(plan.dense, folder, self.precision)
+    def write(self, plan: OnnxPlan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
+        names = pieces.names  # the graph is noted last
+        whole = GRAPH_NAME in names and all(pieces.file(folder, name) is not None for name in names)
+        if not whole:
+            clear(folder)
+            build = build_portable if self.flavor == "portable" else build_genai
+            build(plan.dense, folder, self.precision)
         tick()
-        return Written()
+        graph = finish_graph(folder, self._metadata(plan.source))  # a finished one stays as it is
+        hashes = {name: sha256_file(folder / name) for name in _built(plan, folder)}
+        for name in hashes if not whole else ():
+            pieces.note_file(name, hashes[name])
+        tick()
+        return Written(hashes=hashes, metrics={"graph": graph})
 
     def compare(self, plan: OnnxPlan, written: Written, folder: Path, tick: Tick) -> Written:
         parent = plan.source.manifest
-        graph = finish_graph(folder, self._metadata(plan.source))
-        tick()
         sparsity = recount(folder, parent, self.flavor, self.precision)
         tick()
         parity = prove(folder, plan.dense, self.precision, self.flavor)
@@ -106,7 +117,7 @@ class Onnx(Exporter[OnnxPlan]):
             "source": "packed, unpacked tensor by tensor for this export"
             if parent.format == "packed"
             else parent.format,
-            "graph": graph,
+            "graph": written.metrics["graph"],
             "sparsity": sparsity,
             "parity": parity,
         }
@@ -143,3 +154,10 @@ class Onnx(Exporter[OnnxPlan]):
         if self.precision == "int4":
             greedy = own_greedy(folder, greedy)
         return {**greedy, "checkpoint_dtype": DTYPES[self.precision]}
+
+
+def _built(plan: OnnxPlan, folder: Path) -> list[str]:
+    """The files that a build leaves, the graph last, without those that are then passed on from the checkpoint."""
+    passed_on = {"config.json", *(path.relative_to(plan.dense).as_posix() for path in companions_of(plan.dense))}
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - passed_on
+    return [*sorted(names - {GRAPH_NAME}), GRAPH_NAME]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +35,7 @@ from ...store.companions import copy_companions
 from ...store.files import require_disk, write_json
 from ...store.folders import scratch_folder
 from ...store.manifest import Manifest, TensorRecord
+from ...store.pieces import Pieces
 from ...store.readback import prove_written
 from ...store.writing import CheckpointWriter, Planned
 from ..frame import usage
@@ -100,10 +101,10 @@ class Packed(Exporter[PackedPlan]):
     def steps(self, plan: PackedPlan) -> int:
         return len(plan.reader.tensors) + len(plan.tensors) + GREEDY_TOKENS
 
-    def write(self, plan: PackedPlan, folder: Path, tick: Tick) -> Written:
+    def write(self, plan: PackedPlan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
         chosen = set(plan.packed)
-        with CheckpointWriter(folder, plan.tensors, fingerprint=True) as writer:
-            for info in plan.reader:
+        with CheckpointWriter(folder, plan.tensors, pieces=pieces) as writer:
+            for info in writer.left(plan.reader, tick):
                 tensor = plan.reader.load(info.name)
                 if info.name in chosen:
                     _write_packed(writer, info.name, tensor, plan.config)
@@ -255,9 +256,9 @@ class Unpacking:
     plan: dict[str, Planned]
     packed: set[str]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, dense, one at a time. Raises CheckpointError naming one that does not fit the pattern."""
-        for name in self.plan:
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, or these, dense. Raises CheckpointError naming one that does not fit the pattern."""
+        for name in self.plan if names is None else names:
             if name in self.packed:
                 yield name, unpack(*load_packed(self.reader, name, self.config))
             else:
@@ -291,13 +292,13 @@ def plan_unpacking(source: Path, records: Mapping[str, TensorRecord]) -> Unpacki
     return Unpacking(reader, config, content, plan, packed)
 
 
-def write_unpacked(unpacking: Unpacking, folder: Path) -> dict[str, str]:
-    """Write the dense tensors into the empty `folder`, one at a time; their fingerprints.
+def write_unpacked(unpacking: Unpacking, folder: Path, pieces: Pieces | None = None) -> dict[str, str]:
+    """Write the dense tensors into `folder`, which is empty but for `pieces`, one at a time; their fingerprints.
 
     Raises CheckpointError naming the tensor that is inconsistent with the pattern.
     """
-    with CheckpointWriter(folder, unpacking.plan, fingerprint=True) as writer:
-        for name, tensor in unpacking.tensors():
+    with CheckpointWriter(folder, unpacking.plan, fingerprint=True, pieces=pieces) as writer:
+        for name, tensor in unpacking.tensors(writer.pending):
             writer.write(name, tensor)
     return writer.fingerprints
 

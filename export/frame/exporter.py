@@ -13,6 +13,7 @@ from ...errors import ConfigError
 from ...pattern import Pattern
 from ...store.companions import copy_companions
 from ...store.manifest import Manifest, TensorRecord
+from ...store.pieces import Pieces
 from .foreign import plain
 
 Tick = Callable[[], None]
@@ -118,8 +119,8 @@ class Exporter(ABC, Generic[Plan]):
         """How many ticks `write` and `compare` will give."""
 
     @abstractmethod
-    def write(self, plan: Plan, folder: Path, tick: Tick) -> Written:
-        """Write the weights into the existing, empty `folder`."""
+    def write(self, plan: Plan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
+        """Write the weights into the existing `folder`, which holds nothing but what `pieces` has noted of it."""
 
     def companions(self, plan: Plan, weights: Path, folder: Path) -> None:
         """Write the small files beside the weights."""

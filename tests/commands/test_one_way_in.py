@@ -68,8 +68,34 @@ def test_a_hub_id_that_is_not_on_this_disk(
     assert names
     more = ["--text", "text.txt"] if command == "eval" else ["--port", "0"] if command == "serve" else []
     assert run([command, "nobody/nothing", *more]) == 2
-    assert "the hub did not give it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the hub did not give it: it cannot be reached" in said and "hf download nobody/nothing" in said
     assert not Path("nothing-dense").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "export", "serve", "eval", "verify"])
+def test_a_folder_of_models_names_them(
+    names: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    text = str(Path("text.txt").resolve())
+    for name in ("dense", "packed"):
+        (tmp_path / "small" / name).mkdir(parents=True)
+        (tmp_path / "small" / name / "config.json").write_text("{}")
+    more = ["--text", text] if command == "eval" else ["--port", "0"] if command == "serve" else []
+    assert names
+    assert run([command, str(tmp_path / "small"), *more]) == 2
+    small = tmp_path / "small"
+    assert f"{small} is no model, it holds 2: name {small}/dense or {small}/packed" in capsys.readouterr().err
+
+
+def test_a_missing_folder_beside_others_is_named_before_the_hub_is_asked(
+    names: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert names
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick" / "dense").mkdir(parents=True)
+    assert run(["inspect", "quick/packed"]) == 2
+    assert "the folder quick here has no packed (it has dense); fetching" in capsys.readouterr().err
 
 
 def test_an_output_that_exists_is_refused_before_anything_is_converted(

@@ -9,10 +9,13 @@ import pytest
 import torch
 from crepe_deploy.exporting.pipeline import export_checkpoint
 
+from crepe_deploy.api.doctor import doctor
 from crepe_deploy.api.plan import gpu_gains, gpu_truth, plan
 from crepe_deploy.cli import run
 from crepe_deploy.commands.doctor import gpu_lines
+from crepe_deploy.commands.doctor import lines as doctor_lines
 from crepe_deploy.commands.plan import lines
+from crepe_deploy.errors import PatternError
 from crepe_deploy.pattern import parse_pattern
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
@@ -53,9 +56,8 @@ def test_gpu_gains_are_ranges_over_what_was_measured() -> None:
     assert gpu_gains(measured).endswith("batch 1: 1.20x to 1.50x, batch 64: 0.90x to 0.90x")
 
 
-def test_without_a_gpu_no_speed_is_promised() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+def test_without_a_gpu_no_speed_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no speed is promised" in gpu_truth({(64, 64)})
     assert "nothing measured" in gpu_lines([])[0]
 
@@ -66,4 +68,41 @@ def test_measured_gpu_choices_are_one_line_a_shape() -> None:
     (line,) = gpu_lines(measured)
     assert (
         line == "  64x128 bfloat16 nibble, by batch, speed over dense (higher is better): 1: stream 1.50x, 16: stream"
+    )
+
+
+def test_one_line_says_the_most_memory_that_is_needed(tmp_path: Path) -> None:
+    model = make_pico_llama(tmp_path / "model")
+    for result in (plan(model), plan(model, sparsity="2:4", calib_samples=4, calib_length=32)):
+        (said,) = (line for line in lines(result) if "memory" in line)
+        parts = [result["peak_memory_estimate_bytes"], result["calib_self_memory_estimate_bytes"]]
+        assert f"at most about: {max(parts) / 1e6:,.0f} MB (" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("50", "mean 0.5"), ("32:16", "mean 16:32"), ("1.5", "mean 0.015"), ("4:4", ""), ("-1", "")]
+)
+def test_a_pattern_that_was_nearly_one(given: str, meant: str) -> None:
+    with pytest.raises(PatternError) as refused:
+        parse_pattern(given)
+    assert meant in str(refused.value) and ("did you mean" in str(refused.value)) == bool(meant)
+
+
+def test_doctor_names_the_extra_of_what_is_not_installed() -> None:
+    result = doctor()
+    result["installed"] = dict.fromkeys(result["installed"])
+    missing = [line for line in doctor_lines(result) if "not installed" in line]
+    assert len(missing) == len(result["installed"]) and all("pip install 'crepe-deploy[" in line for line in missing)
+
+
+def test_inspect_has_a_header_and_a_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_pico_llama(tmp_path / "model")
+    prune(resolve_model(str(model)), tmp_path / "pruned", prune_config("magnitude", "2:4"), None)
+    capsys.readouterr()
+    assert run(["inspect", str(tmp_path / "pruned")]) == 0
+    head, *rows, total = capsys.readouterr().out.splitlines()
+    assert head.split() == ["zeros", "pattern", "dtype", "shape", "tensor"]
+    assert (
+        total
+        == f"{len(rows)} tensors, {sum(' 2:4 ' in row for row in rows)} of them with a pattern, 50.00% zeros in these"
     )

@@ -9,6 +9,7 @@ from crepe_deploy.exporting.frame.measured import BEGIN, END, update_card
 from huggingface_hub import ModelCard
 
 import crepe_deploy
+from crepe_deploy.cli import run
 from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.project import install_address, project_url
 from crepe_deploy.store.manifest import verify
@@ -100,6 +101,15 @@ def test_tasks_have_their_rows(out: Path) -> None:
         and "lm-eval 0.4" in text
     )
     verify(out / "int8")
+
+
+def test_prune_names_the_parent_in_its_card(tmp_path: Path) -> None:
+    model, out = make_pico_llama(tmp_path / "model"), tmp_path / "pruned"
+    assert run(["prune", str(model), "--method", "magnitude", "--base-model", "someone/pico", "--out", str(out)]) == 0
+    assert ModelCard((out / "README.md").read_text()).data.base_model == "someone/pico"
+    assert crepe_deploy.verify(out).config["base_model"] == "someone/pico"
+    again = ["prune", str(model), "--method", "magnitude", "--base-model", "no id", "--out", str(tmp_path / "again")]
+    assert run(again) == 2 and not (tmp_path / "again").exists()
 
 
 def test_the_folder_of_prune_has_a_card_that_can_be_refreshed(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from crepe_deploy.pattern import Pattern
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import verify
+from crepe_deploy.store.pieces import Pieces
 from crepe_deploy.store.readback import prove_written
 from crepe_deploy.store.sources import read_license, resolve_model
 from crepe_deploy.store.writing import CheckpointWriter, Planned
@@ -53,10 +54,10 @@ class Negative(Exporter[CheckpointReader]):
     def steps(self, plan: CheckpointReader) -> int:
         return 2 * len(plan.tensors)
 
-    def write(self, plan: CheckpointReader, folder: Path, tick: Tick) -> Written:
+    def write(self, plan: CheckpointReader, folder: Path, tick: Tick, pieces: Pieces) -> Written:
         files = {info.name: Planned(info.file.name, info.dtype, info.shape) for info in plan}
-        with CheckpointWriter(folder, files, fingerprint=True) as writer:
-            for name in files:
+        with CheckpointWriter(folder, files, pieces=pieces) as writer:
+            for name in writer.pending:
                 writer.write(name, plan.load(name) * int(self.factor))
                 tick()
         return Written(fingerprints=writer.fingerprints)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from crepe_deploy.exporting.frame import greedy
 from crepe_deploy.exporting.frame.greedy import GREEDY_TOKENS, record_greedy
-from crepe_deploy.exporting.frame.run import run
+from crepe_deploy.exporting.frame.run import read_source, run
 from crepe_deploy.exporting.pipeline import export_checkpoint
 from crepe_deploy.exporting.registry import build
 
@@ -17,7 +17,9 @@ from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.checkpoint import CheckpointReader
+from crepe_deploy.store.journal import open_journal
 from crepe_deploy.store.manifest import load_manifest, save_manifest
+from crepe_deploy.store.pieces import Pieces
 from crepe_deploy.store.sources import resolve_model
 from tests.pico import make_pico_llama
 
@@ -67,7 +69,8 @@ def test_after_pruning_the_hashes_are_fresh(tmp_path: Path, pruned: Path, name: 
     """What `prune-and-export` does for each format; dense is linked, and read once for zeros and hashes at once."""
     (exporter,) = build([name])
     (tmp_path / "out").mkdir()
-    read = read_by(lambda: run(exporter, pruned, tmp_path / "out", fresh=True))
+    pieces = Pieces(open_journal(tmp_path / "journal", {}, resume=False), name)
+    read = read_by(lambda: run(exporter, read_source(exporter, pruned, fresh=True), tmp_path / "out", pieces))
     expected = source * weight_bytes(pruned) + own * weight_bytes(tmp_path / "out")
     assert expected <= read < 1.08 * expected
 

@@ -41,10 +41,10 @@ SCENARIOS: Final = {
     "prune --overwrite": Scenario(("calibrated", "--overwrite"), earlier="pruned", resumes=True),
     "prune-and-export": Scenario(("formats",), resumes=True),
     "prune-and-export --overwrite": Scenario(("formats", "--overwrite"), earlier="formats", resumes=True),
-    "export dense": Scenario(("dense",), "packed"),
-    "export packed": Scenario(("packed",), "pruned"),
-    "export int8": Scenario(("int8", "--overwrite"), "pruned", earlier="int8"),
-    "export deci": Scenario(("deci",), "per-layer"),
+    "export dense": Scenario(("dense",), "packed", resumes=True),
+    "export packed": Scenario(("packed",), "pruned", resumes=True),
+    "export int8": Scenario(("int8", "--overwrite"), "pruned", earlier="int8", resumes=True),
+    "export deci": Scenario(("deci",), "per-layer", resumes=True),
     "prune gguf": Scenario(("prune",), "model.gguf", resumes=True),
     "search": Scenario(STOPPED["stopped-search"], resumes=True),
     "tyr": Scenario(STOPPED["stopped-tyr"], resumes=True),
@@ -54,7 +54,7 @@ SCENARIOS: Final = {
     "bench": Scenario(("bench", "run", "SUITE", "--out", "out.json"), "bench.yaml"),
     "gate": Scenario(("gate", "RUN", "RUN", "--max-slowdown", "1", "--markdown", "gate.md", "--junit", "gate.xml"),
                      "run.json"),
-    "export onnx": Scenario(("export", "IN", "--out", "out", "--format", "onnx"), "pruned"),
+    "export onnx": Scenario(("export", "IN", "--out", "out", "--format", "onnx"), "pruned", resumes=True),
 }  # fmt: skip
 SLOW: Final = {"export onnx", "report", "bench"}  # a few of their events only
 

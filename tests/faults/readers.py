@@ -82,7 +82,7 @@ def _journal_of(name: str) -> Callable[[Path], object]:
     def read(root: Path) -> object:
         try:
             header = json.loads((root / name).read_bytes().splitlines()[0])
-            identity = {key: value for key, value in header.items() if key != "version"}
+            identity = {key: value for key, value in header.items() if key not in ("version", "versions")}
         except (ValueError, IndexError, AttributeError, RecursionError):
             identity = {}
         return open_journal(root / name, identity, resume=True)

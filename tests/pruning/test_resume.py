@@ -15,6 +15,7 @@ from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.layer import LayerResult
 from crepe_deploy.pruning.prune import prune
 from crepe_deploy.pruning.replay import is_block
+from crepe_deploy.store import journal as journals
 from crepe_deploy.store.manifest import load_manifest, verify
 from crepe_deploy.store.sources import Model, resolve_model
 from crepe_deploy.store.work import JOURNAL, OUTPUT
@@ -112,7 +113,7 @@ def test_what_a_stop_left_is_said_with_both_ways_on(
         prune(model, out, prune_config("ria"), windows, resume=True)
     with pytest.raises(ConfigError, match="its calibration is"):
         prune(model, out, config, drawn(model, text, 5), resume=True)
-    monkeypatch.setattr(pruning, "versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(journals, "versions", lambda: {"torch": "0"})
     with pytest.raises(ConfigError, match="its versions is"):
         prune(model, out, config, windows, resume=True)
     monkeypatch.undo()

@@ -41,6 +41,25 @@ def _logs_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
+def test_a_server_that_takes_long_says_how_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "NEWS_S", 0.0)
+    said: list[str] = []
+    server = processes.Server(
+        [sys.executable, "-c", "import time; print('loading\\x1b[31m ' + 'w' * 200, flush=True); time.sleep(3600)"],
+        os.environ,
+    )
+
+    def say(line: str) -> None:
+        said.append(line)
+        server.stopping = "www" in line
+
+    url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    with server.stopped_at_exit():
+        assert not server.wait_until_healthy(url, 3600, say)
+    assert said[-1].startswith("not ready after ") and "; its log says: loading[31m www" in said[-1]
+    assert said[-1].endswith("w...") and len(said[-1]) < 200
+
+
 def start(mode: str, folder: Path, *, greedy: dict[str, Any] | None = GREEDY, **options: Any) -> dict[str, Any]:
     """Run the launcher on the fake server; SIGTERM ourselves when it is ready. Returns what it reported."""
     found: dict[str, Any] = {"said": []}

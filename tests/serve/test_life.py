@@ -52,8 +52,9 @@ def command_of(engine: str, folder: Path) -> list[str]:
 
 
 def start(command: list[str], logs: Path, **options: Any) -> tuple[subprocess.Popen[str], set[int]]:
-    """Start `serve`, wait until it is ready; it, and everything below it."""
+    """Start `serve`, wait until it is ready; it, and everything below it. Tests under nohup do not hand that down."""
     variables = os.environ | {"TMPDIR": str(logs)}
+    command = ["env", "--default-signal=HUP,INT", *command]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables, **options)
     assert process.stdout is not None
     assert json.loads(process.stdout.readline())["url"]

@@ -18,10 +18,13 @@ from crepe_deploy.searching.hybrid import spearman
 from crepe_deploy.searching.losses import Losses
 from crepe_deploy.searching.proxies import PROXIES
 from crepe_deploy.store.journal import open_journal
+from crepe_deploy.store.manifest import versions
 from crepe_deploy.structural.evolve import Ladders, Rules, evaluations, evolve
 from crepe_deploy.structural.stages import _is_split
 from crepe_deploy.structural.units import Allocation
 from tests.mutations import mutations, refusal
+
+HEADER = {"version": 1, "versions": versions()}
 
 
 def journal(path: Path, **more: object) -> Path:
@@ -57,6 +60,7 @@ def test_a_line_cut_short_is_evaluated_again(tmp_path: Path) -> None:
         (lambda text: text[:10], "no complete line"),
         (lambda text: text.replace('"seed": 0', '"seed": 1'), "its seed is 1, this one's 0"),
         (lambda text: text.replace('"version": 1', '"version": 9'), "its version is 9"),
+        (lambda text: text.replace('"torch": "', '"torch": "0.'), "its versions is"),
     ],
 )
 def test_a_damaged_or_foreign_journal_is_named(tmp_path: Path, damage: object, message: str) -> None:
@@ -75,7 +79,18 @@ def test_a_journal_is_not_taken_for_granted(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="--resume"):
         open_journal(path, {"seed": 0}, resume=False)
     assert len(open_journal(path, {"seed": 0}, resume=False, overwrite=True)) == 0
-    assert json.loads(path.read_text()) == {"version": 1, "seed": 0}
+    assert json.loads(path.read_text()) == {**HEADER, "seed": 0}
+
+
+def test_a_journal_without_a_piece_is_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    for left in ("", '{"version', json.dumps({**HEADER, "seed": 1}) + "\n"):
+        path.write_text(left)
+        assert len(open_journal(path, {"seed": 0}, resume=False)) == 0
+    open_journal(path, {"seed": 0}, resume=True).add("losses", "a", 1)
+    path.write_bytes(path.read_bytes()[:-3])  # even a piece that is cut off is not for silence to throw away
+    with pytest.raises(OutputError, match="--resume, or start anew with --overwrite"):
+        open_journal(path, {"seed": 0}, resume=False)
 
 
 def search_entries() -> list[dict[str, Any]]:
@@ -126,7 +141,7 @@ def test_a_journal_spoilt_anywhere_is_refused_or_read(
     tmp_path: Path, entries: Callable[[], list[dict[str, Any]]], resume: Callable[[Path], None]
 ) -> None:
     path = tmp_path / "j"
-    for change, lines in mutations([{"version": 1}, *entries()]):
+    for change, lines in mutations([HEADER, *entries()]):
         lines = lines if isinstance(lines, list) else [lines]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         if refused := refusal(change, lambda: resume(path)):
@@ -135,7 +150,7 @@ def test_a_journal_spoilt_anywhere_is_refused_or_read(
 
 @pytest.mark.parametrize("line", ["[" * 3000, "9" * 5000, '{"kind": "\\ud800", "key": "a", "value": 1}', "\x00"])
 def test_a_line_that_no_reader_should_take_is_refused(tmp_path: Path, line: str) -> None:
-    (tmp_path / "j").write_text(f'{{"version": 1}}\n{line}\n')
+    (tmp_path / "j").write_text(f"{json.dumps(HEADER)}\n{line}\n")
     with pytest.raises(ConfigError, match="line 2"):
         open_journal(tmp_path / "j", {}, resume=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crepe_deploy.errors import OutputError
-from crepe_deploy.store.work import JOURNAL, make_work_folder, remove_work_folder
+from crepe_deploy.store.work import JOURNAL, LAYER_DONE, begin, make_work_folder, remove_work_folder
 
 
 def stopped_search(work: Path) -> Path:
@@ -44,6 +44,19 @@ def test_a_link_and_a_file_are_refused(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="move it away"):
             make_work_folder(tmp_path / name, overwrite=True)
     assert (tmp_path / "model").is_dir()
+
+
+def test_a_run_without_a_finished_piece_is_begun_anew(tmp_path: Path) -> None:
+    work = tmp_path / "out.work"
+    begin(work, {"seed": 0}, resume=False, overwrite=False)
+    (work / "iteration-0" / "layer-0000").mkdir(parents=True)
+    begin(work, {"seed": 1}, resume=False, overwrite=False)
+    assert [path.name for path in work.iterdir()] == [JOURNAL]
+    (work / "iteration-0" / "layer-0000").mkdir(parents=True)
+    (work / "iteration-0" / "layer-0000" / LAYER_DONE).write_text("{}")  # in no journal, and hours of work
+    with pytest.raises(OutputError, match="--resume, or start anew with --overwrite"):
+        begin(work, {"seed": 1}, resume=False, overwrite=False)
+    begin(work, {"seed": 1}, resume=True, overwrite=False)
 
 
 def test_at_the_end_a_file_that_was_put_there_stays(tmp_path: Path) -> None:
