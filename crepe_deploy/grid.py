@@ -73,7 +73,8 @@ class Grid:
         return (1 << (self.bits - 1)) - 1
 
     def _code(self, weights: Tensor, scale: Tensor) -> Tensor:
-        return (weights / scale).round_().clamp_(-self._top - 1, self._top)
+        """Codes as fp32. Of zeros there is one, 0.0: codes have no sign to give -0.0 back with."""
+        return (weights / scale).round_().clamp_(-self._top - 1, self._top).add_(0.0)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _is_packed(root: Path) -> bool:
 
 def _packed_rows(root: Path) -> list[TensorRow]:
     """The tensors of a packed folder as the dense ones that they stand for."""
-    from crepe_deploy.exporting.formats.packed import unpacked
+    from crepe_deploy.exporting.formats.unpacking import unpacked
 
     records = recorded(root)
     rows = []

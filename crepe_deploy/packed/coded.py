@@ -97,6 +97,8 @@ def validate_coded(coded: Coded, grid: Grid, n: int, m: int, shape: tuple[int, i
     """
     rows, columns = shape
     check_grid(grid)
+    if (coded.mask is None) != (n == m):
+        raise CheckpointError(f"{name}{MASK_SUFFIX}: {'missing' if coded.mask is None else 'there'} for {n}:{m}")
     check_geometry(n, m, columns, name)
     kept = columns // m * n
     stored = (torch.int8, kept) if grid.bits == 8 else (torch.uint8, -(-kept // 2))
@@ -104,8 +106,6 @@ def validate_coded(coded: Coded, grid: Grid, n: int, m: int, shape: tuple[int, i
     expected.append((SCALES_SUFFIX, coded.scales, grid.dtype, (rows, -(-columns // grid.width(columns)))))
     if grid.dtype not in DTYPES:
         raise CheckpointError(f"{name}{SCALES_SUFFIX}: dtype {grid.dtype}; scales are bf16, fp16 or fp32")
-    if (coded.mask is None) != (n == m):
-        raise CheckpointError(f"{name}{MASK_SUFFIX}: {'missing' if coded.mask is None else 'there'} for {n}:{m}")
     if coded.mask is not None:
         expected.append((MASK_SUFFIX, coded.mask, torch.uint8, (rows, columns // 8)))
     for suffix, tensor, dtype, size in expected:

@@ -30,7 +30,7 @@ from ..frame.card import CARD_NAME
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from ..frame.greedy import GREEDY_TOKENS, greedy_of
 from ..structural.words import LAYOUT_WORDS
-from .packed import Unpacking, plan_unpacking, write_unpacked
+from .unpacking import Unpacking, plan_unpacking, write_unpacked
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from ..llamacpp.weights import (
     rounding,
     type_of,
 )
-from .packed import as_dense
+from .unpacking import as_dense
 
 FILE: Final = "model.gguf"
 PROBE_TOKENS: Final = 64
