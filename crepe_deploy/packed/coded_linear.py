@@ -36,7 +36,7 @@ def _coded_linear_fake(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@torch.library.impl(f"{NAMESPACE}::coded_linear", "CPU")  # type: ignore[untyped-decorator]
+@torch.library.impl(f"{NAMESPACE}::coded_linear", "CPU")
 def _coded_linear_torch(
     x: Tensor, codes: Tensor, scales: Tensor, mask: Tensor | None, bias: Tensor | None, bits: int, group: int
 ) -> Tensor:

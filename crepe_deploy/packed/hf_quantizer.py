@@ -58,11 +58,11 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         values = self.quantization_config.packed.values
         wrong = sorted({str(place) for place in places if not _runs_on(str(place), cpu_alone=values is not None)})
-        what = "packed layers run on the CPU and on the CUDA devices this machine has"
+        where = "" if values else " and on the CUDA devices this machine has"
         if wrong:
             raise ConfigError(
-                f"device_map asks for {', '.join(wrong)}: {f'{values} values run on the CPU' if values else what}; load "
-                "with device_map='cpu', or use crepe-deploy export --format dense for other devices"
+                f"device_map asks for {', '.join(wrong)}: packed layers{values and f' of {values} values' or ''} run on "
+                f"the CPU{where}; load with device_map='cpu', or use crepe-deploy export --format dense for other devices"
             )
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -106,6 +106,7 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
         self, linear: nn.Linear, name: str, key: str, stored: Mapping[str, TensorInfo]
     ) -> PackedLinear | CodedLinear:
         from . import parts
+        from .coded import SCALES_SUFFIX
         from .coded_linear import CodedLinear
         from .linear import PackedLinear
 
@@ -120,7 +121,7 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
         shape = (linear.in_features, linear.out_features, linear.bias is not None)
         if config.values is None:
             return PackedLinear(*shape, n, m, linear.weight.dtype, "meta")
-        return CodedLinear(*shape, config, stored[key + parts.SCALES_SUFFIX].dtype, linear.weight.dtype, "meta")
+        return CodedLinear(*shape, config, stored[key + SCALES_SUFFIX].dtype, linear.weight.dtype, "meta")
 
     def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> Any:
         from .linear import PackedLinear, check_loaded
