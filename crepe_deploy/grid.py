@@ -36,6 +36,9 @@ class Grid:
         if self.group is not None and self.group < 1:
             raise ConfigError(f"group is {self.group}; a scale needs at least one column")
 
+    def __str__(self) -> str:
+        return f"int{self.bits}" + ("" if self.group is None else f":group={self.group}")
+
     def width(self, in_features: int) -> int:
         """Columns that share a scale in rows of `in_features`."""
         return in_features if self.group is None else min(self.group, in_features)
@@ -73,8 +76,7 @@ class Grid:
         return (1 << (self.bits - 1)) - 1
 
     def _code(self, weights: Tensor, scale: Tensor) -> Tensor:
-        """Codes as fp32. Of zeros there is one, 0.0: codes have no sign to give -0.0 back with."""
-        return (weights / scale).round_().clamp_(-self._top - 1, self._top).add_(0.0)
+        return (weights / scale).round_().clamp_(-self._top - 1, self._top).add_(0.0)  # -0.0 is no code
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from crepe_deploy.errors import ConfigError, UnsupportedModel
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.families import family_of, known
@@ -11,6 +13,7 @@ from crepe_deploy.pattern import NM
 from .config import PruneConfig
 from .steps.folds import foldables
 from .steps.rescale import last_norm
+from .steps.values import COLUMNS
 
 
 def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfig) -> list[str]:
@@ -26,7 +29,21 @@ def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfi
         last_norm(decoder)
     if config.feed == "both":
         said += _of_pairing(decoder)
+    if config.steps.values is not None:
+        _check_values(decoder, targets)
     return said
+
+
+def _check_values(decoder: Decoder, targets: list[list[LinearSpec]]) -> None:
+    for spec in (spec for block in targets for spec in block):
+        dtype = decoder.reader.info(spec.key).dtype
+        if spec.in_features % COLUMNS:
+            raise ConfigError(
+                f"--values: {spec.key} has {spec.in_features} input columns, and codes are stored for multiples of "
+                f"{COLUMNS}: leave such layers out with --exclude"
+            )
+        if dtype == torch.float64:
+            raise ConfigError(f"--values: {spec.key} is float64; convert the model to bfloat16, float16 or float32")
 
 
 def _of_folding(decoder: Decoder, targets: list[list[LinearSpec]], pattern: NM) -> list[str]:

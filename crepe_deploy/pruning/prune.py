@@ -36,6 +36,14 @@ from crepe_deploy.store.files import clear
 from crepe_deploy.store.journal import Journal
 from crepe_deploy.store.manifest import Manifest, Source, TensorRecord, hash_folder, inherit, save_manifest, versions
 from crepe_deploy.store.sources import Model, describe_source
+from crepe_deploy.store.values import (
+    VALUES_NAME,
+    planned_scales,
+    read_values,
+    require_on_grid,
+    scales_name,
+    values_metadata,
+)
 from crepe_deploy.store.work import unfinished
 from crepe_deploy.store.writing import CheckpointWriter, Planned
 from crepe_deploy.texts import CalibrationSet
@@ -179,9 +187,9 @@ def _write(folder: Path, journal: Journal, plan: RunPlan, streams: Streams, mete
     decoder, phases = plan.decoder, Phases()
     layers: dict[str, LayerResult] = {}
     repaired: list[Repaired] = []
-    layout = _same_layout(decoder.reader)
+    layout = _same_layout(decoder.reader) | _scales_layout(plan)
     clear(folder, {planned.file for planned in layout.values()})  # what a stopped run has put beside the weights goes
-    with CheckpointWriter(folder, layout, fingerprint=True, resume=True) as writer:
+    with CheckpointWriter(folder, layout, fingerprint=True, resume=True, beside=_beside(plan)) as writer:
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
                 result = replayed(plan, index, streams, weights, journal, writer)
@@ -216,6 +224,24 @@ def _same_layout(reader: CheckpointReader) -> dict[str, Planned]:
     return {info.name: Planned(info.file.name, info.dtype, info.shape) for info in reader}
 
 
+def _scales_layout(plan: RunPlan) -> dict[str, Planned]:
+    """The scales of all targets, where values are quantised."""
+    values, planned = plan.config.steps.values, {}
+    if values is not None:
+        for spec in (spec for block in plan.targets for spec in block):
+            grid = values.grid(plan.decoder.reader.info(spec.key).dtype)
+            planned[scales_name(spec.key)] = planned_scales(grid, spec.out_features, spec.in_features)
+    return planned
+
+
+def _beside(plan: RunPlan) -> dict[str, dict[str, str]]:
+    """The file of scales, where there is one, and what it says of its grid."""
+    if plan.config.steps.values is None:
+        return {}
+    grid = plan.config.steps.values.grid(plan.decoder.dtype)
+    return {VALUES_NAME: values_metadata(grid.bits, grid.group)}
+
+
 def _rescale(plan: RunPlan, streams: Streams, head: Head) -> Rescaled | None:
     """Fit the scale of the logits, where that was asked for, and scale the last norm of `head` by it."""
     rescale = plan.config.steps.rescale
@@ -231,6 +257,7 @@ def _prove(folder: Path, plan: RunPlan, pruned: Pruned) -> tuple[dict[str, int],
     """Zeros of every target by tensor name, and the parity of the logits, as a fresh reader finds both on the disk."""
     specs = {spec.key: spec for block in plan.targets for spec in block}
     zeros: dict[str, int] = {}
+    values = read_values(folder)
 
     def count(weights: dict[str, Tensor]) -> None:
         for key in weights.keys() & specs.keys():
@@ -238,6 +265,8 @@ def _prove(folder: Path, plan: RunPlan, pruned: Pruned) -> tuple[dict[str, int],
             zeros[key] = check_pattern(key, weight, plan.patterns[key])
             if zeros[key] != pruned.layers[key].zeros:
                 raise VerifyError(f"{key}: {zeros[key]} zeros were written of {pruned.layers[key].zeros}")
+            if key in values:
+                require_on_grid(key, weight, *values[key])
 
     parity = check_parity(folder, plan.config.dtype, plan.probe, pruned.logits, count, plan.decoder.device)
     return zeros, parity

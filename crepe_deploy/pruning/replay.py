@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crepe_deploy.model.decoder import follow
 from crepe_deploy.store.journal import Journal, numbers
+from crepe_deploy.store.values import scales_name
 from crepe_deploy.store.writing import CheckpointWriter
 
 from .block import BlockResult, Streams, send_dense, send_pruned
@@ -47,7 +48,8 @@ def replayed(
     Raises ConfigError where the journal is damaged.
     """
     names = {spec.key for spec in plan.targets[index]}
-    entry = journal.get("block", str(index), partial(is_block, names=names, tensors=weights.keys()))
+    tensors = weights.keys() | (set() if plan.config.steps.values is None else set(map(scales_name, names)))
+    entry = journal.get("block", str(index), partial(is_block, names=names, tensors=tensors))
     if entry is None or not writer.keep(entry["sha256"]):
         return None
     send_dense(plan, index, streams)
