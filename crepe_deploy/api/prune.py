@@ -151,7 +151,7 @@ def prune_and_export(
         config, options = _resolved(source, asked, left, say)
         formats = _names(options["format"])
         for exporter in build(formats, written):
-            exporter.check_pruning(source.folder, config.pattern)
+            exporter.check_pruning(source.folder, config)
         healing = healing_of(source, minutes, calib, calib_field, seed, parts(progress), say, place)
         if SELF in sources_of(options["calib"] if calib is None else calib):
             check_run(source, Path(out), config, overwrite=overwrite)

@@ -58,11 +58,13 @@ class CrepeNmQuantizer(HfQuantizer):  # type: ignore[misc]
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         values = self.quantization_config.packed.values
         wrong = sorted({str(place) for place in places if not _runs_on(str(place), cpu_alone=values is not None)})
-        where = "" if values else " and on the CUDA devices this machine has"
+        runs = "packed layers run on the CPU and on the CUDA devices this machine has"
+        if values is not None:
+            runs = f"{values} values run on the CPU"
         if wrong:
             raise ConfigError(
-                f"device_map asks for {', '.join(wrong)}: packed layers{values and f' of {values} values' or ''} run on "
-                f"the CPU{where}; load with device_map='cpu', or use crepe-deploy export --format dense for other devices"
+                f"device_map asks for {', '.join(wrong)}: {runs}; load with device_map='cpu', or use "
+                "crepe-deploy export --format dense for other devices"
             )
 
     def update_device_map(self, device_map: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from ...model.architecture import load_config
-from ...pattern import Pattern
+from ...pruning.config import PruneConfig
 from ...store.checkpoint import CheckpointReader
 from ...store.companions import companions_of
 from ...store.files import clear
@@ -68,7 +68,7 @@ class Onnx(Exporter[OnnxPlan]):
     def check(self) -> None:
         check_options(self.flavor, self.precision)
 
-    def check_pruning(self, model: Path, pattern: Pattern) -> None:
+    def check_pruning(self, model: Path, config: PruneConfig) -> None:
         check_model(load_config(model), self.flavor)
 
     def weights(self, source: Source, folder: Path) -> contextlib.AbstractContextManager[Path]:

@@ -23,6 +23,7 @@ from ...packed import parts
 from ...packed.config import COLUMN_MULTIPLE, PackedConfig, Values, packed_config
 from ...packed.format import DTYPES
 from ...pattern import Pattern, parse_record
+from ...pruning.config import PruneConfig
 from ...store.checkpoint import CheckpointReader, read_config, same_bits
 from ...store.files import write_json
 from ...store.manifest import Manifest, TensorRecord
@@ -81,8 +82,10 @@ class Packed(Exporter[PackedPlan]):
         """Of a folder pruned elsewhere, the patterns that its layers hold."""
         return counted(folder)
 
-    def check_pruning(self, model: Path, pattern: Pattern) -> None:
-        packed_config(pattern)
+    def check_pruning(self, model: Path, config: PruneConfig) -> None:
+        step = config.steps.values
+        grid = None if step is None else step.grid(torch.bfloat16)
+        packed_config(config.pattern, values=None if grid is None else Values(grid.bits, grid.group))
 
     def plan(self, source: Source, weights: Path) -> PackedPlan:
         values, scales = _values_of(weights)

@@ -24,6 +24,7 @@ from ...store.files import require_disk, write_json
 from ...store.folders import scratch_folder
 from ...store.manifest import TensorRecord
 from ...store.pieces import Pieces
+from ...store.values import VALUES_NAME, scales_name, values_metadata
 from ...store.writing import CheckpointWriter, Planned
 from ..frame.exporter import Source
 
@@ -48,7 +49,10 @@ def stored_suffixes(reader: CheckpointReader, name: str, config: PackedConfig) -
 
 @dataclass(frozen=True)
 class Unpacking:
-    """A packed checkpoint about to be written dense. content: the dense `config.json`. packed: names of the weights."""
+    """A packed checkpoint about to be written dense. content: the dense `config.json`. packed: names of the weights.
+
+    plan: of the dense tensors and, where they were asked for, of the scales of coded values, a file beside them.
+    """
 
     reader: CheckpointReader
     config: PackedConfig
@@ -65,8 +69,8 @@ class Unpacking:
                 yield name, self.reader.load_finite(name)
 
 
-def plan_unpacking(source: Path, records: Mapping[str, TensorRecord]) -> Unpacking:
-    """From headers alone. records: the manifest's, of tensors that must be there.
+def plan_unpacking(source: Path, records: Mapping[str, TensorRecord], *, scales: bool = False) -> Unpacking:
+    """From headers alone. records: the manifest's, of tensors that must be there. scales: those of coded values too.
 
     Raises CheckpointError naming the tensor that is missing, ConfigError.
     """
@@ -87,6 +91,8 @@ def plan_unpacking(source: Path, records: Mapping[str, TensorRecord]) -> Unpacki
             of = config.of(base.removesuffix(".weight"))
             shapes = {part: reader.info(base + part).shape for part in stored_suffixes(reader, base, of)}
             plan[base] = Planned(info.file.name, info.dtype, parts.shape_of(shapes, of, base))
+            if scales and suffix == SCALES_SUFFIX:
+                plan[scales_name(base)] = Planned(VALUES_NAME, info.dtype, info.shape)
     for name in records:
         if name not in plan:
             raise CheckpointError(f"{source}: tensor '{name}' is missing")
@@ -98,7 +104,9 @@ def write_unpacked(unpacking: Unpacking, folder: Path, pieces: Pieces | None = N
 
     Raises CheckpointError naming the tensor that is inconsistent with the pattern.
     """
-    with CheckpointWriter(folder, unpacking.plan, fingerprint=True, pieces=pieces) as writer:
+    values = unpacking.config.values
+    beside = {} if values is None else {VALUES_NAME: values_metadata(values.bits, values.group)}
+    with CheckpointWriter(folder, unpacking.plan, fingerprint=True, pieces=pieces, beside=beside) as writer:
         for name, tensor in unpacking.tensors(writer.pending):
             writer.write(name, tensor)
     return writer.fingerprints
