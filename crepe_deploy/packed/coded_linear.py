@@ -110,12 +110,17 @@ class CodedLinear(nn.Module):
         """Scales say which numbers the weights are, so they are moved and never cast. Raises KernelError."""
         scales = self.weight_scales.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        place = self.weight_codes.device
-        if place.type not in ("cpu", "meta"):
-            raise KernelError(
-                f"{self.config.values} values run on the CPU, not on {place}: load with device_map='cpu' (--device "
-                "cpu), or use crepe-deploy export --format dense for other devices"
-            )
+        place = require_place(self.weight_codes.device, self.config)
         if self.weight_scales.dtype != scales.dtype:
             self.weight_scales = nn.Parameter(scales.to(place), requires_grad=False)
         return self
+
+
+def require_place(device: torch.device, config: PackedConfig) -> torch.device:
+    """The device, where coded values run there or hold nothing there. Raises KernelError."""
+    if device.type not in ("cpu", "meta"):
+        raise KernelError(
+            f"{config.values} values run on the CPU, not on {device}: load with device_map='cpu' (--device cpu), or "
+            "use crepe-deploy export --format dense for other devices"
+        )
+    return device
