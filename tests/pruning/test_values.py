@@ -22,7 +22,7 @@ from crepe_deploy.store.manifest import Manifest, hash_folder, load_manifest, sa
 from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.store.values import VALUES_NAME, check_values, read_values
 from crepe_deploy.texts import calibration_windows, load_tokenizer
-from tests.pico import VOCAB, make_pico, make_pico_llama
+from tests.pico import QUICK_TYR, VOCAB, make_pico, make_pico_llama
 
 GPT2 = tf.GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1)
 RUNS: dict[str, dict[str, Any]] = {
@@ -80,8 +80,6 @@ def test_what_was_given_without_values_is_as_it_was(tmp_path: Path, llama: Path)
 
 def test_scales_follow_the_rows_that_a_fold_reorders(tmp_path: Path, llama: Path, text: Path) -> None:
     manifest = pruned(llama, tmp_path / "out", text, method="ria", permute="fold", values="int4:group=32")
-    moved = [name for name, record in manifest.tensors.items() if record.notes.get("permute_gain", 0) > 0]
-    assert moved or any("permute" in key for record in manifest.tensors.values() for key in record.notes)
     check_values(tmp_path / "out")
     plain = pruned(llama, tmp_path / "plain", text, method="ria", values="int4:group=32")
     key = "model.layers.0.mlp.up_proj.weight"
@@ -124,7 +122,7 @@ def test_layers_that_do_not_fit_are_named_before_any_work(tmp_path: Path, text: 
         pruned(make_pico(tmp_path / "g", wide), tmp_path / "no", text, method="magnitude", values="int8")
     double = make_pico_llama(tmp_path / "double", torch.float64)
     with pytest.raises(ConfigError, match="is float64; convert"):
-        pruned(double, tmp_path / "no", text, method="magnitude", values="int8")
+        pruned(double, tmp_path / "no", text, method="magnitude", values="int8", dtype="float32")
 
 
 @pytest.fixture
@@ -162,12 +160,12 @@ def test_values_behind_healing_keep_the_mask(tmp_path: Path, llama: Path, text: 
 
 def test_no_command_carries_scales_of_other_weights(folder: Path, text: Path) -> None:
     for name, more in {
-        "prune": ["--method", "wanda", "--sparsity", "1:4", "--calib", str(text)],
-        "tyr": ["--sparsity", "0.25", "--generations", "1", "--offspring", "2", "--iterations", "1",
-                "--ffn-multiple", "8", "--calib", str(text), "--calib-samples", "4", "--calib-length", "32"],
+        "prune": ["--method", "wanda", "--sparsity", "1:4"],
+        "tyr": QUICK_TYR,
     }.items():  # fmt: skip
         out = folder.with_name(name)
-        assert command([name, str(folder), *more, "--out", str(out)]) == 0
+        calib = ["--calib", str(text), "--calib-samples", "4", "--calib-length", "32"]
+        assert command([name, str(folder), *more, *calib, "--out", str(out)]) == 0
         assert not (out / VALUES_NAME).exists()
 
 
