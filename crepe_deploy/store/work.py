@@ -25,10 +25,11 @@ OUTPUT: Final = "output"
 PRUNED: Final = "pruned"
 LAYER_DONE: Final = "levels.json"  # the last file of a layer of a structural search's supernet
 _UNMADE: Final = f".{JOURNAL}.crepe-deploy-*"  # a journal whose making was cut off
-# The names that runs give what they keep there: a structural search, healing, pruning, and pruning before exports.
+# The names that runs give what they keep there: a structural search, healing, measured experts, pruning, and pruning
+# before exports.
 OWN: Final = (
     JOURNAL, _UNMADE, "iteration-*", "split", "shared", "final", "repaired", "step-*", "best-*", OUTPUT, f"{OUTPUT}.*",
-    f".{OUTPUT}.*", PRUNED,
+    f".{OUTPUT}.*", "layer-*", "hidden-*", PRUNED,
     f"{PRUNED}-healed", f"{PRUNED}*.work", f"{PRUNED}*.partial", f"{PRUNED}*.old", f".{PRUNED}*.crepe-deploy",
 )  # fmt: skip
 
@@ -43,17 +44,20 @@ class Unfinished:
 
 
 @contextlib.contextmanager
-def unfinished(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[Unfinished]:
+def unfinished(
+    out: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool, own: tuple[str, ...] = ()
+) -> Iterator[Unfinished]:  # fmt: skip
     """Yield what a run makes `out` in, as it was left with `resume`, else empty; whole at the end, it becomes `out`.
 
-    identity: what must be equal for a run to go on. Where it does not come to its end, what has a finished piece stays;
-    but of what is the model's own fault, and would come again, nothing is left. Meanwhile nobody else writes `out`.
+    identity: what must be equal for a run to go on. own: as of `folders.foreign`. Where it does not come to its end,
+    what has a finished piece stays; but of what is the model's own fault, and would come again, nothing is left.
+    Meanwhile nobody else writes `out`.
     Raises OutputError and ConfigError as `open_journal` does, DiskFullError.
     """
     work = work_folder(out)
     with Uninterrupted() as signals, parents(out), claimed(out) as claim:
         claim.recover()
-        check_output(out, overwrite=overwrite)
+        check_output(out, overwrite=overwrite, own=own)
         journal = begin(work, identity, resume=resume, overwrite=overwrite)
         folder = work / OUTPUT
         try:

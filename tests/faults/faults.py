@@ -19,7 +19,7 @@ from crepe_deploy.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
 
 from . import strikes
 from .cases import use
-from .corpus import STOPPED, Corpus
+from .corpus import CALIBRATION, STOPPED, Corpus
 from .run import KEPT, clear, own
 from .server import Outcome, fingerprint, run_in_child
 
@@ -51,6 +51,8 @@ SCENARIOS: Final = {
     "report": Scenario(("report", "RUN", "--out", "out"), "charts.json"),
     "heal": Scenario(("heal", "IN", "--dense", "GOOD", "--text", "TEXT", "--steps", "2", "--window", "16",
                       "--batch-tokens", "32", "--dtype", "float32", "--out", "out"), "pruned", resumes=True),
+    "experts": Scenario(("experts", "IN", "--calib", "TEXT", *CALIBRATION, "--remove", "2", "--out", "out"), "experts",
+                        resumes=True),
     "bench": Scenario(("bench", "run", "SUITE", "--out", "out.json"), "bench.yaml"),
     "gate": Scenario(("gate", "RUN", "RUN", "--max-slowdown", "1", "--markdown", "gate.md", "--junit", "gate.xml"),
                      "run.json"),
@@ -99,7 +101,7 @@ class Bench:
         sample = self.corpus.path(scenario.sample)
         if name in ("search", "tyr"):
             argv = self.corpus.command(f"stopped-{name}")
-        elif first in ("report", "gate", "export", "heal", "bench"):
+        elif first in ("report", "gate", "export", "heal", "experts", "bench"):
             stands = {"GOOD": str(self.corpus.path("model")), "TEXT": str(self.corpus.path("text.txt"))}
             stands |= dict.fromkeys(("RUN", "IN", "SUITE"), str(sample))
             argv = [stands.get(part, part) for part in scenario.arguments]
