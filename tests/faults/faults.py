@@ -215,12 +215,12 @@ def _is_output(name: str) -> bool:
 
 
 _OF_TIME: Final = re.compile(
-    r'"seconds": (?:[\d.]+|\{[^}]*\})|"parent": "[0-9a-f]{64}"|"lineage/[0-9a-f]{64}\.json": "[0-9a-f]{64}"'
+    r'"seconds": (?:[\d.]+|\{[^}]*\})|"peak_rss_bytes": \d+|"parent": "[0-9a-f]{64}"|"lineage/[0-9a-f]{64}\.json": "[0-9a-f]{64}"'
 )
 
 
 def _timeless(path: Path) -> str:
-    """A JSON file without the seconds that a run took, and the hashes of manifests, which hold them."""
+    """A JSON file without the seconds and the memory that a run took, and the hashes of manifests, which hold them."""
     return _OF_TIME.sub("", path.read_text()) if path.suffix == ".json" and path.is_file() else ""
 
 
