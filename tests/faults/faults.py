@@ -215,7 +215,8 @@ def _is_output(name: str) -> bool:
 
 
 _OF_TIME: Final = re.compile(
-    r'"seconds": (?:[\d.]+|\{[^}]*\})|"peak_rss_bytes": \d+|"parent": "[0-9a-f]{64}"|"lineage/[0-9a-f]{64}\.json": "[0-9a-f]{64}"'
+    r'"seconds": (?:[\d.]+|\{[^}]*\})|"peak_rss_bytes": \d+|"parent": "[0-9a-f]{64}"|'
+    r'"lineage/[0-9a-f]{64}\.json": "[0-9a-f]{64}"'
 )
 
 
