@@ -138,6 +138,23 @@ def removed_once_written(work: Path, out: Path) -> Iterator[None]:
     _remove(work)
 
 
+@contextlib.contextmanager
+def unfinished_file(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[Journal]:
+    """Yield the journal of a run that writes the file `out` inside, whole, once it is done; then the journal goes.
+
+    identity: as of `unfinished`. Where the run does not come to its end and has a finished piece, the journal stays.
+    Raises OutputError and ConfigError as `open_journal` does.
+    """
+    work = work_folder(out)
+    journal = begin(work, identity, resume=resume, overwrite=overwrite)
+    try:
+        with removed_once_written(work, out):
+            yield journal
+    finally:
+        if not len(journal):
+            _remove(work)
+
+
 def _remove(work: Path) -> None:
     with Uninterrupted(), disk_errors(work):
         remove_work_folder(work)
