@@ -10,7 +10,7 @@ from crepe_deploy.errors import InputError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.families import family_of
 from crepe_deploy.moe.layers import layers_if_any
-from crepe_deploy.packed.config import QUANT_METHOD
+from crepe_deploy.packed.config import QUANT_METHOD, PackedConfig
 from crepe_deploy.progress import Say, unsaid
 from crepe_deploy.store.audit import audit, inspect_folder, recorded
 from crepe_deploy.store.checkpoint import read_config, require_folder
@@ -138,11 +138,12 @@ def _dense_rows(root: Path) -> list[TensorRow]:
 
 def _packed_rows(root: Path) -> list[TensorRow]:
     """The tensors of a packed folder as the dense ones that they stand for."""
-    from crepe_deploy.exporting.formats.packed import unpacked
+    from crepe_deploy.exporting.formats.unpacking import unpacked
 
-    records = recorded(root)
+    records, values = recorded(root), PackedConfig.from_dict(read_config(root)["quantization_config"]).values
+    more = {"packed": True} | ({} if values is None else {"values": str(values)})
     rows = []
     for name, tensor, packed in unpacked(root):
-        row = cast(TensorRow, asdict(audit(name, tensor, records.get(name))))
-        rows.append(cast(TensorRow, {**row, "packed": True}) if packed else row)
+        row = asdict(audit(name, tensor, records.get(name)))
+        rows.append(cast(TensorRow, row | more if packed else row))
     return rows

@@ -45,12 +45,11 @@ def prune(
     sparsity: Pattern | str | float | None = None, granularity: Granularity = "row", method: str | None = None,
     preset: str | Path | None = None, params: Mapping[str, Any] | None = None, recipe: str | Path | None = None,
     feed: str | None = None, allocate: str | None = None, permute: str | None = None, reprune: str | None = None,
-    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
-    values: str | None = None, calib: Calibration | None = None, calib_field: str = "text",
-    calib_samples: int | None = None, calib_length: int | None = None, seed: int = 0, include: str | None = None,
-    exclude: str | None = None, dtype: str = "auto", device: str = "auto", base_model: str | None = None,
-    revision: str | None = None, resume: bool = False, overwrite: bool = False, progress: Progress | None = None,
-    say: Say | None = None,
+    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None, values: str | None = None,
+    calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
+    calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
+    dtype: str = "auto", device: str = "auto", base_model: str | None = None, revision: str | None = None,
+    resume: bool = False, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
 ) -> Manifest:  # fmt: skip
     """Prune the linear layers of `model` into the Hugging Face folder `out`, and return its manifest.
 
@@ -109,12 +108,12 @@ def prune_and_export(
     sparsity: Pattern | str | float | None = None, granularity: Granularity = "row", method: str | None = None,
     preset: str | Path | None = None, params: Mapping[str, Any] | None = None, recipe: str | Path | None = None,
     feed: str | None = None, allocate: str | None = None, permute: str | None = None, reprune: str | None = None,
-    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
-    values: str | None = None, calib: Calibration | None = None, calib_field: str = "text",
-    calib_samples: int | None = None, calib_length: int | None = None, seed: int = 0, include: str | None = None,
-    exclude: str | None = None, dtype: str = "auto", device: str = "auto", heal: float | None = None,
-    base_model: str | None = None, revision: str | None = None, resume: bool = False, overwrite: bool = False,
-    progress: Progress | None = None, say: Say | None = None,
+    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None, values: str | None = None,
+    calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
+    calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
+    dtype: str = "auto", device: str = "auto", heal: float | None = None, base_model: str | None = None,
+    revision: str | None = None, resume: bool = False, overwrite: bool = False, progress: Progress | None = None,
+    say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune `model` and write OUT/FORMAT/ for each format; returns the report that is OUT/report.json.
 
@@ -151,7 +150,7 @@ def prune_and_export(
         config, options = _resolved(source, asked, left, say)
         formats = _names(options["format"])
         for exporter in build(formats, written):
-            exporter.check_pruning(source.folder, config.pattern)
+            exporter.check_pruning(source.folder, config)
         healing = healing_of(source, minutes, calib, calib_field, seed, parts(progress), say, place)
         if SELF in sources_of(options["calib"] if calib is None else calib):
             check_run(source, Path(out), config, overwrite=overwrite)
