@@ -101,7 +101,8 @@ def run_command(
     scenario = build_scenario(targets, **options)
     path = check_output_file(out if out is not None else Path(f"{scenario.name}.json"), overwrite=overwrite)
     gating = None if limits is None else Gating(limits, max_rounds or scenario.rounds)
-    for line in choices(scenario):
+    named = options["engine"] is not None or _is_file(targets)
+    for line in [*([] if named else [f"engine: {scenario.engine} (--engine chooses)"]), *choices(scenario)]:
         say(line)
     with held(path):
         run, verdict = bench(scenario, typed, gating=gating)
@@ -198,7 +199,6 @@ def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | Non
     names = short_names(folders)
     if engine is None:
         engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
-        say(f"engine: {engine} (--engine chooses)")
     for name in names:
         require_engine(name, engine, {})
     return {

@@ -10,7 +10,7 @@ from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.moe.layers import layers_if_any
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern
-from crepe_deploy.progress import Say, unsaid
+from crepe_deploy.progress import Later, Say
 from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
@@ -81,9 +81,11 @@ def plan(
     place = resolve(device)
     with outlined(model, revision, say) as (folder, shown):
         decoder = Decoder(folder, experts=True)
-        result = _plan(decoder, given, choices_of(given, decoder, say), shown, described(place), say or unsaid)
+        later = Later(say)
+        result = _plan(decoder, given, choices_of(given, decoder, later), shown, described(place), later)
         if heal:
             result["heal_memory_estimate_bytes"] = heal_memory(folder)
+        later.begin()
     return result
 
 

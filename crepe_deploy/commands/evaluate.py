@@ -60,7 +60,7 @@ def eval_command(model: str, as_json: bool, **options: Any) -> None:
     from crepe_deploy.api.evaluate import evaluate
     from crepe_deploy.progress import progress
 
-    with progress(f"evaluating {model}") as step:
+    with progress(f"evaluating {model}", waits=True) as step:
         result = evaluate(model, progress=step, say=say, **options).to_dict()
     print_result(result, as_json, lines(result))
 
