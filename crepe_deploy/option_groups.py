@@ -40,14 +40,43 @@ GROUPS: Final = {
     "Running": "seed dtype device revision resume",
     "Output": "out overwrite junit markdown as_json base_model",
 }
+ARGUMENTS: Final = "Arguments"
 OTHER: Final = "Options"
 _NOUNS: Final = ("model ", "preset ", "recipe ", "task folder ")  # what a message may call what was given
 _VERBS: Final = " is | has | holds | cannot | does not"
 _GROUP_OF: Final = {name: group for group, names in GROUPS.items() for name in names.split()}
 
 
-class Grouped(click.Command):
-    """A command whose help has its options in groups, in the order of the table, and whose refusals name them."""
+class Argument(click.Argument):
+    """An argument that says what it is."""
+
+    def __init__(self, *names: Any, help: str, **options: Any) -> None:
+        super().__init__(*names, **options)
+        self.text = help  # not `help`, which newer versions of click list a second time
+
+
+class Summed(click.Command):
+    """A command whose summary in a list of commands is its whole first sentence."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """As click does, with no limit."""
+        return super().get_short_help_str(max(limit, len(self.help or "")))
+
+
+class SummedGroup(Summed, click.Group):
+    """A group of commands with such a summary."""
+
+
+class Grouped(Summed):
+    """A command whose help has arguments and options in groups, in the table's order, and whose refusals name them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does; of an option that is none the nearest alone is suggested."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            error.possibilities = (error.possibilities or [])[:1]  # type: ignore[misc]
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; a refusal that begins with what was given begins with the option or argument of that."""
@@ -59,8 +88,11 @@ class Grouped(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write every group that has an option."""
-        rows: dict[str, list[tuple[str, str]]] = {group: [] for group in [*GROUPS, OTHER]}
+        rows: dict[str, list[tuple[str, str]]] = {group: [] for group in [ARGUMENTS, *GROUPS, OTHER]}
         for parameter in self.get_params(ctx):
+            if isinstance(parameter, Argument):
+                rows[ARGUMENTS].append((parameter.make_metavar(ctx), parameter.text))
+                continue
             record = parameter.get_help_record(ctx)
             if record is not None:
                 rows[_GROUP_OF.get(str(parameter.name), OTHER)].append(record)

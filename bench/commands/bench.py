@@ -11,7 +11,7 @@ import click
 
 from ...commands.options import Count, say
 from ...errors import ConfigError, CrepeError
-from ...option_groups import Grouped
+from ...option_groups import Argument, Grouped, SummedGroup
 from .init_ci import init_ci_command
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ DEFAULT_POINTS: Final = "1x64+32,4x64+32,1x512+1*2"
 EXAMPLES: Final = """\b
 Examples:
   crepe-deploy bench models/llama out/packed
-  crepe-deploy bench configs/bench-smollm2.yaml --rounds 12 --aa --out run.json
+  crepe-deploy bench models/llama out/packed --rounds 12 --aa --out run.json
   crepe-deploy bench run models/llama out/packed --text wiki.test.txt --engine transformers
-  crepe-deploy bench configs/bench-ci.yaml --gate configs/budgets.yaml --max-rounds 20
+  crepe-deploy bench scenario.yaml --gate budgets.yaml --max-rounds 20
 """
 
 
-class _RunByDefault(click.Group):
+class _RunByDefault(SummedGroup):
     """A group whose first argument is a command, or else belongs to `run`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -48,7 +48,10 @@ bench_command.add_command(init_ci_command)
 
 
 @bench_command.command("run", cls=Grouped, epilog=EXAMPLES)
-@click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | MODEL...")
+@click.argument(
+    "targets", cls=Argument, nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | MODEL...",
+    help="A scenario, a YAML file as docs/bench.md has it; or models: folders, hub ids, GGUF files.",
+)  # fmt: skip
 @click.option("--baseline", default=None, help="The dense folder; with CONFIG, a candidate's name. Default: the first.")
 @click.option("--engine", default=None, help="vllm or transformers, for candidates that name none.")
 @click.option(

@@ -17,6 +17,7 @@ from .options import (
     device_option,
     dtype_option,
     json_option,
+    model_argument,
     prepare_libraries,
     print_result,
     say,
@@ -33,7 +34,7 @@ Examples:
 
 
 @click.command("eval", cls=Grouped, epilog=EXAMPLES)
-@click.argument("model", shell_complete=completion.files)
+@model_argument
 @click.option(
     "--text",
     default=None,

@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from crepe_deploy.option_groups import Grouped
+from crepe_deploy.option_groups import Argument, Grouped
 
 from .options import (
+    MODEL,
     base_model_option,
     format_option,
     json_option,
@@ -34,7 +35,7 @@ Examples:
 
 
 @click.command("export", cls=Grouped, epilog=EXAMPLES)
-@click.argument("source")
+@click.argument("source", cls=Argument, help=MODEL)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

@@ -200,7 +200,7 @@ def test_what_is_not_installed_is_said_before_anything_is_read(
     line, extra = EXTRAS[module]
     assert run(typed(line)) == 2
     error = capsys.readouterr().err
-    assert f"pip install 'crepe-deploy[{extra}]'" in error and "is not installed" in error
+    assert f"pip install 'crepe-deploy[{extra}]'" in error and "not installed: " in error
     assert reads == []
 
 
