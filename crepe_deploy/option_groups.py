@@ -41,6 +41,7 @@ GROUPS: Final = {
     "Output": "out overwrite junit markdown as_json base_model",
 }
 ARGUMENTS: Final = "Arguments"
+MODEL: Final = "A model folder, a hub id (owner/name) or a GGUF file."  # what an argument of that name takes
 OTHER: Final = "Options"
 _NOUNS: Final = ("model ", "preset ", "recipe ", "task folder ")  # what a message may call what was given
 _VERBS: Final = " is | has | holds | cannot | does not"

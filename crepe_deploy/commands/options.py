@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from crepe_deploy.errors import ConfigError, Stopped
 from crepe_deploy.limits import MOST, MOST_SEED
-from crepe_deploy.option_groups import Argument
+from crepe_deploy.option_groups import MODEL, Argument
 from crepe_deploy.store.files import to_json
 from crepe_deploy.store.reading import parse_value
 
@@ -121,7 +121,6 @@ def calibration_options(
     )  # fmt: skip
 
 
-MODEL: Final = "A model folder, a hub id (owner/name) or a GGUF file."
 model_argument = click.argument("model", cls=Argument, shell_complete=completion.files, help=MODEL)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 base_model_option = click.option(
