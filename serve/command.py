@@ -9,9 +9,8 @@ from typing import Any, Final
 
 import click
 
-from ..commands.options import MODEL
 from ..errors import CrepeError
-from ..option_groups import Argument, Grouped
+from ..option_groups import MODEL, Argument, Grouped
 
 EXAMPLES: Final = """\b
 Examples:

@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from crepe_deploy.option_groups import Argument, Grouped
+from crepe_deploy.option_groups import MODEL, Argument, Grouped
 
 from .options import (
-    MODEL,
     base_model_option,
     format_option,
     json_option,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from crepe_deploy.option_groups import Argument, Grouped
+from crepe_deploy.option_groups import MODEL, Argument, Grouped
 
-from .options import MODEL, json_option, print_result, revision_option, say
+from .options import json_option, print_result, revision_option, say
 
 if TYPE_CHECKING:
     from crepe_deploy.api.inspect import TensorRow
