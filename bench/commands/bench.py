@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ...commands.options import Count, say
+from ...commands.options import Count, resumable_folder, resume_option, say
 from ...errors import ConfigError, CrepeError
 from ...option_groups import Grouped
 from .init_ci import init_ci_command
@@ -65,6 +65,7 @@ bench_command.add_command(init_ci_command)
 @click.option("--window", type=Count(2), default=512, show_default=True, help="Tokens in each window of --text.")
 @click.option("--max-tokens", type=Count(2), default=None, help="Score only the first tokens of --text.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="The run. Default: NAME.json, here.")
+@resume_option
 @click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 @click.option(
     "--gate",
@@ -79,20 +80,19 @@ bench_command.add_command(init_ci_command)
 )
 @click.pass_obj
 def run_command(
-    typed: str, /, targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None,
+    typed: str, /, targets: tuple[Path, ...], out: Path | None, resume: bool, overwrite: bool, budgets: Path | None,
     max_rounds: int | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Measure the scenario CONFIG, or MODEL..., each a folder, a hub id or a GGUF file, and write the run as JSON.
 
-    Every candidate runs in a process of its own; they take turns, so that noise meets all of them alike. A GitHub
-    workflow is written by `crepe-deploy bench init-ci`.
+    Every candidate runs in a process of its own; they take turns, so that noise meets all of them alike. Exit code 75
+    means stopped: the same command with --resume goes on. A GitHub workflow is written by `crepe-deploy bench init-ci`.
     """
     from ...store.files import check_output_file
     from ...store.folders import held
     from ..benchmark import Gating, bench
     from ..gate import render
     from ..gate.gates import raise_for
-    from ..run.result import save_run
     from ..run.summary import failures, summary_lines
 
     limits = _limits(budgets, max_rounds)
@@ -103,9 +103,8 @@ def run_command(
     gating = None if limits is None else Gating(limits, max_rounds or scenario.rounds)
     for line in choices(scenario):
         say(line)
-    with held(path):
-        run, verdict = bench(scenario, typed, gating=gating)
-        save_run(run, path)
+    with held(path), resumable_folder(path):
+        run, verdict = bench(scenario, typed, gating=gating, out=path, resume=resume, overwrite=overwrite)
     if not as_json:
         click.echo("\n".join([*summary_lines(run), f"written: {path}"]))
     elif verdict is None:
