@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.field import heads
-from tests.field.library import case
+from tests.field.library import WORKS, case
 from tests.gguf_files import write_gguf
 from tests.pico import make_pico_llama
+from tests.pico_moe import make_moe
 
 PLAIN = {
     **dict.fromkeys(("verify", "export_dense", "export_onnx", "export_deci"), "did not write this folder"),
@@ -56,6 +57,27 @@ def _changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str,
     weights = change(load_file(folder / "model.safetensors"))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+EXPERTS = {
+    **PLAIN,
+    **dict.fromkeys(("prune", "export_packed", "export_int8"), "crepe-deploy experts"),
+    "tyr": "structural pruning knows",
+    "export_gguf": "is not written as GGUF",
+    "experts": WORKS,
+}
+
+
+@case(**EXPERTS)
+def experts_one_by_one(root: Path) -> Path:
+    """A mixture of experts as Qwen3 has it on the hub."""
+    return make_moe(root / "m")
+
+
+@case(**EXPERTS)
+def experts_fused(root: Path) -> Path:
+    """A mixture of experts whose files hold all of a layer in one tensor."""
+    return make_moe(root / "m", "gpt_oss")
 
 
 @case(**PLAIN)

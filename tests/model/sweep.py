@@ -21,6 +21,7 @@ from crepe_deploy.errors import CrepeError
 from crepe_deploy.model import calibrate
 from crepe_deploy.model.calibrate import Collector, embed
 from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.model.families import known
 from crepe_deploy.model.paired import Pair
 from crepe_deploy.model.proof import walk_logits
 from crepe_deploy.pattern import NM
@@ -207,7 +208,7 @@ def page(swept: dict[str, dict[str, str]]) -> str:
     refused = [line for name, line in rows.items() if swept[name]["load"]]
     return HEAD.format(
         version=transformers.__version__, all=len(rows), works=len(walked), refused=len(refused),
-        walked="\n".join(walked), refusals="\n".join(refused),
+        walked="\n".join(walked), refusals="\n".join(refused), experts=known("experts"),
     )  # fmt: skip
 
 
@@ -227,6 +228,8 @@ in their order, that read more of one another than hidden states, that share par
 convolutions or layers which text alone does not reach (cross-attention), modules that the model replaces while it runs.
 A configuration decides, not a type: Gemma 4 that shares keys and values between layers is refused, one that does not
 works; BigBird works with `"attention_type": "original_full"`.
+
+Mixtures of experts of the types {experts} are refused by these steps and handled by others: [experts.md](experts.md).
 
 ## What works
 
