@@ -148,8 +148,8 @@ def test_vllm_is_refused_by_name_before_anything_starts(tmp_path: Path) -> None:
     export_checkpoint(pruned(tmp_path, "16:32", "int4:group=32"), tmp_path / "packed", "packed")
     said = "vLLM cannot serve int4:group=32 values.*version 3.*transformers.*--format dense"
     with pytest.raises(ConfigError, match=said):
-        check(ServeOptions(tmp_path / "packed"))
-    check(ServeOptions(tmp_path / "pruned"))
+        check(ServeOptions(tmp_path / "packed", port=0))
+    check(ServeOptions(tmp_path / "pruned", port=0))
 
 
 def damaged(stored: dict[str, torch.Tensor], part: str) -> None:
