@@ -19,7 +19,9 @@ def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfi
     Raises UnsupportedModel where a step would do nothing at all with this family, ConfigError where that is for want of
     layers to prune.
     """
-    said = []
+    said: list[str] = []
+    if any(spec.expert is not None for block in targets for spec in block):
+        _of_experts(config)
     if config.steps.permute is not None and isinstance(config.pattern, NM):
         said += _of_folding(decoder, targets, config.pattern)
     if config.steps.rescale is not None:
@@ -27,6 +29,17 @@ def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfi
     if config.feed == "both":
         said += _of_pairing(decoder)
     return said
+
+
+def _of_experts(config: PruneConfig) -> None:
+    """Raise ConfigError for what does not look inside experts."""
+    outside = "; or leave experts whole: --exclude [.]experts[.]"
+    if config.feed == "both":
+        needing = " ".join(f"--{kind}" for kind in ("repair", "rescale") if getattr(config.steps, kind) is not None)
+        way = f"leave out {needing}" if needing else "give --feed pruned"
+        raise ConfigError(f"--feed both does not walk through experts: {way}{outside}")
+    if config.steps.allocate is not None:
+        raise ConfigError(f"--allocate does not look inside experts: leave it out{outside}")
 
 
 def _of_folding(decoder: Decoder, targets: list[list[LinearSpec]], pattern: NM) -> list[str]:
