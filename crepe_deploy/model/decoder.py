@@ -317,6 +317,12 @@ def follow(parameter: Tensor, stored: Tensor) -> None:
         parameter.data.copy_(stored)
 
 
+def refuse_experts(root: Path) -> None:
+    """For whoever does not handle them: raise UnsupportedModel naming the experts of the model in a folder, if any."""
+    if family_of(load_config(root).model_type).experts is not None:
+        Decoder(root)
+
+
 def check_dtype(dtype: str) -> None:
     """Raise ConfigError unless this names a dtype to compute in."""
     if dtype not in ("auto", PROOF_DTYPE, *COMPUTE_DTYPES):

@@ -21,8 +21,8 @@ class Experts:
     itself, all experts fused, and of some families they always do.
     per_expert: of the router, what has a row for each expert. correction: its bias that only chooses, in float32.
     softmax: whether a router's weights are shares of one among all experts; else each is its own expert's.
-    transposed: whether each expert's matrices are stored (in, out). gate: of shared experts, a linear layer that decides
-    how much they say, which is left whole as the router is.
+    transposed: whether each expert's matrices are stored (in, out). gate: a linear layer that decides how much shared
+    experts say, and is left whole as the router is.
     renormalised: whether the weights of the chosen experts are made to sum to a constant, or the field of the
     configuration that says so. groups: the fields with the number of groups that a token chooses of first, and of
     those chosen.

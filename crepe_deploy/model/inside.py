@@ -43,11 +43,11 @@ def expert_matrices(decoder: Decoder, index: int) -> list[LinearSpec]:
             path, transposed = f"{decoder.experts.module}.{leaf}", decoder.experts.transposed
             pieces = decoder.pieces(f"{decoder.blocks_path}.{index}.{path}", tuple(parameter.shape))
             for piece in pieces:
+                rows, columns = piece.shape[:-3:-1] if transposed else piece.shape[-2:]
                 if piece.expert is not None:
-                    found.append(LinearSpec(path, piece.key, *piece.shape, False, piece.expert, piece.first_row))
+                    found.append(LinearSpec(path, piece.key, rows, columns, False, piece.expert, piece.first_row))
                     continue
                 for expert in range(len(parameter)):
-                    rows, columns = piece.shape[:0:-1] if transposed else piece.shape[1:]
                     key = f"{piece.key}[{expert}]"
                     found.append(LinearSpec(path, key, rows, columns, transposed, expert, 0, piece.key))
     return sorted(found, key=lambda spec: (spec.expert, spec.path.endswith(_LAST)))

@@ -35,9 +35,10 @@ def _of_experts(config: PruneConfig) -> None:
     """Raise ConfigError for what does not look inside experts."""
     outside = "; or leave experts whole: --exclude [.]experts[.]"
     if config.feed == "both":
-        needing = " ".join(f"--{kind}" for kind in ("repair", "rescale") if getattr(config.steps, kind) is not None)
-        way = f"leave out {needing}" if needing else "give --feed pruned"
-        raise ConfigError(f"--feed both does not walk through experts: {way}{outside}")
+        raise ConfigError(
+            "--feed both does not walk through experts, so neither do --repair and --rescale: give --reconstruct with "
+            f"--feed pruned, or neither recipe nor method, and what can be done there is chosen{outside}"
+        )
     if config.steps.allocate is not None:
         raise ConfigError(f"--allocate does not look inside experts: leave it out{outside}")
 

@@ -48,7 +48,7 @@ class Source(_Record):
 class TensorRecord(_Record):
     """One pruned tensor: asked pattern, counted zeros, and the relative error of its layer's output.
 
-    transposed: stored (in, out), as GPT-2 does. shape: as stored; of a tensor with all experts' matrices they come first.
+    transposed: stored (in, out), as GPT-2 does. shape: as stored; the matrices of many experts one behind the other.
     layer_error: ||(W - W')D||_F / ||W D||_F, with D the norms of the input channels where the method collected
     them (`layer_error_weighting` "input-norm") and the identity otherwise ("none"). None where it was pruned elsewhere
     ("unknown").

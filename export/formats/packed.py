@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError, ParityError, UnsupportedModel
-from ...model.architecture import load_config
-from ...model.decoder import Decoder
-from ...model.families import family_of
+from ...model.decoder import Decoder, refuse_experts
 from ...packed.config import COLUMN_MULTIPLE, PackedConfig, packed_config
 from ...packed.format import (
     DTYPES,
@@ -82,8 +80,7 @@ class Packed(Exporter[PackedPlan]):
 
     def check_pruning(self, model: Path, pattern: Pattern) -> None:
         packed_config(pattern)
-        if family_of(load_config(model).model_type).experts is not None:
-            Decoder(model)  # which names the experts that are not packed
+        refuse_experts(model)
 
     def plan(self, source: Source, weights: Path) -> PackedPlan:
         config = patterns_of(weights, source.manifest)
