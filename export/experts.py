@@ -26,24 +26,28 @@ from ..model.proof import check_parity
 from ..moe.choose import chosen, effective
 from ..moe.config import ExpertsConfig
 from ..moe.cut import Cut, cut_content, cut_of, masked
+from ..moe.kept import Kept
 from ..moe.layers import ExpertLayers, expert_layers
 from ..moe.measure import LayerStats, measure
 from ..moe.scores import SCORES_NAME, Scores, load_scores
 from ..progress import Show, ticker
 from ..store.checkpoint import CheckpointReader, read_config
 from ..store.companions import copy_companions
-from ..store.files import require_disk, write_json
-from ..store.folders import atomic_folder, check_output
-from ..store.manifest import Manifest, Source, inherit, versions
+from ..store.files import clear, disk_errors, require_disk, write_json
+from ..store.folders import check_output
+from ..store.manifest import Manifest, Source, inherit, sha256_file, versions
+from ..store.pieces import Pieces
 from ..store.readback import prove_written
 from ..store.sources import Model, describe_source
 from ..store.stock import check_tokenizer
+from ..store.work import unfinished
 from ..store.writing import CheckpointWriter
 from ..texts import CalibrationSet
 from .frame import usage
 from .frame.exporter import Words
 from .frame.greedy import GREEDY_TOKENS, record_greedy
 from .frame.run import finish
+from .pipeline import kept_if_wrong
 from .structural.assemble import relative_size
 
 PROBE_TOKENS: Final = 256
@@ -71,15 +75,15 @@ class _Run:
 
 def remove_experts(
     model: Model, out: Path, config: ExpertsConfig, calibration: Callable[[], CalibrationSet] | None,
-    scores: Path | None, *, overwrite: bool, show: Show, base_model: str | None = None,
+    scores: Path | None, *, resume: bool = False, overwrite: bool, show: Show, base_model: str | None = None,
     device: torch.device = CPU,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `model` without some of its experts into `out`, whole and proven or not at all; returns the report.
 
     calibration: makes the windows that experts are measured on, once nothing else can be refused; or else scores: what
-    an earlier run measured. device: to measure on; the proof is the CPU's. Raises ConfigError, UnsupportedModel,
-    CheckpointError, OutputError before any work;
-    NumericalError, DiskFullError, ParityError.
+    an earlier run measured. resume: go on with what a stopped run left in OUT.work: at most one layer is measured and
+    one file written again. device: to measure on; the proof is the CPU's. Raises ConfigError, UnsupportedModel,
+    CheckpointError, OutputError before any work; NumericalError, DiskFullError, ParityError.
     """
     started = time.monotonic()
     check_output(out, overwrite=overwrite, inputs=(model.folder,), own=OWN)
@@ -92,12 +96,22 @@ def remove_experts(
     run = _Run(model, config, decoder, layers, describe_source(model), show, base_model)
     if loaded is not None and scores is not None:
         loaded.require(scores, run.source, layers, decoder.vocab_size)
-    with atomic_folder(out, overwrite=overwrite, own=OWN) as folder:
-        require_disk(folder, sum(info.size_bytes for info in decoder.reader))
-        found = loaded if windows is None else _measured(run, windows)
+    identity = {
+        "what": "removing experts", "source": run.source.model_dump(mode="json"), "config": asdict(config),
+        "calibration": None if windows is None else windows.record(), "base_model": base_model,
+        "scores": None if scores is None else sha256_file(scores), "device": device.type,
+    }  # fmt: skip
+    unfinished_run = unfinished(out, identity, resume=resume, overwrite=overwrite, own=OWN)
+    with unfinished_run as work, kept_if_wrong(work.folder, out):
+        folder = work.folder
+        clear(folder, ("dense",))
+        kept = Kept(work.journal, work.work)
+        states = 0 if windows is None else kept.room(decoder, windows.tokens)
+        require_disk(folder, states + sum(info.size_bytes for info in decoder.reader))
+        found = loaded if windows is None else _measured(run, windows, kept)
         assert found is not None  # one of the two is given
         found.save(folder / SCORES_NAME)
-        manifest = _write(run, folder / "dense", found)
+        manifest = _write(run, folder / "dense", found, Pieces(work.journal, "dense"))
         report = {
             "removed": manifest.config["experts"]["removed"],
             **{name: manifest.config[name] for name in ("method", "experts")},
@@ -113,22 +127,24 @@ def remove_experts(
     return {"out": str(out), **report}
 
 
-def _measured(run: _Run, windows: CalibrationSet) -> Scores:
+def _measured(run: _Run, windows: CalibrationSet, kept: Kept) -> Scores:
     with run.show("measuring experts") as step:
-        stats = measure(run.decoder, windows.tokens, step)
+        stats = measure(run.decoder, windows.tokens, step, kept)
     record = {"dtype": str(run.decoder.dtype).removeprefix("torch.")}
     return Scores(stats, windows.tokens[:1, :PROBE_TOKENS].clone(), windows.record(), run.source.files, record)
 
 
-def _write(run: _Run, folder: Path, scores: Scores) -> Manifest:
+def _write(run: _Run, folder: Path, scores: Scores, pieces: Pieces) -> Manifest:
     """The model folder. Its weights are written and read back before anything is computed with them."""
     decoder, layers = run.decoder, run.layers
     kept = chosen(scores.layers, layers, run.config)
     cut = cut_of(decoder, kept)
-    folder.mkdir()
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    clear(folder, pieces.names)
     with run.show("writing and proving") as step:
         tick = ticker(step, len(decoder.blocks) + 2 + GREEDY_TOKENS)
-        hashes = _write_weights(decoder, cut, folder)
+        hashes = _write_weights(decoder, cut, folder, pieces)
         tick()
         copy_companions(run.model.folder, folder)
         count = layers.experts - layers.count_removed(run.config.remove)
@@ -156,12 +172,13 @@ def _write(run: _Run, folder: Path, scores: Scores) -> Manifest:
     return finish(folder, manifest, WORDS, hashes)
 
 
-def _write_weights(decoder: Decoder, cut: Cut, folder: Path) -> dict[str, str]:
+def _write_weights(decoder: Decoder, cut: Cut, folder: Path, pieces: Pieces) -> dict[str, str]:
     """Stream what stays into `folder` and read it back; sha256 by file. Raises ParityError."""
-    with CheckpointWriter(folder, cut.plan(decoder), fingerprint=True) as writer:
+    with CheckpointWriter(folder, cut.plan(decoder), pieces=pieces) as writer:
+        missing = set(writer.pending)
         for info in decoder.reader:
             name = cut.names.get(info.name, info.name)
-            if name is not None:
+            if name in missing:
                 writer.write(name, cut.applied(info.name, decoder.reader.load(info.name)))
     return prove_written(folder, writer.fingerprints)
 

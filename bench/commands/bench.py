@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ...commands.options import Count, say
+from ...commands.options import Count, resumable_folder, resume_option, say
 from ...errors import ConfigError, CrepeError
-from ...option_groups import Grouped
+from ...option_groups import Argument, Grouped, SummedGroup
 from .init_ci import init_ci_command
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ DEFAULT_POINTS: Final = "1x64+32,4x64+32,1x512+1*2"
 EXAMPLES: Final = """\b
 Examples:
   crepe-deploy bench models/llama out/packed
-  crepe-deploy bench configs/bench-smollm2.yaml --rounds 12 --aa --out run.json
+  crepe-deploy bench models/llama out/packed --rounds 12 --aa --out run.json
   crepe-deploy bench run models/llama out/packed --text wiki.test.txt --engine transformers
-  crepe-deploy bench configs/bench-ci.yaml --gate configs/budgets.yaml --max-rounds 20
+  crepe-deploy bench scenario.yaml --gate budgets.yaml --max-rounds 20
 """
 
 
-class _RunByDefault(click.Group):
+class _RunByDefault(SummedGroup):
     """A group whose first argument is a command, or else belongs to `run`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -48,7 +48,10 @@ bench_command.add_command(init_ci_command)
 
 
 @bench_command.command("run", cls=Grouped, epilog=EXAMPLES)
-@click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | MODEL...")
+@click.argument(
+    "targets", cls=Argument, nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | MODEL...",
+    help="A scenario, a YAML file as docs/bench.md has it; or models: folders, hub ids, GGUF files.",
+)  # fmt: skip
 @click.option("--baseline", default=None, help="The dense folder; with CONFIG, a candidate's name. Default: the first.")
 @click.option("--engine", default=None, help="vllm or transformers, for candidates that name none.")
 @click.option(
@@ -65,6 +68,7 @@ bench_command.add_command(init_ci_command)
 @click.option("--window", type=Count(2), default=512, show_default=True, help="Tokens in each window of --text.")
 @click.option("--max-tokens", type=Count(2), default=None, help="Score only the first tokens of --text.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="The run. Default: NAME.json, here.")
+@resume_option
 @click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 @click.option(
     "--gate",
@@ -79,20 +83,19 @@ bench_command.add_command(init_ci_command)
 )
 @click.pass_obj
 def run_command(
-    typed: str, /, targets: tuple[Path, ...], out: Path | None, overwrite: bool, budgets: Path | None,
+    typed: str, /, targets: tuple[Path, ...], out: Path | None, resume: bool, overwrite: bool, budgets: Path | None,
     max_rounds: int | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Measure the scenario CONFIG, or MODEL..., each a folder, a hub id or a GGUF file, and write the run as JSON.
 
-    Every candidate runs in a process of its own; they take turns, so that noise meets all of them alike. A GitHub
-    workflow is written by `crepe-deploy bench init-ci`.
+    Every candidate runs in a process of its own; they take turns, so that noise meets all of them alike. Exit code 75
+    means stopped: the same command with --resume goes on. A GitHub workflow is written by `crepe-deploy bench init-ci`.
     """
     from ...store.files import check_output_file
     from ...store.folders import held
     from ..benchmark import Gating, bench
     from ..gate import render
     from ..gate.gates import raise_for
-    from ..run.result import save_run
     from ..run.summary import failures, summary_lines
 
     limits = _limits(budgets, max_rounds)
@@ -101,11 +104,11 @@ def run_command(
     scenario = build_scenario(targets, **options)
     path = check_output_file(out if out is not None else Path(f"{scenario.name}.json"), overwrite=overwrite)
     gating = None if limits is None else Gating(limits, max_rounds or scenario.rounds)
-    for line in choices(scenario):
+    named = options["engine"] is not None or _is_file(targets)
+    for line in [*([] if named else [f"engine: {scenario.engine} (--engine chooses)"]), *choices(scenario)]:
         say(line)
-    with held(path):
-        run, verdict = bench(scenario, typed, gating=gating)
-        save_run(run, path)
+    with held(path), resumable_folder(path):
+        run, verdict = bench(scenario, typed, gating=gating, out=path, resume=resume, overwrite=overwrite)
     if not as_json:
         click.echo("\n".join([*summary_lines(run), f"written: {path}"]))
     elif verdict is None:
@@ -198,7 +201,6 @@ def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | Non
     names = short_names(folders)
     if engine is None:
         engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
-        say(f"engine: {engine} (--engine chooses)")
     for name in names:
         require_engine(name, engine, {})
     return {

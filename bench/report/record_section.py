@@ -157,7 +157,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     clock = f"{environment.clock_mhz:.0f} MHz" if environment.clock_mhz else ""
     facts = [
         ("Scenario", run.name), ("Command", run.command), ("Taken", run.created),
-        ("Duration", f"{run.seconds / 60:.1f} min"), ("Commit", environment.commit or ""),
+        ("Duration", f"{run.seconds / 60:.1f} min"),
+        ("Resumed", ", ".join(f"after round {one.after_round} ({one.at})" for one in run.resumed)),
+        ("Commit", environment.commit or ""),
         ("CPU", f"{host.cpu}, {plural(host.cores, 'core')}"), ("Kernel instruction set", host.isa),
         ("GPU", ", ".join(host.gpu)), ("Memory", si(host.memory_bytes, "B")), ("System", host.system),
         ("Threads", str(environment.threads)), ("Clock", clock),

@@ -1,15 +1,16 @@
 """Measuring a scenario: every candidate in a process of its own, one working at a time, there and back: A B C C B A.
 
 All candidates stay loaded, so that a round's visits to a point follow one another within seconds and meet the same
-neighbours on the machine. Nothing is written here: a run exists when every visit was made.
+neighbours on the machine. Nothing is written here but the journal's rounds: a run exists when every visit was made.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Final
@@ -19,6 +20,7 @@ from ...nearest import meant
 from ...progress import Progress, silent
 from ...serve.engines import ENGINES
 from ...serve.engines.base import Settings
+from ...store.journal import Journal
 from . import served_worker
 from .candidate import (
     describe_folder,
@@ -30,7 +32,8 @@ from .candidate import (
     weight_files,
     weights_bytes,
 )
-from .environment import load_average, record_environment
+from .environment import record_environment
+from .noted import Noted
 from .result import Candidate, Memory, Point, Quality, Run, Series, Visit
 from .scenario import AGAIN, CandidateSpec, Scenario
 from .served_worker import SERVED, Backend, ServedWorker
@@ -41,6 +44,7 @@ _GIB: Final = 1 << 30
 
 Start = Callable[[CandidateSpec, Scenario], Worker]
 Qualities = dict[str, Quality]
+Facts = Mapping[str, Mapping[str, Any]]  # of each candidate, what is known without running it
 
 
 def check(scenario: Scenario) -> None:
@@ -102,22 +106,25 @@ class Session:
     """A scenario with every candidate loaded; more rounds can be added before asking for the run.
 
     Use it in `with`, after `check`: on leaving, every process that it started has ended. `step` is told of the visits
-    made.
+    made. facts: as of `facts_of`, where they are known. noted: what earlier starts measured, as of `noted_by`.
     """
 
-    def __init__(self, scenario: Scenario, command: str, start: Start | None = None) -> None:
+    def __init__(
+        self, scenario: Scenario, command: str, start: Start | None = None, facts: Facts | None = None,
+        noted: Noted | None = None,
+    ) -> None:  # fmt: skip
         self.scenario, self.command = scenario, command
         self.specs = scenario.specs()
         self.points = [spec.point() for spec in scenario.points]
-        self.visits: dict[tuple[str, str], list[Visit]] = {}
         self.rounds = 0
         self._start = start or start_worker
         self._workers: dict[str, Worker] = {}
-        self._facts: dict[str, dict[str, Any]] = {}
+        self._facts = facts
+        self._noted = noted or noted_by(scenario)
         self._stack = ExitStack()
 
     def __enter__(self) -> Session:
-        self._began, self._load = time.perf_counter(), load_average()
+        self._began = time.perf_counter()
         return self
 
     def __exit__(
@@ -127,8 +134,7 @@ class Session:
 
     def load(self, step: Progress = silent) -> None:
         """Read every candidate's files, then start one after the other. Raises VerifyError, CrepeError."""
-        for spec in self.specs:
-            self._facts[spec.name] = _facts(spec, self.scenario)
+        self._facts = self._facts or facts_of(self.scenario)
         for index, spec in enumerate(self.specs):
             worker = self._start(spec, self.scenario)
             self._stack.callback(worker.close)
@@ -141,10 +147,18 @@ class Session:
             pass
 
     def measure(self, rounds: int, step: Progress = silent) -> None:
-        """Add `rounds` rounds."""
-        for name, point, visit in self._turns(range(self.rounds, self.rounds + rounds), step):
-            self.visits.setdefault((name, point.name), []).append(visit)
+        """Add `rounds` rounds; those that an earlier start has measured are not measured again."""
         self.rounds += rounds
+        turns = self._turns(range(len(self._noted.rounds), self.rounds), step)
+        for _, taken in itertools.groupby(turns, key=lambda turn: turn[2].round):
+            visits: dict[str, dict[str, list[Visit]]] = {spec.name: {} for spec in self.specs}
+            for name, point, visit in taken:
+                visits[name].setdefault(point.name, []).append(visit)
+            self._noted.add_round(
+                seconds=time.perf_counter() - self._began, visits=visits,
+                load_s={name: worker.ready["load_s"] for name, worker in self._workers.items()},
+                peak_bytes={name: worker.peak_bytes() for name, worker in self._workers.items()},
+            )  # fmt: skip
 
     def _turns(self, rounds: range, step: Progress) -> Iterator[tuple[str, Point, Visit]]:
         vocabulary = int(limits(self.specs[0].folder)[0] or 0)
@@ -162,27 +176,33 @@ class Session:
         candidates = [
             self._candidate(spec, (qualities or {}).get(spec.name.removesuffix(AGAIN))) for spec in self.specs
         ]
-        threads = self.scenario.thread_count()
+        threads, earlier = self.scenario.thread_count(), self._noted.earlier
+        load = (earlier[0].start if earlier else self._noted.start).load
         return Run(
             name=self.scenario.name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=self.command,
-            seconds=time.perf_counter() - self._began,
-            environment=record_environment(threads, self._load, child_variables(self.scenario)),
+            seconds=sum(round.seconds for round in earlier) + time.perf_counter() - self._began,
+            environment=record_environment(threads, load, child_variables(self.scenario)),
             workload=self.scenario.workload(),
             baseline=self.scenario.baseline_name,
             candidates=candidates,
             noise=self._noise(candidates) if self.scenario.aa else None,
+            resumed=self._noted.resumed(),
         )
 
     def _candidate(self, spec: CandidateSpec, quality: Quality | None) -> Candidate:
-        worker = self._workers[spec.name]
+        assert self._facts is not None
+        worker, rounds = self._workers[spec.name], self._noted.rounds[: self.rounds]
         return Candidate(
             **self._facts[spec.name],
             quality=quality,
-            load_s=[worker.ready["load_s"]],
-            memory=_memory(spec, worker),
-            series=[Series(point=point.name, visits=self.visits[spec.name, point.name]) for point in self.points],
+            load_s=[*(round.load_s[spec.name] for round in self._noted.earlier), worker.ready["load_s"]],
+            memory=_memory(spec, worker, [round.peak_bytes[spec.name] for round in rounds]),
+            series=[
+                Series(point=point.name, visits=[v for round in rounds for v in round.visits[spec.name][point.name]])
+                for point in self.points
+            ],
             notes=self._notes(spec, worker),
         )
 
@@ -217,6 +237,17 @@ def is_again(spec: CandidateSpec, scenario: Scenario) -> bool:
     return scenario.aa and spec.name == scenario.baseline_name + AGAIN
 
 
+def noted_by(scenario: Scenario, journal: Journal | None = None, *, resumed: bool = False) -> Noted:
+    """What earlier starts of a scenario have noted in `journal`. Raises ConfigError where that is damaged."""
+    names = [spec.name for spec in scenario.specs()]
+    return Noted(names, [spec.point().name for spec in scenario.points], journal, resumed=resumed)
+
+
+def facts_of(scenario: Scenario) -> Facts:
+    """What is known of every candidate from its files, each read once. Raises VerifyError, CheckpointError."""
+    return {spec.name: _facts(spec, scenario) for spec in scenario.specs()}
+
+
 def _facts(spec: CandidateSpec, scenario: Scenario) -> dict[str, Any]:
     known = describe_folder(spec.folder)
     return {
@@ -229,12 +260,13 @@ def _facts(spec: CandidateSpec, scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def _memory(spec: CandidateSpec, worker: Worker) -> Memory:
+def _memory(spec: CandidateSpec, worker: Worker, peaks: Sequence[int | None]) -> Memory:
+    """peaks: after each round."""
     return Memory(
         weights_bytes=weights_bytes(spec.folder),
         linears_bytes=worker.ready.get("linear_bytes"),
         loaded_bytes=worker.ready.get("loaded_bytes"),
-        peak_bytes=worker.peak_bytes(),
+        peak_bytes=max((size for size in (*peaks, worker.peak_bytes()) if size is not None), default=None),
         kv_token_bytes=kv_token_bytes(spec.folder, str(worker.ready.get("dtype"))),
     )
 

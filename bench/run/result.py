@@ -33,11 +33,13 @@ Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Size = Annotated[int, Field(gt=0, lt=1 << 53)]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """A part of the file: what it does not know is refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Interval(_Record):
+class Interval(Record):
     """A figure with its 95 % bootstrap interval; None where there were too few samples for one."""
 
     value: float
@@ -54,7 +56,7 @@ def _positive(ratio: Interval) -> Interval:
 Ratio = Annotated[Interval, AfterValidator(_positive)]
 
 
-class Host(_Record):
+class Host(Record):
     """The machine. `isa`: the instruction set the packed kernels use; `gpu`: device names, none on a CPU machine."""
 
     cpu: str
@@ -69,7 +71,7 @@ class Host(_Record):
         return self.model_dump(exclude={"system", "memory_bytes"})
 
 
-class Environment(_Record):
+class Environment(Record):
     """Where a run was taken. `clock_mhz`: cores' frequency where readable; `load`: 1-minute average before, after."""
 
     host: Host
@@ -81,7 +83,7 @@ class Environment(_Record):
     commit: str | None = None
 
 
-class Point(_Record):
+class Point(Record):
     """One workload: `batch` sequences in lock step, or, where `concurrency` is given, that many independent requests
     in flight against a server, `requests` of them in a visit. Lengths are tokens of each sequence."""
 
@@ -93,7 +95,7 @@ class Point(_Record):
     requests: Count = 1
 
 
-class Workload(_Record):
+class Workload(Record):
     """What decides whether two runs measured the same thing; see `workload_sha256`."""
 
     points: list[Point]
@@ -102,7 +104,7 @@ class Workload(_Record):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class Request(_Record):
+class Request(Record):
     """One request: a sequence, or `sequences` of them in lock step. Times in seconds from its start.
 
     ttft_s: until the first new token. itl_s: gaps between later tokens, so `output_tokens - 1` of them (a server may
@@ -118,7 +120,7 @@ class Request(_Record):
     error: str | None = None
 
 
-class Visit(_Record):
+class Visit(Record):
     """One candidate's turn at one point. Two visits make a round, in the order A B B A. `round` 0 is the first."""
 
     round: Annotated[int, Field(gt=-(1 << 53), lt=1 << 53)]  # below 0 while warming up, which no run file keeps
@@ -126,14 +128,14 @@ class Visit(_Record):
     requests: list[Request]
 
 
-class Series(_Record):
+class Series(Record):
     """All visits to a candidate at the point of this name."""
 
     point: str
     visits: list[Visit]
 
 
-class Layer(_Record):
+class Layer(Record):
     """One linear layer: its shape as (out, in), and the fraction of zeros among its weights."""
 
     name: str
@@ -143,7 +145,7 @@ class Layer(_Record):
     error: Annotated[float, Field(ge=0, le=1e30)] | None = None
 
 
-class Memory(_Record):
+class Memory(Record):
     """Bytes. weights: of the files. linears: held by the decoder blocks' linear layers, None where an engine hides it.
 
     loaded, peak: resident (on a GPU: allocated) after loading and at most. kv_token: of the cache, each token.
@@ -156,7 +158,7 @@ class Memory(_Record):
     kv_token_bytes: Count | None = None
 
 
-class Quality(_Record):
+class Quality(Record):
     """Measured with `convention`; against the baseline's logits where `kl_mean` and the rest are given."""
 
     convention: dict[str, Any]
@@ -167,7 +169,7 @@ class Quality(_Record):
     same_top: Interval | None = None
 
 
-class Candidate(_Record):
+class Candidate(Record):
     """One model in one engine. `kind`: what a reader calls it, such as "crepe 16:32 packed"; `model_sha256`: of the
     file hashes, so that a run says which weights it measured. load_s: one a process start."""
 
@@ -191,11 +193,18 @@ class Candidate(_Record):
         return next((series for series in self.series if series.point == point), Series(point=point, visits=[]))
 
 
-class Run(_Record):
+class Resumed(Record):
+    """A start of the processes that went on with a stopped run, and how many rounds were measured by then."""
+
+    at: str
+    after_round: Count
+
+
+class Run(Record):
     """A whole benchmark. `baseline`: the name of the candidate that the others are compared with.
 
     noise: for each point and metric ("POINT/METRIC"), half-width of the 95 % interval of the log-ratio of two equal
-    candidates (an A/A run), None where none was taken.
+    candidates (an A/A run), None where none was taken. resumed: a round's visits are always of one start.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -209,6 +218,7 @@ class Run(_Record):
     baseline: str
     candidates: list[Candidate]
     noise: dict[str, Annotated[float, Field(ge=0, le=100)]] | None = None
+    resumed: list[Resumed] = Field(default_factory=list)
 
     def candidate(self, name: str) -> Candidate:
         """The candidate of this name. Raises ConfigError naming those there are."""

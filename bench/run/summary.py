@@ -26,10 +26,11 @@ def summary_lines(run: Run) -> list[str]:
     lines += [said, *quality] if quality else []
     host = run.environment
     rounds = max((len(rounds_of(s, METRICS["ttft_s"])) for c in run.candidates for s in c.series), default=0)
+    stops = "".join(f", resumed after round {one.after_round}" for one in run.resumed)
     lines.append(
-        f"{host.host.cpu}, {host.host.isa}, {host.threads} thread(s), {rounds} rounds, load {host.load[0]:.2f} before "
-        f"and {host.load[1]:.2f} after; gains (higher is better) are over {run.baseline}, paired by round, "
-        "with 95 % intervals"
+        f"{host.host.cpu}, {host.host.isa}, {host.threads} thread(s), {rounds} rounds{stops}, "
+        f"load {host.load[0]:.2f} before and {host.load[1]:.2f} after; gains (higher is better) are over "
+        f"{run.baseline}, paired by round, with 95 % intervals"
     )
     return lines
 

@@ -9,7 +9,6 @@ import click
 
 from crepe_deploy.option_groups import Grouped
 
-from . import completion
 from .options import (
     Number,
     base_model_option,
@@ -17,10 +16,13 @@ from .options import (
     device_option,
     dtype_option,
     json_option,
+    model_argument,
     options,
     overwrite_option,
     prepare_libraries,
     print_result,
+    resumable_folder,
+    resume_option,
     revision_option,
     say,
     seed_option,
@@ -34,7 +36,7 @@ Examples:
 """
 
 experts_options = options(
-    click.argument("model", shell_complete=completion.files),
+    model_argument,
     click.option("--out", type=click.Path(path_type=Path), required=True,
                  help="Folder for dense/, scores.safetensors and report.json."),
     click.option("--remove", type=Number(0, min_open=True), default=0.25, show_default=True,
@@ -49,6 +51,7 @@ experts_options = options(
     dtype_option,
     device_option,
     revision_option,
+    resume_option,
     overwrite_option,
     json_option,
 )  # fmt: skip
@@ -60,13 +63,15 @@ def experts_command(calib: tuple[str, ...], as_json: bool, **options: Any) -> No
     """Remove whole experts from MODEL, a mixture of experts: OUT/dense/ loads wherever MODEL does.
 
     Every layer loses equally many. What was measured is kept, so that another share costs no second measurement.
+    Exit code 75 means stopped: the same command with --resume goes on.
     """
     prepare_libraries()
     from crepe_deploy.api.experts import experts
     from crepe_deploy.api.inputs import Mixture
     from crepe_deploy.progress import progress
 
-    report = experts(calib=Mixture(calib) if calib else None, show=progress, say=say, **options)
+    with resumable_folder(options["out"]):
+        report = experts(calib=Mixture(calib) if calib else None, show=progress, say=say, **options)
     print_result(report, as_json, lines(report))
 
 

@@ -21,6 +21,8 @@ from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.experts import Spread
 from crepe_deploy.progress import Progress, silent
 
+from .kept import Kept
+
 PART_NUMBERS: Final = 1 << 24  # in memory at a time for the outputs of single experts, fp32
 
 
@@ -126,16 +128,24 @@ def metered(router: nn.Module, experts: nn.Module, spread: Spread) -> Iterator[M
         del experts.forward
 
 
-def measure(decoder: Decoder, tokens: Tensor, step: Progress = silent) -> dict[int, LayerStats]:
+def measure(
+    decoder: Decoder, tokens: Tensor, step: Progress = silent, kept: Kept | None = None
+) -> dict[int, LayerStats]:  # fmt: skip
     """The statistics of every layer with experts, by its number, on tokens (samples, length) through the dense model.
 
-    decoder: made with `experts=True`. Raises NumericalError naming a layer whose outputs are not finite.
+    decoder: made with `experts=True`. kept: what a stopped measurement left, and where this one's layers go.
+    Raises NumericalError naming a layer whose outputs are not finite, and what `kept` raises.
     """
     assert decoder.experts is not None
     spread = decoder.experts.spread(decoder.config)
     (stream,) = embed(decoder, [tokens])
     found: dict[int, LayerStats] = {}
-    for index in range(len(decoder.blocks)):
+    done = -1 if kept is None else kept.last(len(decoder.blocks))
+    if kept is not None and done >= 0:
+        kept.restore(done, stream)
+        stats = {index: kept.stats(index) for index in range(done + 1)}
+        found = {index: LayerStats(**tensors) for index, tensors in stats.items() if tensors}
+    for index in range(done + 1, len(decoder.blocks)):
         with decoder.block(index) as (block, _):
             layer = expert_layer(block, decoder.experts)
             if layer is None:
@@ -144,6 +154,8 @@ def measure(decoder: Decoder, tokens: Tensor, step: Progress = silent) -> dict[i
                 with metered(*layer, spread) as meter:
                     stream.run(block, index, advance=True)
                 found[index] = _closed(meter.stats, index)
+        if kept is not None:
+            kept.note(index, vars(found[index]) if index in found else {}, stream)
         step(index + 1, len(decoder.blocks))
     return found
 

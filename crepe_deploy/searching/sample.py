@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.stats import Stats
 from crepe_deploy.pruning.methods.base import ScoreMethod, SolveMethod
 from crepe_deploy.pruning.methods.crepe import Crepe
+from crepe_deploy.pruning.methods.neighbourhoods import Window
 from crepe_deploy.pruning.methods.ria import SUM_FLOOR
 from crepe_deploy.pruning.methods.wanda import Wanda
 
@@ -85,6 +87,8 @@ def score_band(method: ScoreMethod | SolveMethod, layer: LayerSample, band: Band
         return method.score(band.rows, Stats(col_norm=layer.col_norm))
     if not isinstance(method, Crepe):
         raise ConfigError(f"method {type(method).__name__} cannot be searched; known: crepe, wanda")
+    if method.gamma and method.neighbourhood not in get_args(Window):
+        raise ConfigError(f"neighbourhood '{method.neighbourhood}' cannot be searched; known: ratio, smooth")
     reach = method.kernel_size // 2 if method.gamma else 0
     first = max(0, band.above - reach)
     own = slice(band.above - first, band.above - first + band.height)

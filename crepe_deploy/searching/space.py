@@ -16,10 +16,11 @@ from typing import Any, get_args
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.pruning.methods import get_method
 from crepe_deploy.pruning.methods.base import ScoreMethod, SolveMethod
-from crepe_deploy.pruning.methods.crepe import Crepe, Neighbourhood
+from crepe_deploy.pruning.methods.crepe import Crepe
+from crepe_deploy.pruning.methods.neighbourhoods import Window
 from crepe_deploy.pruning.recipe import load_preset
 
-FORMS: tuple[str, ...] = get_args(Neighbourhood)
+FORMS: tuple[str, ...] = get_args(Window)
 KERNEL_SIZES = (3, 5, 7, 9, 11, 15, 31)
 LOG_BETA_ZERO, LOG_GAMMA_ZERO = -3.0, -6.0  # below these the coefficient is exactly 0
 DIGITS = 4  # of a coefficient: finer steps change no mask that could be told apart

@@ -25,10 +25,11 @@ OUTPUT: Final = "output"
 PRUNED: Final = "pruned"
 LAYER_DONE: Final = "levels.json"  # the last file of a layer of a structural search's supernet
 _UNMADE: Final = f".{JOURNAL}.crepe-deploy-*"  # a journal whose making was cut off
-# The names that runs give what they keep there: a structural search, healing, pruning, and pruning before exports.
+# The names that runs give what they keep there: a structural search, healing, measured experts, pruning, and pruning
+# before exports.
 OWN: Final = (
     JOURNAL, _UNMADE, "iteration-*", "split", "shared", "final", "repaired", "step-*", "best-*", OUTPUT, f"{OUTPUT}.*",
-    f".{OUTPUT}.*", PRUNED,
+    f".{OUTPUT}.*", "layer-*", "hidden-*", PRUNED,
     f"{PRUNED}-healed", f"{PRUNED}*.work", f"{PRUNED}*.partial", f"{PRUNED}*.old", f".{PRUNED}*.crepe-deploy",
 )  # fmt: skip
 
@@ -43,17 +44,20 @@ class Unfinished:
 
 
 @contextlib.contextmanager
-def unfinished(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[Unfinished]:
+def unfinished(
+    out: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool, own: tuple[str, ...] = ()
+) -> Iterator[Unfinished]:  # fmt: skip
     """Yield what a run makes `out` in, as it was left with `resume`, else empty; whole at the end, it becomes `out`.
 
-    identity: what must be equal for a run to go on. Where it does not come to its end, what has a finished piece stays;
-    but of what is the model's own fault, and would come again, nothing is left. Meanwhile nobody else writes `out`.
+    identity: what must be equal for a run to go on. own: as of `folders.foreign`. Where it does not come to its end,
+    what has a finished piece stays; but of what is the model's own fault, and would come again, nothing is left.
+    Meanwhile nobody else writes `out`.
     Raises OutputError and ConfigError as `open_journal` does, DiskFullError.
     """
     work = work_folder(out)
     with Uninterrupted() as signals, parents(out), claimed(out) as claim:
         claim.recover()
-        check_output(out, overwrite=overwrite)
+        check_output(out, overwrite=overwrite, own=own)
         journal = begin(work, identity, resume=resume, overwrite=overwrite)
         folder = work / OUTPUT
         try:
@@ -132,6 +136,23 @@ def removed_once_written(work: Path, out: Path) -> Iterator[None]:
         _remove(work)
         raise
     _remove(work)
+
+
+@contextlib.contextmanager
+def unfinished_file(out: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[Journal]:
+    """Yield the journal of a run that writes the file `out` inside, whole, once it is done; then the journal goes.
+
+    identity: as of `unfinished`. Where the run does not come to its end and has a finished piece, the journal stays.
+    Raises OutputError and ConfigError as `open_journal` does.
+    """
+    work = work_folder(out)
+    journal = begin(work, identity, resume=resume, overwrite=overwrite)
+    try:
+        with removed_once_written(work, out):
+            yield journal
+    finally:
+        if not len(journal):
+            _remove(work)
 
 
 def _remove(work: Path) -> None:

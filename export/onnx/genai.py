@@ -56,5 +56,9 @@ def _said_plainly(source: Path, folder: Path) -> Path:
 
 
 def _environment() -> dict[str, str]:
-    """No hub and no code from a checkpoint: the builder reads the folder that it is given."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    """No hub and no code from a checkpoint: the builder reads the folder that it is given.
+
+    No git either: it writes into the graph the commit of whatever repository the virtual environment lies in.
+    """
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return {**os.environ, **offline, "PYTHONWARNINGS": "ignore", "GIT_DIR": os.devnull}

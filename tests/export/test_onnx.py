@@ -124,6 +124,13 @@ def test_inspect_counts_what_the_graph_stores(portable: tuple[Path, Path]) -> No
     assert rows["model.embed_tokens.weight"]["pattern"] is None
 
 
+def test_a_graph_does_not_tell_the_commit_of_the_repository_that_the_environment_lies_in(tmp_path: Path) -> None:
+    built = pytest.importorskip("onnxruntime_genai")
+    export_checkpoint(pruned_model(tmp_path), tmp_path / "onnx", "onnx", options={"flavor": "genai"})
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    assert graph.producer_version == f"{built.__version__}+{built.__commit__[:7]}"
+
+
 @pytest.mark.parametrize("flavor", ["portable", "genai"])
 def test_inspect_names_the_pattern_of_the_manifest(tmp_path: Path, flavor: str) -> None:
     """Counting alone finds 7:8 or 12:16 in many a matrix of 16:32."""

@@ -14,6 +14,7 @@ from typing import Any
 from crepe_deploy import cli
 from crepe_deploy.errors import EXIT_RESUMABLE
 from tests.pico import VOCAB, make_pico, pico_llama_config, pico_tokenizer, sample_text
+from tests.pico_moe import make_moe
 
 from .strikes import Counter, arm
 
@@ -271,9 +272,10 @@ quality: {perplexity_ratio: 1.005}
 _REQUEST = """{"model": "m", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": true,
  "stream_options": {"include_usage": true}, "temperature": 0.5, "top_p": 0.9, "seed": 1, "n": 1, "stop": null}
 """
-_MODELS: dict[str, Callable[[Path], None]] = {
+_MODELS: dict[str, Callable[[Path], object]] = {
     "model": _model, "sharded": _sharded, "tied": lambda place: _model(place, tie_word_embeddings=True),
     "deep": lambda place: _model(place, num_hidden_layers=8),
+    "experts": lambda place: make_moe(place, num_hidden_layers=2),
 }  # fmt: skip
 _FILES: dict[str, Callable[[Path], object]] = {
     "text.txt": lambda place: place.write_text(sample_text(400)),

@@ -19,7 +19,7 @@ from crepe_deploy.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
 
 from . import strikes
 from .cases import use
-from .corpus import STOPPED, Corpus
+from .corpus import CALIBRATION, STOPPED, Corpus
 from .run import KEPT, clear, own
 from .server import Outcome, fingerprint, run_in_child
 
@@ -51,6 +51,8 @@ SCENARIOS: Final = {
     "report": Scenario(("report", "RUN", "--out", "out"), "charts.json"),
     "heal": Scenario(("heal", "IN", "--dense", "GOOD", "--text", "TEXT", "--steps", "2", "--window", "16",
                       "--batch-tokens", "32", "--dtype", "float32", "--out", "out"), "pruned", resumes=True),
+    "experts": Scenario(("experts", "IN", "--calib", "TEXT", *CALIBRATION, "--remove", "2", "--out", "out"), "experts",
+                        resumes=True),
     "bench": Scenario(("bench", "run", "SUITE", "--out", "out.json"), "bench.yaml"),
     "gate": Scenario(("gate", "RUN", "RUN", "--max-slowdown", "1", "--markdown", "gate.md", "--junit", "gate.xml"),
                      "run.json"),
@@ -99,7 +101,7 @@ class Bench:
         sample = self.corpus.path(scenario.sample)
         if name in ("search", "tyr"):
             argv = self.corpus.command(f"stopped-{name}")
-        elif first in ("report", "gate", "export", "heal", "bench"):
+        elif first in ("report", "gate", "export", "heal", "experts", "bench"):
             stands = {"GOOD": str(self.corpus.path("model")), "TEXT": str(self.corpus.path("text.txt"))}
             stands |= dict.fromkeys(("RUN", "IN", "SUITE"), str(sample))
             argv = [stands.get(part, part) for part in scenario.arguments]
@@ -213,12 +215,13 @@ def _is_output(name: str) -> bool:
 
 
 _OF_TIME: Final = re.compile(
-    r'"seconds": (?:[\d.]+|\{[^}]*\})|"parent": "[0-9a-f]{64}"|"lineage/[0-9a-f]{64}\.json": "[0-9a-f]{64}"'
+    r'"seconds": (?:[\d.]+|\{[^}]*\})|"peak_rss_bytes": \d+|"parent": "[0-9a-f]{64}"|'
+    r'"lineage/[0-9a-f]{64}\.json": "[0-9a-f]{64}"'
 )
 
 
 def _timeless(path: Path) -> str:
-    """A JSON file without the seconds that a run took, and the hashes of manifests, which hold them."""
+    """A JSON file without the seconds and the memory that a run took, and the hashes of manifests, which hold them."""
     return _OF_TIME.sub("", path.read_text()) if path.suffix == ".json" and path.is_file() else ""
 
 

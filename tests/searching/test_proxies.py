@@ -10,6 +10,7 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import NM
 from crepe_deploy.pruning.methods.base import ScoreMethod
+from crepe_deploy.pruning.methods.crepe import Crepe
 from crepe_deploy.searching.proxies import PROXIES, Rows, check_proxy, gini_index, proxy_errors, proxy_values
 from crepe_deploy.searching.sample import Band, LayerSample, band_starts, cut_band, score_band
 from crepe_deploy.searching.space import Setting, Space, anchors
@@ -53,6 +54,8 @@ def test_a_band_scores_as_the_whole_matrix_does(setting: Setting) -> None:
 
 def test_a_method_that_sees_other_rows_is_refused() -> None:
     layer, weight = make_layer()
+    with pytest.raises(ConfigError, match="neighbourhood 'matrix' cannot be searched; known: ratio, smooth"):
+        score_band(Crepe(gamma=0.3, neighbourhood="matrix"), layer, cut_band(weight, 0, 3, reach=0))
     with pytest.raises(ConfigError, match="RIA cannot be searched"):
         score_band(Setting("ria", {}).build(), layer, cut_band(weight, 0, 3, 7))
 

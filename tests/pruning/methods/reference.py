@@ -21,7 +21,11 @@ def crepe(
     for i in range(rows):
         for j in range(columns):
             window = (slice(max(0, i - k // 2), i + k // 2 + 1), slice(max(0, j - k // 2), j + k // 2 + 1))
-            if form == "smooth":
+            tile = (i, slice(j // k * k, j // k * k + k))
+            means = {"group": tile, "row": (i, slice(None)), "column": (slice(None), j), "matrix": slice(None)}
+            if form in means:
+                neighbours = relative[means[form]].mean()
+            elif form == "smooth":
                 neighbours = relative[window].mean()
             else:
                 total = magnitude[window].sum()

@@ -1,5 +1,8 @@
 """Magnitude, Wanda, RIA and CRePE against loops, and what CRePE promises about RIA."""
 
+import hashlib
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,15 +11,21 @@ from torch import Tensor
 
 from crepe_deploy.errors import CalibrationError
 from crepe_deploy.model.stats import Stats
+from crepe_deploy.pattern import NM
+from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.methods import METHODS, get_method
 from crepe_deploy.pruning.methods.base import ScoreMethod
-from crepe_deploy.pruning.methods.crepe import CHUNK, Crepe, Neighbourhood, box_sums
+from crepe_deploy.pruning.methods.crepe import Crepe
 from crepe_deploy.pruning.methods.magnitude import Magnitude
-from crepe_deploy.pruning.methods.ria import RIA
+from crepe_deploy.pruning.methods.neighbourhoods import CHUNK, Neighbourhood, Window, box_sums, with_neighbourhood
+from crepe_deploy.pruning.methods.ria import RIA, relative_importance
 from crepe_deploy.pruning.methods.wanda import Wanda
+from crepe_deploy.select import select
 from tests.pruning.methods import reference
 
-FORMS: tuple[Neighbourhood, ...] = ("ratio", "smooth")
+FORMS: tuple[Neighbourhood, ...] = get_args(Neighbourhood)
+WINDOWS: tuple[Window, ...] = get_args(Window)
+MEANS = [form for form in FORMS if form not in WINDOWS]
 SHAPES = [(1, 1), (1, 8), (8, 1), (6, 12), (13, 5)]
 
 
@@ -46,7 +55,7 @@ def test_simple_scores(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert_close(RIA(0.7).score(weight, stats), reference.ria(weight, norm(stats), 0.7))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WINDOWS)
 @pytest.mark.parametrize("k", [1, 3, 5, 7, 9, 15, 41])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_crepe(shape: tuple[int, int], k: int, form: Neighbourhood) -> None:
@@ -54,6 +63,39 @@ def test_crepe(shape: tuple[int, int], k: int, form: Neighbourhood) -> None:
     method = Crepe(alpha=0.8, beta=1.3, gamma=0.6, kernel_size=k, exponent=0.9, neighbourhood=form)
     expected = reference.crepe(weight, norm(stats), alpha=0.8, beta=1.3, gamma=0.6, k=k, exponent=0.9, form=form)
     assert_close(method.score(weight, stats), expected)
+
+
+@pytest.mark.parametrize("form", MEANS)
+@pytest.mark.parametrize("k", [2, 4, 8, 32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_means_without_locality(shape: tuple[int, int], k: int, form: Neighbourhood) -> None:
+    weight, stats = layer(*shape)
+    size = k if form == "group" else 7
+    method = Crepe(alpha=0.8, beta=1.3, gamma=0.6, kernel_size=size, exponent=0.9, neighbourhood=form)
+    expected = reference.crepe(weight, norm(stats), alpha=0.8, beta=1.3, gamma=0.6, k=size, exponent=0.9, form=form)
+    assert_close(method.score(weight, stats), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_neighbourhoods_mutate_nothing(form: Neighbourhood) -> None:
+    weight, _ = layer(40, 24)
+    relative = relative_importance(weight)
+    before = weight.clone(), relative.clone()
+    assert not torch.equal(with_neighbourhood(relative, weight, form, 0.5, 4 if form == "group" else 5), relative)
+    assert torch.equal(weight, before[0]) and torch.equal(relative, before[1])
+
+
+# Masks of CRePE's shipped presets at 2:4 on this layer, as the version that had windows alone chose them.
+CHOSEN = {"default": "b131a3f3fb95578b", "pho": "591a3bc9b8f85355", "ria": "28a714cb44be962c"}
+
+
+@pytest.mark.parametrize("preset", CHOSEN)
+def test_scores_of_shipped_presets_stay_bit_for_bit(preset: str) -> None:
+    weight, stats = layer(96, 160)
+    method = prune_config(preset=preset).method
+    assert isinstance(method, ScoreMethod)
+    mask = select(method.score(weight, stats), NM(2, 4))
+    assert hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:16] == CHOSEN[preset]
 
 
 @settings(max_examples=40, deadline=None)
@@ -74,7 +116,7 @@ def test_crepe_property(
     weight, stats = layer(*shape, seed=half)
     if zeroed:
         weight[0], weight[:, -1] = 0, 0
-    k = 2 * half + 1
+    k = 2 * half + (2 if form == "group" else 1)
     method = Crepe(alpha, beta, gamma, k, exponent, form)
     expected = reference.crepe(
         weight, norm(stats), alpha=alpha, beta=beta, gamma=gamma, k=k, exponent=exponent, form=form
@@ -90,7 +132,7 @@ def test_crepe_without_neighbourhood_is_ria_bit_for_bit(
 ) -> None:
     weight, stats = layer(150, 700)
     weight = weight.to(dtype)
-    crepe = Crepe(alpha=1, beta=1, gamma=0, kernel_size=5, exponent=exponent, neighbourhood=form)
+    crepe = Crepe(alpha=1, beta=1, gamma=0, kernel_size=5 + (form == "group"), exponent=exponent, neighbourhood=form)
     assert torch.equal(crepe.score(weight, stats), RIA(exponent).score(weight, stats))
 
 
@@ -122,7 +164,7 @@ def test_zeros_give_no_nan_and_inputs_stay(name: str) -> None:
 def test_transposed_weight(form: Neighbourhood) -> None:
     weight, stats = layer(9, 14)
     stored = weight.t().contiguous()
-    method = Crepe(neighbourhood=form)
+    method = Crepe(gamma=0.3, kernel_size=4 if form == "group" else 7, neighbourhood=form)
     torch.testing.assert_close(method.score(stored.t(), stats), method.score(weight, stats))
 
 
