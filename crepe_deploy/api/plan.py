@@ -10,7 +10,7 @@ from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.moe.layers import layers_if_any
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern
-from crepe_deploy.progress import Say, unsaid
+from crepe_deploy.progress import Later, Say
 from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
@@ -20,7 +20,7 @@ from .inputs import Granularity, outlined, pattern_of
 # Per target: does it load, is it smaller, is it faster. Ratios are not repeated here: they depend on the machine.
 TARGETS: dict[str, str] = {
     "dense: transformers, vLLM, any reader": "loads unchanged; no smaller, no faster: the zeros are stored",
-    "packed: CPU, our kernels": "smaller as below; decoding is faster where weights are the bottleneck (any N:M alike)",
+    "packed: CPU, our kernels": "smaller as said; decoding is faster where weights are the bottleneck (any N:M alike)",
     "onnx: ONNX Runtime on CPU or CUDA": "loads there; no smaller, no faster for its zeros: they are stored",
 }
 UNMEASURED = "smaller on the device too; nothing was measured on a GPU here, so no speed is promised (docs/gpu.md)"
@@ -81,9 +81,11 @@ def plan(
     place = resolve(device)
     with outlined(model, revision, say) as (folder, shown):
         decoder = Decoder(folder, experts=True)
-        result = _plan(decoder, given, choices_of(given, decoder, say), shown, described(place), say or unsaid)
+        later = Later(say)
+        result = _plan(decoder, given, choices_of(given, decoder, later), shown, described(place), later)
         if heal:
             result["heal_memory_estimate_bytes"] = heal_memory(folder)
+        later.begin()
     return result
 
 

@@ -43,7 +43,7 @@ def prune_command(out: Path, as_json: bool, **options: Any) -> None:
     from crepe_deploy.api.prune import prune
     from crepe_deploy.progress import progress
 
-    with resumable_folder(out), progress(f"pruning {options['model']}") as step:
+    with resumable_folder(out), progress(f"pruning {options['model']}", waits=True) as step:
         manifest = prune(out=out, progress=step, say=say, **values(options))
     asked = {name: manifest.config[name] for name in ("pattern", "method")}
     text = [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros, verified"]
