@@ -22,6 +22,7 @@ from .methods.numbers import check_kept, exponent_of, naming, scaled, with_drift
 from .methods.ria import RIA
 from .steps.folds import Foldable, foldables
 from .steps.permute import Permuter
+from .targets import kind_of
 
 TINY = 1e-30  # of a sum of squares in fp32: below it they were rounded away
 
@@ -74,7 +75,8 @@ class LayerPruner:
         score: Tensor | None = None
         if isinstance(self.config.method, ScoreMethod):
             with self.phases("score"):
-                score = self.config.method.score(scaled(weight, exponent), stats)
+                method = self.config.kinds.get(kind_of(spec.path), self.config.method)
+                score = method.score(scaled(weight, exponent), stats)
         notes: dict[str, float] = {}
         if self.config.steps.permute is not None:
             with self.phases("permute"):

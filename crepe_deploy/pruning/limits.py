@@ -11,6 +11,7 @@ from crepe_deploy.pattern import NM
 from .config import PruneConfig
 from .steps.folds import foldables
 from .steps.rescale import last_norm
+from .targets import kind_of
 
 
 def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfig) -> list[str]:
@@ -19,9 +20,14 @@ def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfi
     Raises UnsupportedModel where a step would do nothing at all with this family, ConfigError where that is for want of
     layers to prune.
     """
-    said: list[str] = []
     if any(spec.expert is not None for block in targets for spec in block):
         _of_experts(config)
+    known_kinds = {kind_of(spec.path) for block in targets for spec in block}
+    said = [
+        f"the preset's coefficients for {kind} are for no layer that is pruned here"
+        for kind in config.kinds
+        if kind not in known_kinds
+    ]
     if config.steps.permute is not None and isinstance(config.pattern, NM):
         said += _of_folding(decoder, targets, config.pattern)
     if config.steps.rescale is not None:

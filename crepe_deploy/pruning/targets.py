@@ -24,6 +24,11 @@ def name_filter(include: str | None, exclude: str | None) -> Callable[[str], boo
     return lambda name: bool(wanted.search(name)) and not (unwanted and unwanted.search(name))
 
 
+def kind_of(path: str) -> str:
+    """The kind of a layer: the last name of its module's path, as `down_proj`."""
+    return path.rpartition(".")[2]
+
+
 def choose_targets(
     decoder: Decoder, pattern: Pattern, include: str | None, exclude: str | None
 ) -> list[list[LinearSpec]]:
