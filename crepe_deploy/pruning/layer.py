@@ -58,14 +58,13 @@ class LayerPruner:
         The scales of quantised values join `weights`, by `scales_name`.
         Raises NumericalError naming the layer.
         """
-        stored = weights[spec.key]
-        weight = stored.T if spec.transposed else stored
+        weight = spec.of(weights)
         with naming(spec.key):
             pruned, weighting, notes = self._pruned(block, spec, weights, weight, stats)
             with self.phases("error"):
                 error = layer_error(weight, pruned, weighting)
         weight.copy_(pruned)
-        follow(block.get_submodule(spec.path).get_parameter("weight"), stored)
+        follow(spec.computed(block), weight)
         return LayerResult(error, "none" if weighting is None else "input-norm", count_zeros(pruned), notes)
 
     def _pruned(

@@ -23,6 +23,8 @@ def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfi
     Raises UnsupportedModel where a step would do nothing at all with this family, ConfigError where that is for want of
     layers to prune.
     """
+    if any(spec.expert is not None for block in targets for spec in block):
+        _of_experts(config)
     known_kinds = {kind_of(spec.path) for block in targets for spec in block}
     said = [
         f"the preset's coefficients for {kind} are for no layer that is pruned here"
@@ -50,6 +52,20 @@ def _check_values(decoder: Decoder, targets: list[list[LinearSpec]]) -> None:
             )
         if dtype == torch.float64:
             raise ConfigError(f"--values: {spec.key} is float64; convert the model to bfloat16, float16 or float32")
+
+
+def _of_experts(config: PruneConfig) -> None:
+    """Raise ConfigError for what does not look inside experts."""
+    outside = "; or leave experts whole: --exclude [.]experts[.]"
+    if config.feed == "both":
+        raise ConfigError(
+            "--feed both does not walk through experts, so neither do --repair and --rescale: give --reconstruct with "
+            f"--feed pruned, or neither recipe nor method, and what can be done there is chosen{outside}"
+        )
+    if config.steps.allocate is not None:
+        raise ConfigError(f"--allocate does not look inside experts: leave it out{outside}")
+    if config.steps.values is not None:
+        raise ConfigError(f"--values does not look inside experts: leave it out{outside}")
 
 
 def _of_folding(decoder: Decoder, targets: list[list[LinearSpec]], pattern: NM) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError, NumericalError, ParityError, UnsupportedModel
-from ...model.decoder import Decoder
+from ...model.decoder import Decoder, refuse_experts
 from ...packed import parts
 from ...packed.config import COLUMN_MULTIPLE, PackedConfig, Values, packed_config
 from ...packed.format import DTYPES
@@ -86,6 +86,7 @@ class Packed(Exporter[PackedPlan]):
         step = config.steps.values
         grid = None if step is None else step.grid(torch.bfloat16)
         packed_config(config.pattern, values=None if grid is None else Values(grid.bits, grid.group))
+        refuse_experts(model)
 
     def plan(self, source: Source, weights: Path) -> PackedPlan:
         values, scales = _values_of(weights)

@@ -23,6 +23,7 @@ from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.store.values import VALUES_NAME, check_values, read_values
 from crepe_deploy.texts import calibration_windows, load_tokenizer
 from tests.pico import QUICK_TYR, VOCAB, make_pico, make_pico_llama
+from tests.pico_moe import make_moe
 
 GPT2 = tf.GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1)
 RUNS: dict[str, dict[str, Any]] = {
@@ -123,6 +124,14 @@ def test_layers_that_do_not_fit_are_named_before_any_work(tmp_path: Path, text: 
     double = make_pico_llama(tmp_path / "double", torch.float64)
     with pytest.raises(ConfigError, match="is float64; convert"):
         pruned(double, tmp_path / "no", text, method="magnitude", values="int8", dtype="float32")
+
+
+def test_experts_are_left_out_by_name(tmp_path: Path, text: Path) -> None:
+    model = make_moe(tmp_path / "moe", "mixtral")
+    with pytest.raises(ConfigError, match=r"--values does not look inside experts.*--exclude \[\.\]experts\[\.\]"):
+        pruned(model, tmp_path / "no", text, method="magnitude", values="int8")
+    pruned(model, tmp_path / "out", text, method="magnitude", values="int8", exclude="[.]experts[.]")
+    check_values(tmp_path / "out")
 
 
 @pytest.fixture
