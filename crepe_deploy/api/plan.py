@@ -7,6 +7,7 @@ from typing import Any, NotRequired, TypedDict
 
 from crepe_deploy.device import described, resolve
 from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.model.inside import matrices
 from crepe_deploy.moe.layers import layers_if_any
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import NM, Pattern
@@ -29,8 +30,9 @@ ADVICE = (
     "choose 16:32. Choose 2:4 only for the sparse tensor cores of NVIDIA GPUs."
 )
 EXPERTS_ADVICE = (
-    "This model is a mixture of experts: prune does not handle it; crepe-deploy experts removes whole experts, and the "
-    "folder loads wherever the model does (docs/experts.md)."
+    "This model is a mixture of experts: crepe-deploy experts removes whole experts, crepe-deploy prune writes zeros "
+    "inside them; the dense folders of both load wherever the model does, and no other export takes them "
+    "(docs/experts.md)."
 )
 
 
@@ -100,9 +102,10 @@ def _plan(
         say(f"calibration windows would be clipped to the model's context: {context} tokens instead of {length}")
         length = context
     reader = decoder.reader
-    linears = [spec for block in decoder.linears for spec in block if layers is None]
-    misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]
-    prunable = [spec for spec in linears if spec.key not in misfits]
+    found = {spec.tensor: spec for index in range(len(decoder.blocks)) for spec in matrices(decoder, index)}
+    misfits = [name for name, spec in found.items() if isinstance(pattern, NM) and spec.in_features % pattern.m]
+    tensors = found.keys() - set(misfits)
+    prunable = [spec for name, spec in found.items() if name in tensors and layers is None]  # experts are not packed
     total = sum(info.size_bytes for info in reader)
     dense = sum(reader.info(spec.key).size_bytes for spec in prunable)
     unpackable = [spec.key for spec in prunable if not packable(spec, pattern)]
@@ -113,7 +116,7 @@ def _plan(
         "chosen": chosen,
         "pattern": str(pattern),
         "device": device,
-        "prunable_tensors": len(prunable),
+        "prunable_tensors": len(tensors),
         "does_not_divide": misfits,
         "not_packable": unpackable,
         "checkpoint_bytes": total,

@@ -23,7 +23,7 @@ def search(
     sparsity: Pattern | str | float = "2:4", granularity: Granularity = "row", calib_field: str = "text",
     calib_samples: int = 16, calib_length: int = 512,
     text_field: str = "text", text_samples: int = 4, text_length: int = 512,
-    optimizer: Literal["pho", "hill-climb"] = "pho", proxy: str = "auto", evaluations: int | None = None,
+    optimizer: Literal["pho", "hill-climb", "kinds"] = "pho", proxy: str = "auto", evaluations: int | None = None,
     minutes: float | None = None, fit: int = 16, finalists: int = 8, kernels: Sequence[int] = KERNEL_SIZES,
     seed: int = 0, workers: int = 2, include: str | None = None, exclude: str | None = None, dtype: str = "auto",
     device: str = "auto",
@@ -34,8 +34,9 @@ def search(
 
     model, calib, sparsity, granularity, calib_*, include, exclude, dtype, device, revision: as in `prune`. text: what
     masks are judged on, given as `calib` is; never a test split. optimizer: "pho", proxies filter and KL to the dense
-    model decides, or "hill-climb", the slow baseline. evaluations: None is 240 or 60. minutes: of wall clock. fit,
-    finalists: settings judged before and after the filter. kernels: window sizes, odd, ascending. workers: threads.
+    model decides; "hill-climb", the slow baseline; "kinds", a setting for each kind of layer by KL. evaluations: None
+    is 240 for pho, else 60. minutes: of wall clock. fit, finalists: settings judged before and after the filter.
+    kernels: window sizes, odd, ascending. workers: threads.
     resume: go on with OUT.journal, which a stopped search leaves; on the command line that is exit code 75.
     show: wraps a label for each long step and yields its progress. say: told stages and each new best.
     Raises ConfigError, OutputError, PatternError, CalibrationError, MissingExtra (exit code 2), NumericalError (1).

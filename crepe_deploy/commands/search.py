@@ -31,6 +31,7 @@ EXAMPLES = """\b
 Examples:
   crepe-deploy search models/llama --calib wiki.txt --text wiki.valid.txt --out mine.json
   crepe-deploy search models/llama --sparsity 16:32 --minutes 30 --calib c4.txt --text wiki.valid.txt --out mine.json
+  crepe-deploy search models/llama --optimizer kinds --calib wiki.txt --text wiki.valid.txt --out mine.json
   crepe-deploy search models/llama --calib wiki.txt --text wiki.valid.txt --out mine.json --resume
 """
 
@@ -51,10 +52,10 @@ Examples:
 @sparsity_options
 @click.option(
     "--optimizer",
-    type=click.Choice(["pho", "hill-climb"]),
+    type=click.Choice(["pho", "hill-climb", "kinds"]),
     default="pho",
     show_default=True,
-    help="pho: proxies filter, KL decides. hill-climb: the slow baseline, perplexity at every step.",
+    help="pho: proxies filter, KL decides. hill-climb: the slow baseline. kinds: each kind of layer its own, by KL.",
 )
 @click.option(
     "--proxy",
@@ -62,7 +63,7 @@ Examples:
     show_default=True,
     help="auto (what ranks best), gini, diagonal-error, sketch-error, token-error, retained-mass, fitted.",
 )
-@click.option("--evaluations", type=Count(1), default=None, help="Default: pho 240, hill-climb 60.")
+@click.option("--evaluations", type=Count(1), default=None, help="Default: pho 240, else 60.")
 @click.option(
     "--minutes",
     type=Number(0, min_open=True),
@@ -115,8 +116,13 @@ def lines(out: Path, document: dict[str, Any]) -> list[str]:
         f"  {name}: KL {judged['kl']:.4f}, perplexity {judged['perplexity']:.2f}" for name, judged in figures.items()
     ]
     params = " ".join(f"{name}={value}" for name, value in document["params"].items())
+    kinds = [
+        f"  {kind}: " + " ".join(f"{name}={value}" for name, value in own.items())
+        for kind, own in document.get("kinds", {}).items()
+    ]
     return [
         f"{out}: {document['method']} {params}",
+        *kinds,
         f"on the search text, after {provenance['evaluations']} evaluations and {provenance['judged']} judged settings "
         f"in {provenance['seconds']} s (lower is better):",
         *shown,

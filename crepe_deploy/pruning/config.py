@@ -49,6 +49,7 @@ class PruneConfig:
     "both" each its own, layer by layer (see `model.paired`).
     include, exclude: regular expressions searched in the tensor's checkpoint name; exclude wins.
     dtype: of computation, "auto" = the checkpoint's.
+    kinds: by kind of layer (`targets.kind_of`), the method with other hyperparameters; `method` elsewhere.
     Raises ConfigError for what does not go together.
     """
 
@@ -60,6 +61,7 @@ class PruneConfig:
     include: str | None = None
     exclude: str | None = None
     dtype: str = "auto"
+    kinds: Mapping[str, ScoreMethod] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         steps = self.steps
@@ -117,6 +119,7 @@ class PruneConfig:
             "recipe": self.origin.recipe,
             "resolved_method": {"class": type(self.method).__name__, **parameters},
             "resolved_steps": self.steps.record(),
+            **({"kinds": {kind: dict(vars(own)) for kind, own in self.kinds.items()}} if self.kinds else {}),
             **({"chosen": dict(self.origin.chosen)} if self.origin.chosen else {}),
         }
 
@@ -154,7 +157,7 @@ def prune_config(
     asked = {} if loaded is None else loaded.options(kept)
     if method not in (None, asked.get("method")):
         asked = {name: value for name, value in asked.items() if name not in ("preset", "params")}
-    name, built, preset_name = _method(
+    name, built, kinds, preset_name = _method(
         method or asked.get("method"), preset or asked.get("preset"), {**asked.get("params", {}), **(params or {})}
     )
     given = {
@@ -172,21 +175,31 @@ def prune_config(
         include=include,
         exclude=exclude,
         dtype=dtype,
+        kinds=kinds,
     )
 
 
 def _method(
     method: str | None, preset: str | Path | None, params: Mapping[str, Any]
-) -> tuple[str, ScoreMethod | SolveMethod, str | None]:
-    """(name, built method, preset name or None). Raises ConfigError if the preset is for another method."""
+) -> tuple[str, ScoreMethod | SolveMethod, dict[str, ScoreMethod], str | None]:
+    """(name, built method, those by kind of layer, preset name or None).
+
+    Raises ConfigError if the preset is for another method.
+    """
     wanted = preset if preset is not None else DEFAULT_PRESETS.get(method or DEFAULT_METHOD)
     if wanted is None:
         name = method or DEFAULT_METHOD
-        return name, get_method(name, **params), None
+        return name, get_method(name, **params), {}, None
     loaded = load_preset(wanted)
     if method is not None and method != loaded.method:
         raise ConfigError(f"preset '{preset}' is for method '{loaded.method}', not '{method}'")
-    return loaded.method, get_method(loaded.method, **{**loaded.params, **params}), loaded.name
+    built = get_method(loaded.method, **{**loaded.params, **params})
+    kinds = {
+        kind: own
+        for kind, params_there in loaded.kinds.items()
+        if isinstance(own := get_method(loaded.method, **{**loaded.params, **params_there, **params}), ScoreMethod)
+    }
+    return loaded.method, built, kinds, loaded.name
 
 
 def _feed(wanted: str, method: ScoreMethod | SolveMethod, steps: Steps) -> Feed:

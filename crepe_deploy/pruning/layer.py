@@ -22,6 +22,7 @@ from .methods.numbers import check_kept, exponent_of, naming, scaled, with_drift
 from .methods.ria import RIA
 from .steps.folds import Foldable, foldables
 from .steps.permute import Permuter
+from .targets import kind_of
 
 TINY = 1e-30  # of a sum of squares in fp32: below it they were rounded away
 
@@ -54,14 +55,13 @@ class LayerPruner:
 
         Raises NumericalError naming the layer.
         """
-        stored = weights[spec.key]
-        weight = stored.T if spec.transposed else stored
+        weight = spec.of(weights)
         with naming(spec.key):
             pruned, weighting, notes = self._pruned(block, spec, weights, weight, stats)
             with self.phases("error"):
                 error = layer_error(weight, pruned, weighting)
         weight.copy_(pruned)
-        follow(block.get_submodule(spec.path).get_parameter("weight"), stored)
+        follow(spec.computed(block), weight)
         return LayerResult(error, "none" if weighting is None else "input-norm", count_zeros(pruned), notes)
 
     def _pruned(
@@ -75,7 +75,8 @@ class LayerPruner:
         score: Tensor | None = None
         if isinstance(self.config.method, ScoreMethod):
             with self.phases("score"):
-                score = self.config.method.score(scaled(weight, exponent), stats)
+                method = self.config.kinds.get(kind_of(spec.path), self.config.method)
+                score = method.score(scaled(weight, exponent), stats)
         notes: dict[str, float] = {}
         if self.config.steps.permute is not None:
             with self.phases("permute"):

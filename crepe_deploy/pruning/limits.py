@@ -11,6 +11,7 @@ from crepe_deploy.pattern import NM
 from .config import PruneConfig
 from .steps.folds import foldables
 from .steps.rescale import last_norm
+from .targets import kind_of
 
 
 def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfig) -> list[str]:
@@ -19,7 +20,14 @@ def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfi
     Raises UnsupportedModel where a step would do nothing at all with this family, ConfigError where that is for want of
     layers to prune.
     """
-    said = []
+    if any(spec.expert is not None for block in targets for spec in block):
+        _of_experts(config)
+    known_kinds = {kind_of(spec.path) for block in targets for spec in block}
+    said = [
+        f"the preset's coefficients for {kind} are for no layer that is pruned here"
+        for kind in config.kinds
+        if kind not in known_kinds
+    ]
     if config.steps.permute is not None and isinstance(config.pattern, NM):
         said += _of_folding(decoder, targets, config.pattern)
     if config.steps.rescale is not None:
@@ -27,6 +35,18 @@ def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfi
     if config.feed == "both":
         said += _of_pairing(decoder)
     return said
+
+
+def _of_experts(config: PruneConfig) -> None:
+    """Raise ConfigError for what does not look inside experts."""
+    outside = "; or leave experts whole: --exclude [.]experts[.]"
+    if config.feed == "both":
+        raise ConfigError(
+            "--feed both does not walk through experts, so neither do --repair and --rescale: give --reconstruct with "
+            f"--feed pruned, or neither recipe nor method, and what can be done there is chosen{outside}"
+        )
+    if config.steps.allocate is not None:
+        raise ConfigError(f"--allocate does not look inside experts: leave it out{outside}")
 
 
 def _of_folding(decoder: Decoder, targets: list[list[LinearSpec]], pattern: NM) -> list[str]:

@@ -13,6 +13,7 @@ output  walk        embeddings, blocks, head, from the disk: logits against memo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -44,6 +45,7 @@ from .block import Streams, prune_block, start_streams
 from .config import PruneConfig
 from .layer import LayerResult
 from .metering import RunMeter
+from .records import by_tensor, of_experts, records_of
 from .replay import are_patterns, note, replayed
 from .run_plan import RunPlan, plan_run
 from .steps.allocate import allocate, summary
@@ -144,7 +146,7 @@ def prune_into(
     with phases("hash"):
         parent = inherit(origin.folder, folder, origin.source.files)
         files = hash_folder(folder)
-    tensors = _records(plan, pruned.layers, zeros)
+    tensors = records_of(plan, pruned.layers, zeros)
     manifest = Manifest(
         stage="prune",
         format="dense",
@@ -229,36 +231,16 @@ def _rescale(plan: RunPlan, streams: Streams, head: Head) -> Rescaled | None:
 
 def _prove(folder: Path, plan: RunPlan, pruned: Pruned) -> tuple[dict[str, int], dict[str, Any]]:
     """Zeros of every target by tensor name, and the parity of the logits, as a fresh reader finds both on the disk."""
-    specs = {spec.key: spec for block in plan.targets for spec in block}
-    zeros: dict[str, int] = {}
+    specs, zeros = by_tensor(plan), dict[str, int]()
 
     def count(weights: dict[str, Tensor]) -> None:
-        for key in weights.keys() & specs.keys():
-            weight = weights[key].T.contiguous() if specs[key].transposed else weights[key]
-            zeros[key] = check_pattern(key, weight, plan.patterns[key])
+        for key, spec in ((spec.key, spec) for name in weights.keys() & specs.keys() for spec in specs[name]):
+            zeros[key] = check_pattern(key, spec.of(weights).contiguous(), plan.patterns[key])
             if zeros[key] != pruned.layers[key].zeros:
                 raise VerifyError(f"{key}: {zeros[key]} zeros were written of {pruned.layers[key].zeros}")
 
     parity = check_parity(folder, plan.config.dtype, plan.probe, pruned.logits, count, plan.decoder.device)
     return zeros, parity
-
-
-def _records(plan: RunPlan, layers: Mapping[str, LayerResult], zeros: Mapping[str, int]) -> dict[str, TensorRecord]:
-    """What the manifest says of each target, in the order of the blocks."""
-    records = {}
-    for spec in (spec for block in plan.targets for spec in block):
-        layer, shape = layers[spec.key], (spec.out_features, spec.in_features)
-        records[spec.key] = TensorRecord(
-            shape=shape[::-1] if spec.transposed else shape,
-            transposed=spec.transposed,
-            pattern=str(plan.patterns[spec.key]),
-            zeros=zeros[spec.key],
-            sparsity=zeros[spec.key] / (spec.out_features * spec.in_features),
-            layer_error=layer.error,
-            layer_error_weighting=layer.weighting,
-            notes=layer.notes,
-        )
-    return records
 
 
 def _metrics(
@@ -268,7 +250,8 @@ def _metrics(
     seconds: Mapping[str, float],
     parity: dict[str, Any],
 ) -> dict[str, Any]:
-    size = sum(record.shape[0] * record.shape[1] for record in records.values())
+    size = sum(math.prod(record.shape) for record in records.values())
+    experts, said = of_experts(plan, pruned.layers)
     return {
         "sparsity_of_pruned_tensors": sum(record.zeros for record in records.values()) / size,
         "patterns": summary(dict(plan.patterns)),
@@ -276,7 +259,8 @@ def _metrics(
         "mean_layer_error": sum(record.layer_error or 0.0 for record in records.values()) / len(records),
         **({"repair": [asdict(block) for block in pruned.repaired]} if pruned.repaired else {}),
         **({} if pruned.rescaled is None else {"rescale": asdict(pruned.rescaled)}),
-        **({"limits": plan.limits} if plan.limits else {}),
+        **experts,
+        **({"limits": plan.limits + said} if plan.limits + said else {}),
         "device": described(plan.decoder.device),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "parity": parity,

@@ -19,6 +19,7 @@ from crepe_deploy.pattern import NM, Pattern
 from crepe_deploy.store.reading import YAML_BYTES, parse_json, parse_yaml, read_text
 
 from .methods import get_method
+from .methods.base import ScoreMethod
 
 
 class _Stored(BaseModel):
@@ -32,9 +33,13 @@ class _Stored(BaseModel):
 
 
 class Preset(_Stored):
-    """A method and its hyperparameters, those left out at their defaults."""
+    """A method and its hyperparameters, those left out at their defaults.
+
+    kinds: by kind of layer (`targets.kind_of`), hyperparameters that go before `params` there; of scores only.
+    """
 
     method: str
+    kinds: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class Recipe(_Stored):
@@ -84,7 +89,11 @@ def load_preset(name_or_path: str | Path) -> Preset:
     Raises ConfigError naming what is wrong in it or what its method refuses.
     """
     preset = _load(Preset, "preset", name_or_path)
-    get_method(preset.method, **preset.params)
+    built = get_method(preset.method, **preset.params)
+    if preset.kinds and not isinstance(built, ScoreMethod):
+        raise ConfigError(f"preset {name_or_path}: method '{preset.method}' has no coefficients by kind of layer")
+    for own in preset.kinds.values():
+        get_method(preset.method, **{**preset.params, **own})
     return preset
 
 

@@ -62,9 +62,9 @@ def replayed(
 def _fill(plan: RunPlan, index: int, weights: dict[str, Tensor], writer: CheckpointWriter) -> None:
     block, prefix = plan.decoder.blocks[index], f"{plan.decoder.blocks_path}.{index}."
     for name, parameter in block.named_parameters():
-        stored = weights[plan.decoder.key(prefix + name)]
-        stored.copy_(writer.read(plan.decoder.key(prefix + name)))
-        follow(parameter, stored)
+        for piece in plan.decoder.pieces(prefix + name, tuple(parameter.shape)):
+            weights[piece.key].copy_(writer.read(piece.key))
+            follow(piece.of(parameter.data), weights[piece.key])
 
 
 def are_patterns(value: Any, names: Set[str]) -> bool:

@@ -52,11 +52,15 @@ class Filter:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All judged settings and their losses, how many the optimiser evaluated, and the filter of each round."""
+    """All judged settings and their losses, how many the optimiser evaluated, and the filter of each round.
+
+    chosen: one of the judged, None for that of the least loss.
+    """
 
     judged: list[tuple[Setting, Losses]]
     evaluations: int
     filters: list[Filter]
+    chosen: Setting | None = None
 
 
 def latin_hypercube(space: Space, count: int, seed: int) -> list[Setting]:

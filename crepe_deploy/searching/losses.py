@@ -20,6 +20,7 @@ from crepe_deploy.model.stats import Stats
 from crepe_deploy.pattern import Pattern
 from crepe_deploy.progress import Progress, silent
 from crepe_deploy.pruning.methods.base import ScoreMethod, SolveMethod
+from crepe_deploy.pruning.targets import kind_of
 from crepe_deploy.select import select
 
 from .space import Setting
@@ -62,20 +63,21 @@ class MaskedModel:
     @torch.inference_mode()
     def __call__(self, settings: list[Setting], step: Progress = silent) -> list[Losses]:
         """The losses of every setting. Raises ConfigError for a method that is no score, NumericalError for NaN."""
-        methods = [_score_method(setting) for setting in settings]
+        kinds = {kind_of(spec.path) for block in self.targets for spec in block}
+        methods = [{kind: _score_method(setting, kind) for kind in kinds} for setting in settings]
         dense = embed(self.decoder, [self.tokens])[0]
         streams = [Stream(list(dense.hidden), dense.calls) for _ in settings]
         for index, specs in enumerate(self.targets):
             with self.decoder.block(index) as (block, weights):
-                for method, stream in zip(methods, streams, strict=True):
-                    self._run_masked(method, stream, block, index, specs, weights)
+                for by_kind, stream in zip(methods, streams, strict=True):
+                    self._run_masked(by_kind, stream, block, index, specs, weights)
                 dense.run(block, index, advance=True)
             step(index + 1, len(self.targets))
         return self._compare(settings, dense, streams)
 
     def _run_masked(
         self,
-        method: ScoreMethod,
+        methods: Mapping[str, ScoreMethod],
         stream: Stream,
         block: nn.Module,
         index: int,
@@ -90,7 +92,7 @@ class MaskedModel:
                 weight = stored.T if spec.transposed else stored
                 norm = self.col_norms[spec.key]
                 stats = memo.setdefault(norm.data_ptr(), Stats(col_norm=norm))
-                mask = select(method.score(weight, stats), self.pattern)
+                mask = select(methods[kind_of(spec.path)].score(weight, stats), self.pattern)
                 computed: Tensor = block.get_submodule(spec.path).get_parameter("weight")
                 dense.append((computed, computed.clone()))
                 computed.masked_fill_(~(mask.T if spec.transposed else mask), 0)
@@ -119,8 +121,8 @@ class MaskedModel:
         return self.decoder.logits(ids[None], hidden[None])[0, :-1]
 
 
-def _score_method(setting: Setting) -> ScoreMethod:
-    method = setting.build()
+def _score_method(setting: Setting, kind: str) -> ScoreMethod:
+    method = setting.build(kind)
     if isinstance(method, SolveMethod):
         raise ConfigError(f"method '{setting.method}' updates weights and cannot be searched; search scores only")
     return method

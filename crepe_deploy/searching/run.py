@@ -30,13 +30,14 @@ from crepe_deploy.texts import CalibrationSet
 from .evaluate import Evaluator
 from .hill_climb import hill_climb
 from .hybrid import SAMPLER, SearchResult, correlations, pho
+from .kinds import walk
 from .losses import Losses
 from .optimise import Expired, require_cmaes
 from .proxies import check_proxy
 from .space import KERNEL_SIZES, Setting, Space, anchors
 from .statistics import SampleRule
 
-EVALUATIONS = {"pho": 240, "hill-climb": 60}
+EVALUATIONS = {"pho": 240, "hill-climb": 60, "kinds": 60}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class SearchConfig:
     """
 
     pattern: Pattern
-    optimizer: Literal["pho", "hill-climb"] = "pho"
+    optimizer: Literal["pho", "hill-climb", "kinds"] = "pho"
     proxy: str = "auto"
     evaluations: int | None = None
     minutes: float | None = None
@@ -119,7 +120,7 @@ def search(
             decoder, targets, config.pattern, calibration, text, rule, journal, folder, config.workers, show
         )
         run = _Search(config, space, evaluator, started, say)
-        result = _pho(run) if config.optimizer == "pho" else _climb(run)
+        result = OPTIMIZERS[config.optimizer](run)
         document = _document(out, run, identity, result)
         Preset.model_validate(document)  # what cannot be used is not written
         write_json(out, document)
@@ -139,6 +140,8 @@ def _prepare(
             raise ConfigError(
                 f"{name} windows of {tokens.shape[1]} tokens exceed the model's context of {decoder.context_length}"
             )
+    if config.optimizer == "kinds" and len(text.tokens) < 2:
+        raise ConfigError("--optimizer kinds compares two halves of the search text: give 2 --text-samples or more")
     shortest = min(min(spec.in_features, spec.out_features) for block in targets for spec in block)
     return decoder, targets, Space(config.kernel_sizes, shortest)
 
@@ -215,28 +218,46 @@ def _climb(run: _Search) -> SearchResult:
     return SearchResult(list(judged.values()), len(ranking.ranked), [])
 
 
+def _kinds(run: _Search) -> SearchResult:
+    return walk(run.evaluator, evaluations=_budget(run.config), expired=run.expired(0), say=run.say)
+
+
+OPTIMIZERS: dict[str, Callable[[_Search], SearchResult]] = {"pho": _pho, "hill-climb": _climb, "kinds": _kinds}
+
+
 def _document(out: Path, run: _Search, identity: dict[str, Any], result: SearchResult) -> dict[str, Any]:
-    """The preset: the judged setting with the least KL (PHO) or perplexity (hill climbing), and how it was found."""
+    """The preset: what was chosen, else the judged setting with the least KL (PHO) or perplexity (hill climbing).
+
+    With how it was found; the proxies know no kinds of layers and no means.
+    """
     by_kl = run.config.optimizer == "pho"
-    setting, losses = min(result.judged, key=lambda pair: pair[1].mean_kl if by_kl else pair[1].mean_nll)
     known = {judged.key: own for judged, own in result.judged}
+    setting = result.chosen or min(result.judged, key=lambda pair: pair[1].mean_kl if by_kl else pair[1].mean_nll)[0]
+    proxies = (
+        {}
+        if run.config.optimizer == "kinds"
+        else {
+            "filters": [asdict(chosen) for chosen in result.filters],
+            "spearman_with_kl": correlations(run.evaluator, result.judged),
+            "proxies": run.evaluator.proxies([setting])[0],
+            "proxy_standard_errors": run.evaluator.errors(setting),
+            "sample": asdict(run.evaluator.rule),
+        }
+    )
     provenance = {
         **identity,
         "evaluations": result.evaluations,
         "judged": len(result.judged),
-        "result": _figures(losses),
+        "result": _figures(known[setting.key]),
         "anchors": {name: _figures(known[anchor.key]) for name, anchor in anchors().items()},
-        "filters": [asdict(chosen) for chosen in result.filters],
-        "spearman_with_kl": correlations(run.evaluator, result.judged),
-        "proxies": run.evaluator.proxies([setting])[0],
-        "proxy_standard_errors": run.evaluator.errors(setting),
-        "sample": asdict(run.evaluator.rule),
+        **proxies,
         "device": described(run.evaluator.decoder.device),
         "seconds": round(time.monotonic() - run.started, 1),
         "versions": versions(),
     }
     params = {name: value for name, value in vars(setting.build()).items() if name in setting.params}
-    return {"name": out.stem, "method": setting.method, "params": params, "provenance": provenance}
+    kinds = {"kinds": setting.kinds} if setting.kinds else {}
+    return {"name": out.stem, "method": setting.method, "params": params, **kinds, "provenance": provenance}
 
 
 def _figures(losses: Losses) -> dict[str, float]:

@@ -38,19 +38,24 @@ class Axis:
 
 @dataclass(frozen=True)
 class Setting:
-    """A method and all its hyperparameters: one point that can be scored, judged and written as a preset."""
+    """A method and all its hyperparameters: one point that can be scored, judged and written as a preset.
+
+    kinds: by kind of layer, hyperparameters that go before `params` there.
+    """
 
     method: str
     params: dict[str, Any]
+    kinds: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """One text for equal settings, the journal's name for them."""
-        return json.dumps({"method": self.method, **self.params}, sort_keys=True)
+        own = {"kinds": self.kinds} if self.kinds else {}
+        return json.dumps({"method": self.method, **self.params, **own}, sort_keys=True)
 
-    def build(self) -> ScoreMethod | SolveMethod:
-        """The method itself. Raises ConfigError for values out of range."""
-        return get_method(self.method, **self.params)
+    def build(self, kind: str | None = None) -> ScoreMethod | SolveMethod:
+        """The method itself, for layers of a kind or for all others. Raises ConfigError for values out of range."""
+        return get_method(self.method, **{**self.params, **self.kinds.get(kind or "", {})})
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _place(source: Path, target: Path, *, link: bool) -> None:
 
 
 def _recount(folder: Path, name: str, stored: Tensor, record: TensorRecord) -> None:
-    weight = stored.T.contiguous() if record.transposed else stored
+    weight = stored.mT.contiguous() if record.transposed else stored
     zeros = record.recounted(name, check_pattern(name, weight, parse_record(record.pattern)), stored.shape).zeros
     if zeros != record.zeros:
         raise VerifyError(f"{folder / name}: {zeros} zeros were counted and the manifest says {record.zeros}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError, ParityError, UnsupportedModel
-from ...model.decoder import Decoder
+from ...model.decoder import Decoder, refuse_experts
 from ...packed.config import COLUMN_MULTIPLE, PackedConfig, packed_config
 from ...packed.format import (
     DTYPES,
@@ -80,6 +80,7 @@ class Packed(Exporter[PackedPlan]):
 
     def check_pruning(self, model: Path, pattern: Pattern) -> None:
         packed_config(pattern)
+        refuse_experts(model)
 
     def plan(self, source: Source, weights: Path) -> PackedPlan:
         config = patterns_of(weights, source.manifest)

@@ -67,7 +67,7 @@ def _changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str,
 
 EXPERTS = {
     **PLAIN,
-    **dict.fromkeys(("prune", "export_packed", "export_int8"), "crepe-deploy experts"),
+    **dict.fromkeys(("prune_and_export", "search", "export_packed", "export_int8"), "crepe-deploy experts"),
     "tyr": "structural pruning knows",
     "export_gguf": "is not written as GGUF",
     "experts": WORKS,

@@ -109,6 +109,15 @@ def test_preset_from_a_file(tmp_path: Path) -> None:
     assert load_preset(write(tmp_path, "name: mine\nmethod: wanda\nprovenance: {note: by hand}")) == preset
 
 
+def test_a_preset_by_kind_of_layer(tmp_path: Path) -> None:
+    content = {"name": "mine", "method": "crepe", "params": {"exponent": 0.75}, "kinds": {"q_proj": {"gamma": 0.5}}}
+    config = prune_config(preset=write(tmp_path, json.dumps(content)), params={"beta": 2.0})
+    assert config.method == Crepe(exponent=0.75, beta=2.0)
+    assert config.kinds == {"q_proj": Crepe(exponent=0.75, gamma=0.5, beta=2.0)}
+    assert config.record()["kinds"] == {"q_proj": vars(config.kinds["q_proj"])}
+    assert "kinds" not in prune_config().record()
+
+
 def test_numbers_of_json_are_numbers(tmp_path: Path) -> None:
     """YAML 1.1 reads 1e-05 as a word."""
     content = json.dumps({**GOOD, "method": "ria", "params": {"exponent": 1e-05}})
@@ -128,6 +137,9 @@ def test_numbers_of_json_are_numbers(tmp_path: Path) -> None:
         (json.dumps({**GOOD, "method": "obs"}), "method 'obs' is unknown"),
         (json.dumps({**GOOD, "params": {"gamma": 1}}), "no hyperparameter 'gamma'"),
         (json.dumps({**GOOD, "method": "ria", "params": {"exponent": "x"}}), "exponent is 'x'"),
+        (json.dumps({**GOOD, "method": "ria", "kinds": {"q_proj": {"exponent": "x"}}}), "exponent is 'x'"),
+        (json.dumps({**GOOD, "kinds": {"q_proj": 1}}), "kinds.q_proj: Input should be a valid dictionary"),
+        (json.dumps({**GOOD, "method": "sparsegpt", "kinds": {"q_proj": {}}}), "no coefficients by kind of layer"),
     ],
 )
 def test_damaged_preset_files(tmp_path: Path, text: str, message: str) -> None:
