@@ -20,7 +20,7 @@ from typing import Any, Final
 from ..errors import CheckpointError, ConfigError, ServeError
 from ..extras import require
 from ..packed.config import QUANT_METHOD, PackedConfig
-from ..store.checkpoint import read_config
+from ..store.checkpoint import CheckpointReader, read_config
 from ..store.manifest import MANIFEST_NAME, load_manifest
 from .key import KEY_VARIABLE, MIDDLEWARE
 from .ort import flavor_of, is_onnx, require_onnx
@@ -86,6 +86,8 @@ def check(options: ServeOptions) -> None:
         PackedConfig.from_dict(quantised).refuse_values("vLLM")
     check_passed_on(options.extra, ONNX if is_onnx(options.folder) else VLLM)
     check_address(options.host, options.port, options.api_key)
+    if not is_onnx(options.folder):
+        CheckpointReader(options.folder)  # headers alone
 
 
 def check_address(host: str, port: int, api_key: str | None) -> None:

@@ -20,6 +20,7 @@ from ...nearest import meant
 from ...progress import Progress, silent
 from ...serve.engines import ENGINES
 from ...serve.engines.base import Settings
+from ...store.checkpoint import CheckpointReader
 from ...store.journal import Journal
 from . import served_worker
 from .candidate import (
@@ -71,6 +72,8 @@ def _check_folder(spec: CandidateSpec, scenario: Scenario) -> None:
         raise CheckpointError(f"candidate '{spec.name}': {spec.folder} is no model folder{_remedy(scenario)}")
     if not weight_files(spec.folder):
         raise CheckpointError(f"candidate '{spec.name}': {spec.folder} holds no weights{_remedy(scenario)}")
+    if any(spec.folder.glob("*.safetensors")):
+        CheckpointReader(spec.folder)  # headers alone
 
 
 def require_engine(candidate: str, engine: str, options: dict[str, Any]) -> None:
