@@ -31,6 +31,7 @@ from .commands.search import search_command
 from .commands.tyr import tyr_command
 from .commands.verify import verify_command
 from .errors import EXIT_INTERRUPTED, GPU_IS_FULL, CrepeError, InputError, Stopped
+from .option_groups import SummedGroup
 from .project import project_url
 from .store.files import to_json
 
@@ -42,7 +43,7 @@ Examples:
 """
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
+@click.group(cls=SummedGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Before the command: show where an unexpected error came from.")
 def cli(debug: bool) -> None:  # `run` reads it: errors may come before parsing

@@ -42,7 +42,7 @@ def resolve(name: str) -> torch.device:
 
 
 def chosen(name: str, say: Say) -> torch.device:
-    """As `resolve`; what `auto` came to is said in one line."""
+    """As `resolve`; what `auto` came to is said in one line, which a `Later` keeps until work begins."""
     device = resolve(name)
     if name == AUTO:
         say(f"computing on {described(device)}")

@@ -83,8 +83,8 @@ def check_text(source: str | Path) -> None:
     _check_kind(path)
     if not path.exists():
         raise CalibrationError(
-            f"{path} is missing: --calib and --text take a file of text or the name of a dataset, and --calib "
-            "self too, for which the model writes the text itself"
+            f"{path} is missing: text comes from a file ({', '.join(FILE_KINDS)}) or the name of a dataset, and with "
+            "--calib self from the model itself"
         )
     with open_file(path, CalibrationError) as file:
         if not os.fstat(file.fileno()).st_size:

@@ -111,7 +111,8 @@ class MissingExtra(InputError):
     """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'crepe-deploy[{extra}]'")
+        verb = "are" if " and " in package else "is"
+        super().__init__(f"{purpose} needs {package}, which {verb} not installed: pip install 'crepe-deploy[{extra}]'")
 
 
 class NumericalError(CrepeError):

@@ -37,5 +37,6 @@ def require(purpose: str, *modules: str, extra: str | None = None) -> None:
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        packages = " and ".join(EXTRAS[module][0] for module in missing)
+        *first, last = (EXTRAS[module][0] for module in missing)
+        packages = f"{', '.join(first)} and {last}" if first else last
         raise MissingExtra(packages, extra or EXTRAS[missing[0]][1], purpose)

@@ -1,7 +1,7 @@
 """Progress on stderr: what is done, the share done, the time it took and the time left.
 
 On a terminal it is a bar, elsewhere plain lines: one at the start, more as the share grows, and one a minute at least,
-whatever the work does. Both say the same words from one estimate.
+whatever the work does. Both say the same words from one estimate. `Later` keeps what is said of work until it begins.
 """
 
 from __future__ import annotations
@@ -89,16 +89,69 @@ class Meter:
         return step
 
 
+class Later:
+    """A `Say` that keeps its lines until work begins: of what is refused before that, nothing but the refusal is said.
+
+    step, show: as given, and work begins with the first that they are told or wrap.
+    """
+
+    def __init__(self, say: Say | None) -> None:
+        self._say, self._lines = say or unsaid, list[str]()
+        self._begun = False
+
+    def __call__(self, line: str) -> None:
+        """Say the line, once work has begun."""
+        self._lines.append(line)
+        if self._begun:
+            self.begin()
+
+    def begin(self) -> None:
+        """Say all that was kept."""
+        self._begun = True
+        for line in self._lines:
+            self._say(line)
+        self._lines.clear()
+
+    def step(self, step: Progress | None) -> Progress:
+        """A progress that begins the work."""
+        return _Beginning(step or silent, self.begin)
+
+    def show(self, show: Show | None) -> Show:
+        """What wraps a long step, and begins the work."""
+
+        def shown(label: str) -> AbstractContextManager[Progress]:
+            self.begin()
+            return (show or hidden)(label)
+
+        return shown
+
+
+class _Beginning:
+    """A progress; `begin` is called before anything of it is shown or told."""
+
+    def __init__(self, step: Progress, begin: Callable[[], None]) -> None:
+        self.inner, self.begin = step, begin
+
+    def __call__(self, done: int, total: int) -> None:
+        self.begin()
+        self.inner(done, total)
+
+
 def part(step: Progress, label: str) -> Progress:
     """`step` for the next part of its work: a display shows `label` and estimates anew, another callable is told on."""
-    if isinstance(step, Display):
+    if isinstance(step, _Beginning):
+        step.begin()
+        part(step.inner, label)
+    elif isinstance(step, Display):
         step.begin(label)
     return step
 
 
 def going_on(step: Progress, done: int) -> None:
     """`done` pieces of the work that begins now were done before: what is left is estimated by those done from here."""
-    if isinstance(step, Display):
+    if isinstance(step, _Beginning):
+        going_on(step.inner, done)
+    elif isinstance(step, Display):
         step.go_on(done)
 
 
@@ -176,9 +229,13 @@ class Display(ABC):
 
 @contextmanager
 def progress(
-    label: str, *, quiet: bool = False, stream: TextIO | None = None, clock: Clock = time.monotonic
-) -> Iterator[Progress]:
-    """Yield a `Progress` that shows `label`, the share done, the time it took and the time left, on stderr."""
+    label: str, *, quiet: bool = False, waits: bool = False, stream: TextIO | None = None,
+    clock: Clock = time.monotonic,
+) -> Iterator[Progress]:  # fmt: skip
+    """Yield a `Progress` that shows `label`, the share done, the time it took and the time left, on stderr.
+
+    waits: no start is said before it is told of a part or a piece of the work, which may be refused until then.
+    """
     place = sys.stderr if stream is None else stream
     if quiet:
         yield silent
@@ -186,17 +243,19 @@ def progress(
         with _bar(label, place, clock) as bar:
             yield bar
     else:
-        with _beating(Lines(label, place, clock)) as lines:
+        with _beating(Lines(label, place, clock, waits=waits)) as lines:
             yield lines
 
 
 class Lines(Display):
     """Plain lines for logs."""
 
-    def __init__(self, label: str, stream: TextIO, clock: Clock) -> None:
+    def __init__(self, label: str, stream: TextIO, clock: Clock, *, waits: bool = False) -> None:
         super().__init__(label, clock)
         self._stream, self._lock = stream, threading.Lock()
-        self.began()
+        self._last, self._estimated = clock(), False
+        if not waits:
+            self.began()
 
     def began(self) -> None:
         """A line for what is begun."""

@@ -12,7 +12,7 @@ import torch
 
 from ..device import CPU
 from ..errors import CrepeError, ParityError
-from ..progress import Progress, part, silent
+from ..progress import Progress, silent
 from ..pruning.config import PruneConfig
 from ..pruning.prune import Origin, describe_origin, prune_into
 from ..pruning.run_plan import RunPlan, plan_run
@@ -109,10 +109,9 @@ def prune_and_export(
                 with disk_errors(target):
                     target.mkdir(exist_ok=True)
                 with kept_if_wrong(target, out):
-                    shown = part(step, f"exporting as {exporter.name}")
                     source = read_source(exporter, pruned, fresh=True)
                     pieces = Pieces(work.journal, key)
-                    written = run(exporter, source, target, pieces, step=shown, base_model=base_model)
+                    written = run(exporter, source, target, pieces, step=step, base_model=base_model)
                 work.journal.add("format", key, _summary(exporter, written, out / exporter.name, target))
             exports[exporter.name] = work.journal.get("format", key)
         healed = {} if healing is None else {"healed": load_manifest(pruned).config["healed"]}

@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 from ..errors import CrepeError
-from ..option_groups import Grouped
+from ..option_groups import MODEL, Argument, Grouped
 
 EXAMPLES: Final = """\b
 Examples:
@@ -21,8 +21,10 @@ Examples:
 
 
 @click.command("serve", cls=Grouped, context_settings={"ignore_unknown_options": True}, epilog=EXAMPLES)
-@click.argument("model")
-@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
+@click.argument("model", cls=Argument, help=MODEL)
+@click.argument(
+    "vllm_options", cls=Argument, nargs=-1, type=click.UNPROCESSED, help="Options of vLLM, passed on to it."
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Anything but this machine needs --api-key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--api-key", default=None, envvar="VLLM_API_KEY", help="What clients must send; also VLLM_API_KEY.")

@@ -30,5 +30,5 @@ def test_the_refusal_names_all_that_is_missing_and_the_command(monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra) as caught:
         require("the report", "jinja2", "matplotlib")
-    said = "the report needs jinja2 and matplotlib, which is not installed: pip install 'crepe-deploy[bench]'"
+    said = "the report needs jinja2 and matplotlib, which are not installed: pip install 'crepe-deploy[bench]'"
     assert str(caught.value) == said

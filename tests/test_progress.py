@@ -9,10 +9,23 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from crepe_deploy.progress import BEAT_S, LINE_S, QUIET_S, Estimate, Lines, Meter, going_on, part, parts, progress
+from crepe_deploy.progress import (
+    BEAT_S,
+    LINE_S,
+    QUIET_S,
+    Estimate,
+    Later,
+    Lines,
+    Meter,
+    going_on,
+    part,
+    parts,
+    progress,
+)
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.sources import resolve_model
@@ -115,6 +128,49 @@ def test_what_fails_does_not_say_that_it_is_done() -> None:
     with pytest.raises(ValueError, match="no"), progress("pruning", stream=stream):
         raise ValueError("no")
     assert stream.getvalue() == "pruning: started\n"
+
+
+def test_what_is_refused_before_its_work_begins_says_nothing() -> None:
+    stream, said = io.StringIO(), list[str]()
+    later = Later(said.append)
+    with pytest.raises(ValueError, match="no"), progress("pruning", waits=True, stream=stream) as step:
+        later.step(step)
+        later.show(None)
+        later("computing on cpu")
+        raise ValueError("no")
+    assert (stream.getvalue(), said) == ("", [])
+
+
+@pytest.mark.parametrize("by", ["part", "piece", "show"])
+def test_what_is_kept_is_said_when_the_work_begins(by: str) -> None:
+    stream = io.StringIO()
+    later = Later(lambda line: print(line, file=stream))
+    with progress("pruning model", waits=True, stream=stream, clock=Clock()) as shown:
+        step = later.step(shown)
+        later("computing on cpu")
+        if by == "part":
+            part(step, "pruning to 2:4")
+        elif by == "piece":
+            step(1, 2)
+        else:
+            with later.show(parts(shown))("pruning to 2:4"):
+                later("more")
+        later("later")
+    begun = [] if by == "piece" else ["pruning to 2:4: started"]
+    more = ["more"] if by == "show" else []
+    end = ["later", "pruning model: done, 0:00:00 elapsed"]
+    assert stream.getvalue().splitlines() == ["computing on cpu", *begun, *more, *end]
+
+
+def test_a_call_of_ones_own_is_told_before_it_what_was_kept() -> None:
+    told: list[Any] = []
+    later = Later(told.append)
+    step = later.step(lambda done, total: told.append((done, total)))
+    later("computing on cpu")
+    going_on(step, 1)
+    assert told == []
+    step(1, 2)
+    assert told == ["computing on cpu", (1, 2)]
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import click
 
 from ...commands.options import Count, resumable_folder, resume_option, say
 from ...errors import ConfigError, CrepeError
-from ...option_groups import Grouped
+from ...option_groups import Argument, Grouped, SummedGroup
 from .init_ci import init_ci_command
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ DEFAULT_POINTS: Final = "1x64+32,4x64+32,1x512+1*2"
 EXAMPLES: Final = """\b
 Examples:
   crepe-deploy bench models/llama out/packed
-  crepe-deploy bench configs/bench-smollm2.yaml --rounds 12 --aa --out run.json
+  crepe-deploy bench models/llama out/packed --rounds 12 --aa --out run.json
   crepe-deploy bench run models/llama out/packed --text wiki.test.txt --engine transformers
-  crepe-deploy bench configs/bench-ci.yaml --gate configs/budgets.yaml --max-rounds 20
+  crepe-deploy bench scenario.yaml --gate budgets.yaml --max-rounds 20
 """
 
 
-class _RunByDefault(click.Group):
+class _RunByDefault(SummedGroup):
     """A group whose first argument is a command, or else belongs to `run`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -48,7 +48,10 @@ bench_command.add_command(init_ci_command)
 
 
 @bench_command.command("run", cls=Grouped, epilog=EXAMPLES)
-@click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | MODEL...")
+@click.argument(
+    "targets", cls=Argument, nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG | MODEL...",
+    help="A scenario, a YAML file as docs/bench.md has it; or models: folders, hub ids, GGUF files.",
+)  # fmt: skip
 @click.option("--baseline", default=None, help="The dense folder; with CONFIG, a candidate's name. Default: the first.")
 @click.option("--engine", default=None, help="vllm or transformers, for candidates that name none.")
 @click.option(
@@ -101,7 +104,8 @@ def run_command(
     scenario = build_scenario(targets, **options)
     path = check_output_file(out if out is not None else Path(f"{scenario.name}.json"), overwrite=overwrite)
     gating = None if limits is None else Gating(limits, max_rounds or scenario.rounds)
-    for line in choices(scenario):
+    named = options["engine"] is not None or _is_file(targets)
+    for line in [*([] if named else [f"engine: {scenario.engine} (--engine chooses)"]), *choices(scenario)]:
         say(line)
     with held(path), resumable_folder(path):
         run, verdict = bench(scenario, typed, gating=gating, out=path, resume=resume, overwrite=overwrite)
@@ -197,7 +201,6 @@ def _of_folders(targets: Sequence[Path], baseline: str | None, engine: str | Non
     names = short_names(folders)
     if engine is None:
         engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
-        say(f"engine: {engine} (--engine chooses)")
     for name in names:
         require_engine(name, engine, {})
     return {

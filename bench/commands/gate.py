@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ...commands.options import Number
+from ...commands.options import Finite
 from ...errors import ConfigError
-from ...option_groups import Grouped
+from ...option_groups import Argument, Grouped
 
 if TYPE_CHECKING:
     from ..gate.budgets import Budgets
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 EXAMPLES: Final = """\b
 Examples:
-  crepe-deploy gate base.json new.json --budgets configs/budgets.yaml
-  crepe-deploy gate run.json --pruned packed --budgets configs/budgets-pruned.yaml --markdown comment.md
+  crepe-deploy gate base.json new.json --budgets budgets.yaml
+  crepe-deploy gate run.json --pruned packed --budgets budgets.yaml --markdown comment.md
   crepe-deploy gate base.json new.json --max-slowdown 0.05 --host-mismatch ratios
   crepe-deploy gate run.json --calibrate dense-again
   crepe-deploy gate run.json --suggest-budgets
@@ -28,10 +28,15 @@ Examples:
 
 
 @click.command("gate", cls=Grouped, epilog=EXAMPLES)
-@click.argument("baseline", type=_PATH)
-@click.argument("candidate", type=_PATH, required=False)
-@click.option("--budgets", type=_PATH, default=None, help="YAML or JSON: how much worse is allowed; see configs/.")
-@click.option("--max-slowdown", type=Number(), default=None, metavar="FRACTION", help="One budget for all latencies.")
+@click.argument("baseline", cls=Argument, type=_PATH, help="The run to compare with, or with --pruned the only one.")
+@click.argument("candidate", cls=Argument, type=_PATH, required=False, help="The run that is judged.")
+@click.option(
+    "--budgets",
+    type=_PATH,
+    default=None,
+    help="YAML or JSON: how much worse is allowed; --suggest-budgets prints some.",
+)
+@click.option("--max-slowdown", type=Finite(), default=None, metavar="FRACTION", help="One budget for all latencies.")
 @click.option("--pruned", multiple=True, metavar="NAME", help="Within one run: gate this candidate against dense.")
 @click.option("--candidate", "names", multiple=True, metavar="NAME", help="Of two runs: gate only this candidate.")
 @click.option(

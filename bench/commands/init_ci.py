@@ -12,7 +12,7 @@ import click
 
 from ...commands.options import json_option, print_result
 from ...errors import ConfigError, OutputError
-from ...option_groups import Grouped
+from ...option_groups import Argument, Grouped
 
 WORKFLOW: Final = Path(".github/workflows/crepe-deploy.yml")
 RUNNER: Final = "ubuntu-latest"
@@ -20,7 +20,7 @@ CPU_INDEX: Final = "https://download.pytorch.org/whl/cpu"
 _PLAIN: Final = re.compile(r"[A-Za-z0-9 ._\-,:/+]+")
 EXAMPLES: Final = """\b
 Examples:
-  crepe-deploy bench init-ci configs/bench-ci.yaml --budgets configs/budgets.yaml
+  crepe-deploy bench init-ci bench.yaml --budgets budgets.yaml
   crepe-deploy bench init-ci bench.yaml --budgets budgets.yaml --prepare 'make checkpoints' --runner self-hosted --gpu
   crepe-deploy bench init-ci bench.yaml --budgets budgets.yaml --from tools/crepe_deploy-0.1.0-py3-none-any.whl
   crepe-deploy bench init-ci bench.yaml --budgets budgets.yaml --check
@@ -121,7 +121,9 @@ def fill(text: str, values: dict[str, str]) -> str:
 
 
 @click.command("init-ci", cls=Grouped, epilog=EXAMPLES)
-@click.argument("scenario", type=click.Path(path_type=Path))
+@click.argument(
+    "scenario", cls=Argument, type=click.Path(path_type=Path), help="What is measured, a YAML file of docs/bench.md."
+)
 @click.option("--budgets", type=click.Path(path_type=Path), required=True, help="The budgets file of the gate.")
 @click.option("--root", type=click.Path(path_type=Path), default=Path(), help="The repository. Default: here.")
 @click.option("--prepare", default=None, metavar="COMMAND", help="Makes the checkpoints, in the base and in the head.")

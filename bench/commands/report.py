@@ -9,7 +9,7 @@ from typing import Final
 import click
 
 from ...commands.options import Count, Number
-from ...option_groups import Grouped
+from ...option_groups import Argument, Grouped
 
 EXAMPLES: Final = """\b
 Examples:
@@ -19,7 +19,9 @@ Examples:
 
 
 @click.command("report", cls=Grouped, epilog=EXAMPLES)
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument(
+    "runs", cls=Argument, nargs=-1, required=True, type=click.Path(path_type=Path), help="Files that bench wrote."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; it appears whole or not.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it holds an earlier report and nothing else.")
 @click.option(

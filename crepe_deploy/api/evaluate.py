@@ -9,7 +9,7 @@ from typing import Any
 
 from crepe_deploy.device import chosen
 from crepe_deploy.errors import ConfigError
-from crepe_deploy.progress import Progress, Say, part, silent, unsaid
+from crepe_deploy.progress import Later, Progress, Say, part
 from crepe_deploy.quality import perplexity
 from crepe_deploy.quality.zeroshot import ZeroShotReport, find_tasks, zero_shot
 
@@ -66,17 +66,18 @@ def evaluate(
         perplexity.check_options(dtype, bos, seed, window, stride)
         check_calibration(text)
     found = None if tasks is None else find_tasks(names, None if task_dir is None else Path(task_dir))
-    place = chosen(device, say or unsaid)
+    later = Later(say)
+    step, place = later.step(progress), chosen(device, later)
     folder = find_model(model, say=say).folder
     reference = None if against is None else find_model(against, say=say).folder
     quality = answers = None
     if text is not None:
         quality = perplexity.evaluate(
             folder, text, field=text_field, window=window, stride=stride, max_tokens=max_tokens, dtype=dtype, bos=bos,
-            against=reference, seed=seed, device=place, progress=progress, say=say or unsaid,
+            against=reference, seed=seed, device=place, progress=step, say=later,
         )  # fmt: skip
     if found is not None:
-        part(progress or silent, f"answering {', '.join(names)}")
+        part(step, f"answering {', '.join(names)}")
         answers = zero_shot(folder, found, limit=limit, against=reference, device=place)
     evaluation = Evaluation(str(model), quality, answers)
     if update_card:

@@ -9,7 +9,7 @@ from typing import Any
 from crepe_deploy.device import chosen
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.moe.config import ExpertsConfig
-from crepe_deploy.progress import Say, Show, hidden, unsaid
+from crepe_deploy.progress import Later, Say, Show
 
 from .inputs import Calibration, check_base_model, check_calibration, find_model, output, windows_of
 
@@ -42,14 +42,15 @@ def experts(
     config.check()
     check_calibration(calib)
     with output(out, model, overwrite=overwrite, own=OWN):
-        place = chosen(device, say or unsaid)
+        later = Later(say)
+        shown, place = later.show(show), chosen(device, later)
         source = find_model(model, revision, say)
         windows = None
         if calib is not None:
             windows = partial(
-                windows_of, source, calib, calib_field, calib_samples, calib_length, seed, say, show, place
+                windows_of, source, calib, calib_field, calib_samples, calib_length, seed, later, shown, place
             )
         return remove_experts(
             source, Path(out), config, windows, None if scores is None else Path(scores),
-            resume=resume, overwrite=overwrite, show=show or hidden, base_model=base_model, device=place,
+            resume=resume, overwrite=overwrite, show=shown, base_model=base_model, device=place,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from crepe_deploy.healing.config import DEFAULT_STEPS, HealConfig
 from crepe_deploy.healing.heal import check_extras
 from crepe_deploy.healing.heal import heal as heal_folder
 from crepe_deploy.model.architecture import load_config
-from crepe_deploy.progress import Say, Show, hidden, unsaid
+from crepe_deploy.progress import Later, Say, Show, hidden, unsaid
 from crepe_deploy.selftext import SELF
 from crepe_deploy.store.folders import check_output, held
 from crepe_deploy.store.manifest import Manifest
@@ -65,14 +65,15 @@ def heal(
     check_extras(config)
     check_output(Path(out), overwrite=overwrite, inputs=(Path(folder), *([given] if given.exists() else [])))
     check_calibration(*texts)
+    later = Later(say)
     if steps is None and minutes is None:
-        (say or unsaid)(f"the budget is {DEFAULT_STEPS} steps (--steps or --minutes chooses)")
-    place = chosen(device, say or unsaid)
+        later(f"the budget is {DEFAULT_STEPS} steps (--steps or --minutes chooses)")
+    place = chosen(device, later)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun and accelerate start
     with held(Path(out)) if first else nullcontext():
         return heal_folder(
             Path(folder), find_model(dense, revision, say), Path(out), config, texts, text_field, resume=resume,
-            overwrite=overwrite, show=show or hidden, say=say or unsaid, seal=partial(seal, Path(folder)), device=place,
+            overwrite=overwrite, show=later.show(show), say=later, seal=partial(seal, Path(folder)), device=place,
         )  # fmt: skip
 
 

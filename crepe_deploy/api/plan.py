@@ -11,7 +11,7 @@ from crepe_deploy.moe.layers import layers_if_any
 from crepe_deploy.packed.config import PackedConfig, Values
 from crepe_deploy.packed.parts import parts
 from crepe_deploy.pattern import NM, Pattern
-from crepe_deploy.progress import Say, unsaid
+from crepe_deploy.progress import Later, Say
 from crepe_deploy.pruning.steps import build_steps
 from crepe_deploy.pruning.steps.values import Int8
 from crepe_deploy.selftext import sampling_bytes
@@ -88,11 +88,13 @@ def plan(
     place = resolve(device)
     with outlined(model, revision, say) as (folder, shown):
         decoder = Decoder(folder, experts=True)
-        result = _plan(decoder, given, choices_of(given, decoder, say), step, shown, described(place), say or unsaid)
+        later = Later(say)
+        result = _plan(decoder, given, choices_of(given, decoder, later), step, shown, described(place), later)
         if values is not None:
             result["values"] = values
         if heal:
             result["heal_memory_estimate_bytes"] = heal_memory(folder)
+        later.begin()
     return result
 
 

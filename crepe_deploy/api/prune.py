@@ -13,7 +13,7 @@ import torch
 from crepe_deploy.device import chosen as chosen_device
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.pattern import Pattern
-from crepe_deploy.progress import Progress, Say, parts, silent, unsaid
+from crepe_deploy.progress import Later, Progress, Say, parts
 from crepe_deploy.pruning.config import PruneConfig, prune_config
 from crepe_deploy.pruning.prune import prune as prune_checkpoint
 from crepe_deploy.pruning.recipe import load_recipe
@@ -45,12 +45,11 @@ def prune(
     sparsity: Pattern | str | float | None = None, granularity: Granularity = "row", method: str | None = None,
     preset: str | Path | None = None, params: Mapping[str, Any] | None = None, recipe: str | Path | None = None,
     feed: str | None = None, allocate: str | None = None, permute: str | None = None, reprune: str | None = None,
-    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
-    values: str | None = None, calib: Calibration | None = None, calib_field: str = "text",
-    calib_samples: int | None = None, calib_length: int | None = None, seed: int = 0, include: str | None = None,
-    exclude: str | None = None, dtype: str = "auto", device: str = "auto", base_model: str | None = None,
-    revision: str | None = None, resume: bool = False, overwrite: bool = False, progress: Progress | None = None,
-    say: Say | None = None,
+    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None, values: str | None = None,
+    calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
+    calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
+    dtype: str = "auto", device: str = "auto", base_model: str | None = None, revision: str | None = None,
+    resume: bool = False, overwrite: bool = False, progress: Progress | None = None, say: Say | None = None,
 ) -> Manifest:  # fmt: skip
     """Prune the linear layers of `model` into the Hugging Face folder `out`, and return its manifest.
 
@@ -71,8 +70,7 @@ def prune(
     device: to compute on, "cpu", "cuda", "cuda:N", or "auto": the first GPU that torch sees, else the CPU.
     base_model: hub id of the parent, for the model card.
     resume: go on with OUT.work, which a stopped run leaves: the same bytes, at most one block is pruned again; on the
-    command line that is exit code 75. progress: told pieces of work done and in all. say: told what is fetched or
-    converted.
+    command line that is exit code 75. progress: told pieces of work done and in all. say: told what is chosen, fetched.
     Raises ConfigError, PatternError, CheckpointError, UnsupportedModel, CalibrationError, OutputError, MissingExtra
     (exit code 2) before any work that could be spared; NumericalError, VerifyError, ParityError, DiskFullError (1).
     Source of each method: docs/methods.md, docs/crepe.md.
@@ -91,14 +89,15 @@ def prune(
     )
     check_calibration(calib)
     with output(out, model, overwrite=overwrite):
-        place = chosen_device(device, say or unsaid)
+        later = Later(say)
+        step, place = later.step(progress), chosen_device(device, later)
         source = find_model(model, revision, say)
-        config, options = _resolved(source, asked, left, say)
+        config, options = _resolved(source, asked, left, later)
         if SELF in sources_of(options["calib"] if calib is None else calib):
             check_run(source, Path(out), config, overwrite=overwrite)
-        windows = _windows(config, source, calib, calib_field, options, seed, say, progress, place)
+        windows = _windows(config, source, calib, calib_field, options, seed, later, step, place)
         return prune_checkpoint(
-            source, Path(out), config, windows, resume=resume, overwrite=overwrite, step=progress or silent,
+            source, Path(out), config, windows, resume=resume, overwrite=overwrite, step=step,
             device=place, seal=partial(seal, base_model=base_model),
         )  # fmt: skip
 
@@ -109,12 +108,12 @@ def prune_and_export(
     sparsity: Pattern | str | float | None = None, granularity: Granularity = "row", method: str | None = None,
     preset: str | Path | None = None, params: Mapping[str, Any] | None = None, recipe: str | Path | None = None,
     feed: str | None = None, allocate: str | None = None, permute: str | None = None, reprune: str | None = None,
-    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
-    values: str | None = None, calib: Calibration | None = None, calib_field: str = "text",
-    calib_samples: int | None = None, calib_length: int | None = None, seed: int = 0, include: str | None = None,
-    exclude: str | None = None, dtype: str = "auto", device: str = "auto", heal: float | None = None,
-    base_model: str | None = None, revision: str | None = None, resume: bool = False, overwrite: bool = False,
-    progress: Progress | None = None, say: Say | None = None,
+    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None, values: str | None = None,
+    calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
+    calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
+    dtype: str = "auto", device: str = "auto", heal: float | None = None, base_model: str | None = None,
+    revision: str | None = None, resume: bool = False, overwrite: bool = False, progress: Progress | None = None,
+    say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune `model` and write OUT/FORMAT/ for each format; returns the report that is OUT/report.json.
 
@@ -146,19 +145,20 @@ def prune_and_export(
     )  # fmt: skip
     check_calibration(calib)
     with output(out, model, overwrite=overwrite):
-        place = chosen_device(device, say or unsaid)
+        later = Later(say)
+        step, place = later.step(progress), chosen_device(device, later)
         source = find_model(model, revision, say)
-        config, options = _resolved(source, asked, left, say)
+        config, options = _resolved(source, asked, left, later)
         formats = _names(options["format"])
         for exporter in build(formats, written):
             exporter.check_pruning(source.folder, config)
-        healing = healing_of(source, minutes, calib, calib_field, seed, parts(progress), say, place)
+        healing = healing_of(source, minutes, calib, calib_field, seed, parts(step), later, place)
         if SELF in sources_of(options["calib"] if calib is None else calib):
             check_run(source, Path(out), config, overwrite=overwrite)
-        windows = _windows(config, source, calib, calib_field, options, seed, say, progress, place)
+        windows = _windows(config, source, calib, calib_field, options, seed, later, step, place)
         return run(
             source, Path(out), config, windows, formats=formats, resume=resume, overwrite=overwrite,
-            step=progress or silent, options=written, healing=healing, base_model=base_model, device=place,
+            step=step, options=written, healing=healing, base_model=base_model, device=place,
         )  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def _checked(left: Given, asked: Mapping[str, Any], healed: bool = False) -> Giv
 
 
 def _resolved(
-    model: Model, asked: Mapping[str, Any], left: Given, say: Say | None
+    model: Model, asked: Mapping[str, Any], left: Given, say: Say
 ) -> tuple[PruneConfig, dict[str, Any]]:  # fmt: skip
     """What is done to the model, and the other options; what was left out is chosen, and said."""
     chosen = choices_of(left, model.folder, say)
@@ -208,7 +208,7 @@ def _resolved(
 
 def _windows(
     config: PruneConfig, model: Model, calib: Calibration | None, field: str, options: Mapping[str, Any], seed: int,
-    say: Say | None, step: Progress | None, device: torch.device,
+    say: Say, step: Progress, device: torch.device,
 ) -> CalibrationSet | None:  # fmt: skip
     if not config.needs_text:
         return None

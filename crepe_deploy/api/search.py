@@ -10,7 +10,7 @@ from typing import Any, Literal
 from crepe_deploy.device import chosen
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.pattern import Pattern
-from crepe_deploy.progress import Say, Show, hidden, unsaid
+from crepe_deploy.progress import Later, Say, Show
 from crepe_deploy.searching.run import SearchConfig, check_options
 from crepe_deploy.searching.run import search as search_preset
 from crepe_deploy.searching.space import KERNEL_SIZES
@@ -50,13 +50,14 @@ def search(
     )  # fmt: skip
     check_options(Path(out), config, overwrite=overwrite)
     check_calibration(text, calib)
-    place = chosen(device, say or unsaid)
+    later = Later(say)
+    shown, place = later.show(show), chosen(device, later)
     source = find_model(model, revision, say)
-    judged_on = windows_of(source, text, text_field, text_samples, text_length, seed, say, show, place)
-    calibration = windows_of(source, calib, calib_field, calib_samples, calib_length, seed, say, show, place)
+    judged_on = windows_of(source, text, text_field, text_samples, text_length, seed, later, shown, place)
+    calibration = windows_of(source, calib, calib_field, calib_samples, calib_length, seed, later, shown, place)
     return search_preset(
         source, Path(out), config, calibration, judged_on, resume=resume, overwrite=overwrite,
-        show=show or hidden, say=say or unsaid, device=place,
+        show=shown, say=later, device=place,
     )  # fmt: skip
 
 

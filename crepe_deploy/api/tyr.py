@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crepe_deploy.device import chosen
-from crepe_deploy.progress import Say, Show, hidden, unsaid
+from crepe_deploy.progress import Later, Say, Show
 from crepe_deploy.selftext import SELF
 from crepe_deploy.structural.config import TyrConfig
 from crepe_deploy.structural.local import DEFAULT_VARIANT
@@ -60,17 +60,18 @@ def tyr(
     check_healing(heal, calib)
     check_calibration(calib)
     with output(out, model, overwrite=overwrite):
-        place = chosen(device, say or unsaid)
+        later = Later(say)
+        shown, place = later.show(show), chosen(device, later)
         source = find_model(model, revision, say)
-        healing = healing_of(source, heal, calib, calib_field, seed, show, say, place)
+        healing = healing_of(source, heal, calib, calib_field, seed, shown, later, place)
         writer = FolderWriter(widths, layout, remote_code, healing, base_model)
         writer.check(source)
         if calib is None:
-            (say or unsaid)(f"chosen: --calib {SELF}; {OWN_DOMAIN}")
+            later(f"chosen: --calib {SELF}; {OWN_DOMAIN}")
         samples = calib_samples + search_samples
         given = SELF if calib is None else calib
-        text = windows_of(source, given, calib_field, samples, calib_length, seed, say, show, place)
+        text = windows_of(source, given, calib_field, samples, calib_length, seed, later, shown, place)
         return prune_structurally(
-            source, Path(out), config, text, resume=resume, overwrite=overwrite, show=show or hidden, say=say or unsaid,
+            source, Path(out), config, text, resume=resume, overwrite=overwrite, show=shown, say=later,
             write=writer, device=place,
         )  # fmt: skip

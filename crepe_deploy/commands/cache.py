@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from crepe_deploy.option_groups import Summed, SummedGroup
+
 from .options import json_option, print_result
 
 EXAMPLES = """\b
@@ -22,7 +24,7 @@ Examples:
 """
 
 
-@click.group("cache", invoke_without_command=True, epilog=EXAMPLES)
+@click.group("cache", cls=SummedGroup, invoke_without_command=True, epilog=EXAMPLES)
 @json_option
 @click.pass_context
 def cache_command(context: click.Context, as_json: bool) -> None:
@@ -39,7 +41,7 @@ def cache_command(context: click.Context, as_json: bool) -> None:
         print_result(result, as_json, lines(result))
 
 
-@cache_command.command("clean", epilog=CLEAN_EXAMPLES)
+@cache_command.command("clean", cls=Summed, epilog=CLEAN_EXAMPLES)
 @json_option
 @click.pass_context
 def clean_command(context: click.Context, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from .options import (
     device_option,
     dtype_option,
     json_option,
+    model_argument,
     prepare_libraries,
     print_result,
     say,
@@ -33,7 +34,7 @@ Examples:
 
 
 @click.command("eval", cls=Grouped, epilog=EXAMPLES)
-@click.argument("model", shell_complete=completion.files)
+@model_argument
 @click.option(
     "--text",
     default=None,
@@ -60,7 +61,7 @@ def eval_command(model: str, as_json: bool, **options: Any) -> None:
     from crepe_deploy.api.evaluate import evaluate
     from crepe_deploy.progress import progress
 
-    with progress(f"evaluating {model}") as step:
+    with progress(f"evaluating {model}", waits=True) as step:
         result = evaluate(model, progress=step, say=say, **options).to_dict()
     print_result(result, as_json, lines(result))
 

@@ -9,7 +9,6 @@ import click
 
 from crepe_deploy.option_groups import Grouped
 
-from . import completion
 from .options import (
     Number,
     base_model_option,
@@ -17,6 +16,7 @@ from .options import (
     device_option,
     dtype_option,
     json_option,
+    model_argument,
     options,
     overwrite_option,
     prepare_libraries,
@@ -36,7 +36,7 @@ Examples:
 """
 
 experts_options = options(
-    click.argument("model", shell_complete=completion.files),
+    model_argument,
     click.option("--out", type=click.Path(path_type=Path), required=True,
                  help="Folder for dense/, scores.safetensors and report.json."),
     click.option("--remove", type=Number(0, min_open=True), default=0.25, show_default=True,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from crepe_deploy.option_groups import Grouped
+from crepe_deploy.option_groups import MODEL, Argument, Grouped
 
 from .options import (
     base_model_option,
@@ -34,7 +34,7 @@ Examples:
 
 
 @click.command("export", cls=Grouped, epilog=EXAMPLES)
-@click.argument("source")
+@click.argument("source", cls=Argument, help=MODEL)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -59,7 +59,7 @@ def export_command(source: str, out: Path | None, format: str, as_json: bool, **
     from crepe_deploy.progress import progress
 
     target = out if out is not None else default_out(source, format)
-    with resumable_folder(target), progress(f"exporting {source} as {format}") as step:
+    with resumable_folder(target), progress(f"exporting {source} as {format}", waits=True) as step:
         manifest = export(source, target, format=format, progress=step, say=say, **options)
     summary = {"out": str(target), "format": manifest.format, "size": manifest.metrics["size"]}
     limits = manifest.metrics.get(manifest.format, {}).get("limits", [])

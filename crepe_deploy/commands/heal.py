@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from crepe_deploy.option_groups import Grouped
+from crepe_deploy.option_groups import Argument, Grouped
 
 from .options import (
     Count,
@@ -37,7 +37,8 @@ Examples:
 """
 
 heal_options = options(
-    click.argument("folder", type=click.Path(path_type=Path)),
+    click.argument("folder", cls=Argument, type=click.Path(path_type=Path),
+                   help="What prune, tyr or export --format dense wrote."),
     click.option("--dense", required=True, metavar="MODEL", help="The model that FOLDER was pruned from."),
     click.option("--text", multiple=True, required=True, metavar="FILE_OR_DATASET",
                  help="To train on: .txt, .jsonl, .parquet or a datasets name; never a test split. Give several."),

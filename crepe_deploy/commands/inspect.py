@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from crepe_deploy.option_groups import Grouped
+from crepe_deploy.option_groups import MODEL, Argument, Grouped
 
 from .options import json_option, print_result, revision_option, say
 
@@ -22,7 +22,7 @@ Examples:
 
 
 @click.command("inspect", cls=Grouped, epilog=EXAMPLES)
-@click.argument("folder", metavar="MODEL")
+@click.argument("folder", cls=Argument, metavar="MODEL", help=MODEL)
 @revision_option
 @json_option
 def inspect_command(folder: str, revision: str | None, as_json: bool) -> None:

@@ -13,6 +13,7 @@ import click
 
 from crepe_deploy.errors import ConfigError, Stopped
 from crepe_deploy.limits import MOST, MOST_SEED
+from crepe_deploy.option_groups import MODEL, Argument
 from crepe_deploy.store.files import to_json
 from crepe_deploy.store.reading import parse_value
 
@@ -29,15 +30,26 @@ class Count(click.IntRange):
         super().__init__(low, high)
 
 
-class Number(click.FloatRange):
+class Finite(click.types.FloatParamType):
     """A fraction that is a number, neither NaN nor infinite."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """As click does, and refuse what has no place on a line."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is no finite number", param, ctx)
-        return number
+        return _finite(super().convert(value, param, ctx), value, param, ctx)
+
+
+class Number(click.FloatRange):
+    """Such a fraction within limits."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does, and refuse what has no place on a line."""
+        return _finite(super().convert(value, param, ctx), value, param, ctx)
+
+
+def _finite(number: float, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    if not math.isfinite(number):
+        raise click.BadParameter(f"{value} is no finite number", ctx=ctx, param=param)
+    return number
 
 
 def say(message: str) -> None:
@@ -109,6 +121,7 @@ def calibration_options(
     )  # fmt: skip
 
 
+model_argument = click.argument("model", cls=Argument, shell_complete=completion.files, help=MODEL)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 base_model_option = click.option(
     "--base-model", default=None, metavar="OWNER/NAME", help="Hub id of the parent, for the model card."
@@ -171,7 +184,9 @@ class _FormatOption(click.Option):
         from crepe_deploy.exporting.registry import EXPORTERS
 
         help_text = self.help
-        self.help = f"{help_text} {', '.join(EXPORTERS)}."
+        self.help = (
+            f"{help_text} {', '.join(EXPORTERS)}. deci: DeciLM's layout of widths per layer (tyr), for stock vLLM."
+        )
         try:
             return super().get_help_record(ctx)
         finally:
@@ -212,7 +227,7 @@ values_option = click.option(
 )  # fmt: skip
 
 prune_options = options(
-    click.argument("model", shell_complete=completion.files),
+    model_argument,
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist."),
     click.option("--method", default=None, shell_complete=completion.methods,
                  help="crepe, ria, wanda, sparsegpt or magnitude. Default: --recipe best, or crepe where --sparsity, "

@@ -8,13 +8,13 @@ import click
 
 from crepe_deploy.option_groups import Grouped
 
-from . import completion
 from .inspect import expert_lines
 from .options import (
     Count,
     chosen_sparsity_options,
     device_option,
     json_option,
+    model_argument,
     print_result,
     revision_option,
     say,
@@ -35,7 +35,7 @@ Examples:
 
 
 @click.command("plan", cls=Grouped, epilog=EXAMPLES)
-@click.argument("model", shell_complete=completion.files)
+@model_argument
 @chosen_sparsity_options
 @values_option
 @click.option("--calib-samples", type=Count(1), default=None, help="Default: 64, as is chosen.")

@@ -44,7 +44,7 @@ def prune_command(out: Path, as_json: bool, **options: Any) -> None:
     from crepe_deploy.api.prune import prune
     from crepe_deploy.progress import progress
 
-    with resumable_folder(out), progress(f"pruning {options['model']}") as step:
+    with resumable_folder(out), progress(f"pruning {options['model']}", waits=True) as step:
         manifest = prune(out=out, progress=step, say=say, **values(options))
     asked = {name: manifest.config[name] for name in ("pattern", "method")}
     step_taken = manifest.config.get("values")

@@ -55,7 +55,7 @@ def prune_and_export_command(out: Path, as_json: bool, **options: Any) -> None:
     from crepe_deploy.api.prune import prune_and_export
     from crepe_deploy.progress import progress
 
-    with resumable_folder(out), progress(f"pruning {options['model']}") as step:
+    with resumable_folder(out), progress(f"pruning {options['model']}", waits=True) as step:
         report = prune_and_export(out=out, progress=step, say=say, **values(options))
     print_result(report, as_json, lines(report))
 

@@ -10,13 +10,13 @@ import click
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.option_groups import Grouped
 
-from . import completion
 from .options import (
     Count,
     Number,
     calibration_options,
     device_option,
     dtype_option,
+    model_argument,
     prepare_libraries,
     print_result,
     resumable,
@@ -36,7 +36,7 @@ Examples:
 
 
 @click.command("search", cls=Grouped, epilog=EXAMPLES)
-@click.argument("model", shell_complete=completion.files)
+@model_argument
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Preset to write, for prune --preset.")
 @calibration_options(samples=16, length=512, required=True)
 @click.option(

@@ -9,10 +9,9 @@ import click
 
 from crepe_deploy.option_groups import Grouped
 
-from . import completion
 from .options import (
     Count,
-    Number,
+    Finite,
     base_model_option,
     calibration_options,
     device_option,
@@ -20,6 +19,7 @@ from .options import (
     heal_option,
     healed_line,
     json_option,
+    model_argument,
     options,
     overwrite_option,
     prepare_libraries,
@@ -52,9 +52,9 @@ def _share(context: click.Context, parameter: click.Parameter, value: str | None
 
 
 tyr_options = options(
-    click.argument("model", shell_complete=completion.files),
+    model_argument,
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for dense/ and report.json."),
-    click.option("--sparsity", type=Number(), default=0.5, show_default=True,
+    click.option("--sparsity", type=Finite(), default=0.5, show_default=True,
                  help="Share of the decoder layers' linear parameters to remove, keys and values included; embeddings, "
                  "norms and lm_head stay whole and are not counted, as in the paper."),
     click.option("--method", type=click.Choice(["tyr", "flap", "uniform", "magnitude", "random"]), default="tyr",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from crepe_deploy.option_groups import Grouped
+from crepe_deploy.option_groups import Argument, Grouped
 
 from .options import json_option, print_result
 
@@ -18,7 +18,12 @@ Examples:
 
 
 @click.command("verify", cls=Grouped, epilog=EXAMPLES)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument(
+    "folder",
+    cls=Argument,
+    type=click.Path(path_type=Path),
+    help="A folder that crepe-deploy wrote.",
+)
 @json_option
 def verify_command(folder: Path, as_json: bool) -> None:
     """Compare every file of FOLDER with its manifest; exit 1 naming the file that differs.

@@ -112,7 +112,7 @@ def _what(kind: str, path: Path) -> str:
     except CheckpointError:
         name = None
     old = "" if path.parent.name == GGUF_CACHE else ", of an older version: not read any more"
-    return f"{name if isinstance(name, str) else 'a GGUF file'}, dequantised{old}"
+    return f"{name if isinstance(name, str) else 'a GGUF file'}, dequantised: read in its place{old}"
 
 
 def _size(path: Path) -> int:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from crepe_deploy.cli import run
+from crepe_deploy.cli import add_outer_commands, cli, run
 from crepe_deploy.store import gguf
 from crepe_deploy.store.checkpoint import CheckpointReader
 from tests.gguf_files import write_gguf
@@ -63,7 +63,43 @@ LATE: dict[str, tuple[str, str]] = {  # arguments (M: a GGUF file, F: a folder),
     "bench points": ("bench M --engine transformers --points 1+1", "1+1"),
     "bench budgets": ("bench M --engine transformers --gate none.yaml", "none.yaml"),
     "bench rounds": ("bench M --engine transformers --max-rounds 3", "--gate"),
+    "prune method": ("prune M --out out --method wnada OWN", "did you mean 'wanda'"),
+    "prune step": ("prune M --out out --reconstruct exatc OWN", "did you mean 'exact'"),
+    "prune device": ("prune M --out out --device cuda:9 OWN", "cuda:9"),
+    "method": ("prune-and-export M --out out --method wnada --calib text.txt", "did you mean 'wanda'"),
+    "tyr method": ("tyr F --out out --method tir OWN", "--method"),
+    "tyr text": ("tyr M --out out --calib none.txt", "none.txt"),
+    "tyr short text": ("tyr F --out out --calib short.txt FEW", "short.txt has"),
+    "tyr steps": ("tyr F --out out --ffn-multiple 100000 --calib text.txt FEW", "100000"),
+    "search short text": ("search F --out p.json --text short.txt OWN", "short.txt has"),
+    "heal plain": ("heal F --dense F --text text.txt --out out", "manifest.json"),
+    "experts kind": ("experts F --out out OWN", "has no experts"),
+    "experts text": ("experts F --out out --calib none.txt", "none.txt"),
+    "experts scores": ("experts F --out out --scores none.safetensors", "has no experts"),
+    "experts nothing": ("experts F --out out", "--calib"),
+    "eval tokens": ("eval F --text text.txt --window 8 --stride 16", "stride 16"),
+    "eval nothing": ("eval F", "nothing to measure"),
+    "plan pattern": ("plan F --sparsity 5:3", "3:5"),
+    "plan number": ("plan F --sparsity 3x", "3x"),
+    "inspect revision": ("inspect F --revision main", "--revision"),
+    "verify": ("verify F", "manifest.json"),
+    "cache option": ("cache --jsno", "--json"),
+    "cache clean option": ("cache clean --jsno", "--json"),
+    "doctor option": ("doctor --retnue", "--retune"),
+    "report run": ("report none.json --out out", "none.json"),
+    "gate run": ("gate none.json --pruned a --max-slowdown 0.1", "none.json"),
+    "gate budgets": ("gate run.json run.json --budgets none.yaml", "none.yaml"),
+    "init-ci": ("bench init-ci none.yaml --budgets none.yaml", "none.yaml"),
+    "export format": ("export F --format pakced", "did you mean 'packed'"),
+    "serve port": ("serve F --port 99999", "--port"),
 }
+NO_MODEL = {  # commands that take a model, without the model; it is missing
+    "prune": "--out out", "prune-and-export": "--out out", "tyr": "--out out",
+    "search": "--text text.txt --out p.json OWN",
+    "experts": "--out out --calib text.txt", "heal": "--dense F --text text.txt --out out", "export": "--out out",
+    "eval": "--text text.txt", "plan": "", "inspect": "", "verify": "", "serve": "--port 0",
+    "bench": "--engine transformers",
+}  # fmt: skip
 EXTRAS = {  # module that is missing: arguments, the extra
     "lm_eval": ("eval M --text text.txt --tasks arc_easy", "eval"),
     "pyarrow": ("eval M --text mine.parquet", "eval"),
@@ -129,9 +165,30 @@ def test_nothing_is_read_before_it_is_refused(
     line, word = LATE[what]
     before = sorted(path.name for path in place.iterdir())
     assert run(typed(line)) == 2
-    assert word in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert word in error and error.startswith(("error: ", "Usage: ")), "something is said before the refusal"
     assert reads == []
     assert sorted(path.name for path in place.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", NO_MODEL)
+def test_nothing_is_said_before_a_missing_model_is_refused(
+    place: Path, reads: list[str], capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert run(typed(f"{command} nothing-here {NO_MODEL[command]}")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "nothing-here" in error and error.count("\n") == 1
+    assert reads == [] and not (place / "out").exists()
+
+
+def test_every_command_is_refused_something() -> None:
+    add_outer_commands()
+    named = {line.split()[0] for line, _ in LATE.values()}
+    assert named == set(cli.commands)
+    taking = {
+        name for name, one in cli.commands.items() if {"model", "folder", "source"} & {x.name for x in one.params}
+    }
+    assert taking | {"bench"} == set(NO_MODEL)
 
 
 @pytest.mark.parametrize("module", EXTRAS)
@@ -143,7 +200,7 @@ def test_what_is_not_installed_is_said_before_anything_is_read(
     line, extra = EXTRAS[module]
     assert run(typed(line)) == 2
     error = capsys.readouterr().err
-    assert f"pip install 'crepe-deploy[{extra}]'" in error and "is not installed" in error
+    assert f"pip install 'crepe-deploy[{extra}]'" in error and "not installed: " in error
     assert reads == []
 
 

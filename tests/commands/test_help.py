@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from crepe_deploy.exporting.registry import EXPORTERS
 
 from crepe_deploy.cli import add_outer_commands, cli, run
-from crepe_deploy.option_groups import GROUPS
+from crepe_deploy.option_groups import GROUPS, Argument
 
 add_outer_commands()
 
@@ -90,6 +91,29 @@ def test_an_option_is_worded_alike_wherever_it_means_the_same() -> None:
     for _, option in OPTIONS:
         words.setdefault(option.opts[0], set()).add(option.help)
     assert {name for name, helps in words.items() if len(helps) > 1} <= OTHERWISE
+
+
+@pytest.mark.parametrize("path", [(), *COMMANDS], ids=" ".join)
+def test_a_help_screen_says_all_that_it_lists(path: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*path, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "None]" not in shown and not re.search(r"[a-z,]\.\.\.$", shown, re.MULTILINE)
+    assert not re.search(r"\bconfigs/", shown), "which nobody has who installed the wheel"
+    command = COMMANDS.get(path, cli)
+    arguments = [one for one in command.params if isinstance(one, click.Argument)]
+    assert all(isinstance(one, Argument) and one.text for one in arguments)
+    if arguments:
+        heads = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+        assert heads[0] == "Arguments:"
+        loose = shown[shown.index("\nOptions:") :].splitlines()[2:] if "\nOptions:" in shown else []
+        assert all(line.startswith(("  -", "   ", "  Examples")) or not line for line in loose)
+
+
+@pytest.mark.parametrize("typed", ["--sparcity", "--sparsty", "--sparity"])
+def test_of_a_misspelt_option_the_nearest_alone_is_suggested(capsys: pytest.CaptureFixture[str], typed: str) -> None:
+    assert run(["prune", "model", typed, "2:4"]) == 2
+    said = capsys.readouterr().err
+    assert "--sparsity" in said and "--granularity" not in said
 
 
 def test_options_stand_in_groups_that_a_table_has(capsys: pytest.CaptureFixture[str]) -> None:
