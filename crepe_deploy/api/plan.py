@@ -23,7 +23,7 @@ from .inputs import Granularity, outlined, pattern_of
 # Per target: does it load, is it smaller, is it faster. Ratios are not repeated here: they depend on the machine.
 TARGETS: dict[str, str] = {
     "dense: transformers, vLLM, any reader": "loads unchanged; no smaller, no faster: the zeros are stored",
-    "packed: CPU, our kernels": "smaller as below; decoding is faster where weights are the bottleneck (any N:M alike)",
+    "packed: CPU, our kernels": "smaller as said; decoding is faster where weights are the bottleneck (any N:M alike)",
     "onnx: ONNX Runtime on CPU or CUDA": "loads there; no smaller, no faster for its zeros: they are stored",
 }
 UNMEASURED = "smaller on the device too; nothing was measured on a GPU here, so no speed is promised (docs/gpu.md)"
