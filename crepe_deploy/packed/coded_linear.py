@@ -1,8 +1,8 @@
 """`CodedLinear`: a linear layer that holds codes and scales (version 3) and never the whole dense weight.
 
 It computes with what the dense checkpoint holds: code * scale is rounded to the checkpoint's dtype before it is
-multiplied, in whatever dtype that happens. The operator `crepe_deploy::coded_linear` decodes a block of rows at a time
-with torch and serves the CPU; there are no kernels for other devices.
+multiplied, in whatever dtype that happens. The operator `crepe_deploy::coded_linear` decodes a block of rows at a time,
+by the native kernels or without them by torch, and serves the CPU; there is nothing for other devices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from crepe_deploy.grid import Grid
 
 from . import parts
 from .coded import Coded, coded_rows, decode
-from .config import PackedConfig
+from .config import COLUMN_MULTIPLE, PackedConfig
+from .format import DTYPES
+from .native import backend
 from .ops import NAMESPACE, call
 
 BLOCK: Final = 1 << 20  # entries of the weight that are dense at a time
@@ -42,15 +44,39 @@ def _coded_linear_torch(
 ) -> Tensor:
     coded, grid = Coded(codes, scales, mask, x.shape[-1]), Grid(bits, group or None, scales.dtype)
     rows = max(1, BLOCK // x.shape[-1])
-    products = [
-        nn.functional.linear(
-            x,
-            decode(coded_rows(coded, start, start + rows), grid).to(x.dtype),
-            None if bias is None else bias[start : start + rows],
-        )
-        for start in range(0, len(codes), rows)
-    ]
+    scratch = torch.empty((min(rows, len(codes)), x.shape[-1]), dtype=scales.dtype)
+    products = []
+    for start in range(0, len(codes), rows):
+        weight = decode_into(scratch[: len(codes) - start], coded_rows(coded, start, start + rows), grid)
+        part = None if bias is None else bias[start : start + rows]
+        products.append(nn.functional.linear(x, weight.to(x.dtype), part))
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+
+def decode_into(weight: Tensor, coded: Coded, grid: Grid) -> Tensor:
+    """`weight`, contiguous and of the grid's dtype, filled as `decode` does, by the native kernels where there are any.
+
+    The bits are the same. `coded` is no shard of columns.
+    Raises CheckpointError where codes and mask disagree, KernelError where the tensors are of different weights.
+    """
+    native = backend().native
+    if native is None:
+        return weight.copy_(decode(coded, grid))
+    codes, scales = coded.codes.contiguous(), coded.scales.contiguous()
+    mask = None if coded.mask is None else coded.mask.contiguous()
+    (rows, groups), columns = scales.shape, coded.in_features
+    width = grid.width(columns)
+    fits = len(codes) == rows and groups == -(-columns // width) and columns % COLUMN_MULTIPLE == 0
+    fits = fits and weight.shape == (rows, columns) and weight.dtype == scales.dtype == grid.dtype
+    if not fits or (mask is not None and mask.shape != (rows, columns // 8)):
+        raise KernelError("packed linear: codes, scales and mask are of different weights")
+    failed = native.library.crepe_decode(
+        codes.data_ptr(), codes.shape[1], scales.data_ptr(), groups, None if mask is None else mask.data_ptr(),
+        weight.data_ptr(), rows, columns, width, grid.bits, DTYPES.index(grid.dtype),
+    )  # fmt: skip
+    if failed:
+        raise CheckpointError("packed weight: its mask does not keep as many entries in each row as there are codes")
+    return weight
 
 
 class CodedLinear(nn.Module):

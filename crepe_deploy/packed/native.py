@@ -105,6 +105,10 @@ def load() -> Native:
     library.crepe_use.argtypes = [ctypes.c_char_p]
     library.crepe_relayout.restype = ctypes.c_int64
     library.crepe_relayout.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4
+    library.crepe_decode.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
+        *[ctypes.c_int64] * 5,
+    ]
     library.crepe_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     supported = tuple(library.crepe_supported().decode().split())
     return Native(library, path, compiler, supported)

@@ -14,17 +14,23 @@ from torch import Tensor
 from crepe_deploy.errors import CheckpointError, ConfigError, KernelError
 from crepe_deploy.grid import Grid, round_to_nearest
 from crepe_deploy.packed import coded_linear, parts
+from crepe_deploy.packed.coded import Coded, decode
 from crepe_deploy.packed.coded_linear import CodedLinear
 from crepe_deploy.packed.config import PackedConfig, Values
+from crepe_deploy.packed.native import ISAS as ALL
+from crepe_deploy.packed.native import TORCH_ISA, Backend, backend
+from crepe_deploy.packed.native import load as load_kernels
 from crepe_deploy.pattern import NM, Unstructured
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
 from crepe_deploy.select import select
+from crepe_deploy.store.checkpoint import same_bits
 from crepe_deploy.store.manifest import load_manifest
 from crepe_deploy.store.sources import resolve_model
 from tests.pico import make_pico_llama
 
 BF16 = torch.bfloat16
+ISAS = [isa for isa in ALL if isa in load_kernels().supported]
 TOKENS = torch.arange(2, 30)[None]
 CONFIGS = {
     "int4 under 16:32": PackedConfig(NM(16, 32), values=Values(4, 64)),
@@ -45,6 +51,11 @@ def weight_of(config: PackedConfig, dtype: torch.dtype, rows: int = 37, columns:
     return found.weight.to(dtype), found.scales
 
 
+def filled(coded: Coded, grid: Grid) -> Tensor:
+    weight = torch.full((len(coded.scales), coded.in_features), torch.nan, dtype=grid.dtype)
+    return coded_linear.decode_into(weight, coded, grid)
+
+
 def layer_of(config: PackedConfig, dtype: torch.dtype, bias: Tensor | None = None) -> tuple[CodedLinear, Tensor]:
     weight, scales = weight_of(config, dtype)
     layer = CodedLinear(weight.shape[1], weight.shape[0], bias is not None, config, dtype, dtype)
@@ -54,9 +65,14 @@ def layer_of(config: PackedConfig, dtype: torch.dtype, bias: Tensor | None = Non
     return layer, weight
 
 
+@pytest.mark.parametrize("served", ["by the kernels", "by torch"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_layer_is_its_dense_weight(config: PackedConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_is_its_dense_weight(
+    config: PackedConfig, dtype: torch.dtype, served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if served == "by torch":
+        monkeypatch.setattr(coded_linear, "backend", lambda: Backend(TORCH_ISA, "asked for", None))
     bias = torch.randn(37).to(dtype)
     layer, weight = layer_of(config, dtype, bias)
     assert torch.equal(layer.to_dense(), weight)
@@ -64,9 +80,38 @@ def test_a_layer_is_its_dense_weight(config: PackedConfig, dtype: torch.dtype, m
         x = torch.randn(shape).to(dtype)
         expected = torch.nn.functional.linear(x, weight, bias)
         assert torch.equal(layer(x), expected)
-        monkeypatch.setattr(coded_linear, "BLOCK", 192 * 5)  # eight blocks, the last of two rows
-        torch.testing.assert_close(layer(x), expected)
-        monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            patched.setattr(coded_linear, "BLOCK", 192 * 5)  # eight blocks, the last of two rows
+            torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+def test_every_instruction_set_decodes_to_the_same_bits(isa: str, dtype: torch.dtype) -> None:
+    load_kernels().use(isa)
+    for name, config in CONFIGS.items():
+        weight, scales = weight_of(config, dtype, rows=70, columns=96)
+        for scaled in (1, 2.0**-10, torch.finfo(dtype).smallest_normal * 8):
+            here = (scales * scaled).clamp_min(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps).to(dtype)
+            found = parts.stored(weight, scales, config, "w") | {"_scales": here}
+            coded, grid = parts.coded_of(found, 96), parts.grid_of(config, dtype)
+            assert same_bits(filled(coded, grid), decode(coded, grid)), name
+
+
+def test_tensors_that_do_not_fit_are_refused_before_they_are_read() -> None:
+    config = CONFIGS["int4 under 16:32"]
+    weight, scales = weight_of(config, BF16)
+    found, grid = parts.stored(weight, scales, config, "w"), parts.grid_of(config, BF16)
+    full = {**found, "_mask": torch.full_like(found["_mask"], 255)}
+    fewer = {**found, "_mask": found["_mask"] & 254}
+    for spoilt in (full, fewer, {**found, "_codes": found["_codes"][:, 1:]}):
+        with pytest.raises(CheckpointError, match="packed weight"):
+            filled(parts.coded_of(spoilt, 192), grid)
+    if backend().native is not None:
+        for part in ("_codes", "_scales", "_mask"):
+            cut = {**found, part: found[part][:-1]}
+            with pytest.raises(KernelError, match="of different weights"):
+                filled(parts.coded_of(cut, 192), grid)
 
 
 def test_a_cast_model_keeps_its_weights() -> None:

@@ -2,6 +2,6 @@
 #include "avx512.h"
 
 const crepe::Isa& crepe::isa_avx512() {
-  static const Isa isa = isa_of<Avx512>("avx512");
+  static const Isa isa = isa_of<Avx512, Place512>("avx512");
   return isa;
 }

@@ -8,6 +8,7 @@ const crepe::Isa& crepe::isa_avx512bf16() {
                           {stream<Dense<Bf16>>(), {}, stream<Dense<Avx512<FP32>>>()},
                           // moving 16-bit values needs no arithmetic
                           {run_expand<Bf16>, run_expand<Bf16>, run_expand<Avx512<FP32>>},
-                          nullptr};
+                          nullptr,
+                          {run_decode<Place512<BF16>>, run_decode<Place512<FP16>>, run_decode<Place512<FP32>>}};
   return isa;
 }

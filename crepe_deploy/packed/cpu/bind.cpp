@@ -272,6 +272,19 @@ int64_t crepe_relayout(char* stored, uint32_t* stored_mask, const int64_t* row_s
   return bad;
 }
 
+// Decodes a coded weight (rows, in) into `weight`; dtype: of scales and weight, as DType has it. Returns 0, or -1 where
+// masks and codes disagree.
+int crepe_decode(const uint8_t* codes, int64_t stride, const void* scales, int64_t groups, const uint8_t* mask,
+                 void* weight, int64_t rows, int64_t in, int64_t width, int64_t bits, int64_t dtype) {
+  const Coded job{codes, stride, scales, groups, mask, weight, in, width, int(bits)};
+  const Decode decode = current.load()->decode[dtype];
+  std::atomic<bool> ok{true};
+  at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+    if (!decode(job, begin, end)) ok = false;
+  });
+  return ok ? 0 : -1;
+}
+
 // Asks for huge pages under [start, start + bytes), which several threads may read faster. Returns 0 when granted.
 int crepe_huge_pages(void* start, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -231,6 +231,56 @@ bool run_expand(const Job& job, int64_t begin, int64_t end) {
   return true;
 }
 
+// A chunk of a coded weight, code by code: code * scale in fp32, rounded to the dtype.
+template <DType D>
+struct Plain : Scalar<D> {
+  using Elem = typename Scalar<D>::Elem;
+  static void place(Elem* to, const int8_t*& p, uint32_t mask, float scale) {
+    if (mask == 0xffffffffu) {
+      for (int i = 0; i < CHUNK; i++) to[i] = Scalar<D>::from_float(float(p[i]) * scale);
+      p += CHUNK;
+      return;
+    }
+    std::memset(to, 0, sizeof(Elem) * CHUNK);
+    for (; mask; mask &= mask - 1) to[__builtin_ctz(mask)] = Scalar<D>::from_float(float(*p++) * scale);
+  }
+};
+
+// One row's codes go as bytes into a buffer that a whole chunk may be read from anywhere.
+template <class P>
+bool run_decode(const Coded& job, int64_t begin, int64_t end) {
+  using Elem = typename P::Elem;
+  const int64_t chunks = job.in / CHUNK, most = job.bits == 8 ? job.stride : 2 * job.stride;
+  int8_t* row = new int8_t[most + CHUNK]();
+  bool ok = true;
+  for (int64_t r = begin; ok && r < end; r++) {
+    const uint8_t* from = job.codes + r * job.stride;
+    if (job.bits == 8) {
+      std::memcpy(row, from, job.stride);
+    } else {
+      for (int64_t i = 0; i < job.stride; i++) {
+        row[2 * i] = int8_t(uint8_t(from[i] << 4)) >> 4;
+        row[2 * i + 1] = int8_t(from[i]) >> 4;
+      }
+    }
+    const int8_t *p = row, *last = row + most;
+    const Elem* scales = static_cast<const Elem*>(job.scales) + r * job.groups;
+    Elem* to = static_cast<Elem*>(job.weight) + r * job.in;
+    for (int64_t c = 0; c < chunks; c++, to += CHUNK) {
+      uint32_t mask = 0xffffffffu;
+      if (job.mask) std::memcpy(&mask, job.mask + (r * chunks + c) * 4, 4);
+      if (__builtin_expect(p + __builtin_popcount(mask) > last, 0)) {
+        ok = false;
+        break;
+      }
+      P::place(to, p, mask, P::to_float(scales[c * CHUNK / job.width]));
+    }
+    ok = ok && last - p < (job.bits == 8 ? 1 : 2);
+  }
+  delete[] row;
+  return ok;
+}
+
 // What an ISA's table holds: the two kernels of a trait, which wants `x` as its X says.
 template <class T>
 constexpr Input input_of = std::is_same_v<typename T::X, float> ? INPUT_FLOAT : INPUT_SAME;
@@ -245,15 +295,16 @@ constexpr Kernel panel() {
   return {run_panel<T>, ROWS * T::PANEL_BLOCKS, input_of<T>};
 }
 
-// The table of an ISA whose trait T serves every dtype by way of fp32.
-template <template <DType> class T>
+// The table of an ISA whose trait T serves every dtype by way of fp32, and whose P places codes.
+template <template <DType> class T, template <DType> class P = Plain>
 constexpr Isa isa_of(const char* name) {
   return {name,
           {stream<T<BF16>>(), stream<T<FP16>>(), stream<T<FP32>>()},
           {panel<T<BF16>>(), panel<T<FP16>>(), panel<T<FP32>>()},
           {{}, {}, stream<Dense<T<FP32>>>()},
           {run_expand<T<BF16>>, run_expand<T<FP16>>, run_expand<T<FP32>>},
-          nullptr};
+          nullptr,
+          {run_decode<P<BF16>>, run_decode<P<FP16>>, run_decode<P<FP32>>}};
 }
 
 }  // namespace

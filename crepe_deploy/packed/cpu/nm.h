@@ -27,11 +27,26 @@ struct Job {
   void* y;                  // (tokens, out) of the dtype
 };
 
+// Codes and scales as they are stored (coded.py), and the dense weight (rows, in) of the scales' dtype that they become.
+struct Coded {
+  const uint8_t* codes;     // rows of `stride` bytes
+  int64_t stride;
+  const void* scales;       // rows of `groups`
+  int64_t groups;
+  const uint8_t* mask;      // rows of in / 8 bytes, or null: all is kept
+  void* weight;
+  int64_t in, width;        // columns, and how many of them share a scale
+  int bits;
+};
+
 // What a kernel wants `x` to be: (tokens, in) of the dtype, of fp32, or AMX tiles made by `pack_x`.
 enum Input : int { INPUT_SAME = 0, INPUT_FLOAT = 1, INPUT_TILES = 2 };
 
 // Computes row groups [begin, end) of `group` rows. False: the masks lead outside the values (nothing was read there).
 using Run = bool (*)(const Job&, int64_t begin, int64_t end);
+
+// Decodes rows [begin, end). False: the masks do not fit the codes (nothing was read outside them).
+using Decode = bool (*)(const Coded&, int64_t begin, int64_t end);
 
 struct Kernel {
   Run run;             // null: this ISA has no such kernel for the dtype
@@ -46,6 +61,7 @@ struct Isa {
   Kernel control[3];   // a dense weight in the same layout by the loop of `stream`; for measurements only, may lack
   Run expand[3];       // writes the dense weight to `y`; x, bias and tokens are ignored
   void (*pack_x)(const void* x, void* tiles, int64_t tokens, int64_t in, int64_t begin, int64_t end);  // chunks
+  Decode decode[3];    // by DType
 };
 
 const Isa& isa_portable();
