@@ -18,7 +18,7 @@ from .errors import InputError
 GROUPS: Final = {
     "What to prune": "target sparsity granularity include exclude",
     "How to prune": (
-        "method preset params recipe feed allocate permute reprune reconstruct repair rescale remove scores"
+        "method preset params recipe feed allocate permute reprune reconstruct repair rescale values remove scores"
     ),
     "How to search": (
         "widths search_samples iterations generations offspring ffn_multiple attention attention_share accumulation "

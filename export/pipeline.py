@@ -92,7 +92,7 @@ def prune_and_export(
     """
     exporters = build(formats, options)
     for exporter in exporters:
-        exporter.check_pruning(model.folder, config.pattern)
+        exporter.check_pruning(model.folder, config)
     plan = plan_run(model, out, config, calibration, overwrite=overwrite, device=device)
     origin = describe_origin(model, plan, calibration)
     identity = origin.identity() | {"what": "pruning for export", "healing": healing and healing.record()}

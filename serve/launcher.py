@@ -19,8 +19,8 @@ from typing import Any, Final
 
 from ..errors import CheckpointError, ConfigError, ServeError
 from ..extras import require
-from ..packed.config import QUANT_METHOD
-from ..store.checkpoint import read_config
+from ..packed.config import QUANT_METHOD, PackedConfig
+from ..store.checkpoint import CheckpointReader, read_config
 from ..store.manifest import MANIFEST_NAME, load_manifest
 from .key import KEY_VARIABLE, MIDDLEWARE
 from .ort import flavor_of, is_onnx, require_onnx
@@ -81,9 +81,13 @@ def serve(options: ServeOptions, say: Say, ready: Callable[[dict[str, Any]], Non
 
 def check(options: ServeOptions) -> None:
     """Refuse what cannot or must not be served. Raises ConfigError, CheckpointError."""
-    read_config(options.folder)
+    quantised = read_config(options.folder).get("quantization_config")
+    if isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD:
+        PackedConfig.from_dict(quantised).refuse_values("vLLM")
     check_passed_on(options.extra, ONNX if is_onnx(options.folder) else VLLM)
     check_address(options.host, options.port, options.api_key)
+    if not is_onnx(options.folder):
+        CheckpointReader(options.folder)  # headers alone
 
 
 def check_address(host: str, port: int, api_key: str | None) -> None:

@@ -60,8 +60,10 @@ class CrepeNmConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CrepeNmConfig:
-        """Raises CheckpointError for a newer version or a malformed entry."""
-        return cls(PackedConfig.from_dict(config))
+        """Raises CheckpointError for a newer version or a malformed entry, ConfigError for coded values."""
+        packed = PackedConfig.from_dict(config)
+        packed.refuse_values("vLLM")
+        return cls(packed)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Spell the named modules as vLLM does."""

@@ -60,6 +60,21 @@ def make_moe(directory: Path, layout: str = "qwen3_moe", dtype: torch.dtype = to
     return directory
 
 
+def fuse(directory: Path) -> Path:
+    """Rewrite a folder of Qwen's layout with all experts of a layer in two tensors, as transformers holds them."""
+    weights = load_file(directory / "model.safetensors")
+    for name in [name for name in weights if name.endswith(".experts.0.up_proj.weight")]:
+        at = name.removesuffix(".0.up_proj.weight")
+        parts = {
+            part: torch.stack([weights.pop(f"{at}.{expert}.{part}_proj.weight") for expert in range(8)])
+            for part in ("gate", "up", "down")
+        }
+        weights[f"{at}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        weights[f"{at}.down_proj"] = parts["down"]
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
 def respell(directory: Path, name: str, spelled: str) -> None:
     """Rename a field of config.json."""
     path = directory / "config.json"

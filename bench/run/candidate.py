@@ -68,7 +68,7 @@ def layers(manifest: Manifest) -> list[Layer]:
     return [
         Layer(
             name=name.removesuffix(".weight"),
-            shape=(record.shape[1], record.shape[0]) if record.transposed else record.shape,
+            shape=record.matrix,
             sparsity=record.sparsity,
             pattern=record.pattern,
             error=record.layer_error,

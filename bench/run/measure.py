@@ -20,6 +20,7 @@ from ...nearest import meant
 from ...progress import Progress, silent
 from ...serve.engines import ENGINES
 from ...serve.engines.base import Settings
+from ...store.checkpoint import CheckpointReader
 from ...store.journal import Journal
 from . import served_worker
 from .candidate import (
@@ -33,7 +34,7 @@ from .candidate import (
     weights_bytes,
 )
 from .environment import record_environment
-from .noted import Noted
+from .noted import VISITS, Noted
 from .result import Candidate, Memory, Point, Quality, Run, Series, Visit
 from .scenario import AGAIN, CandidateSpec, Scenario
 from .served_worker import SERVED, Backend, ServedWorker
@@ -71,6 +72,8 @@ def _check_folder(spec: CandidateSpec, scenario: Scenario) -> None:
         raise CheckpointError(f"candidate '{spec.name}': {spec.folder} is no model folder{_remedy(scenario)}")
     if not weight_files(spec.folder):
         raise CheckpointError(f"candidate '{spec.name}': {spec.folder} holds no weights{_remedy(scenario)}")
+    if any(spec.folder.glob("*.safetensors")):
+        CheckpointReader(spec.folder)  # headers alone
 
 
 def require_engine(candidate: str, engine: str, options: dict[str, Any]) -> None:
@@ -149,10 +152,11 @@ class Session:
     def measure(self, rounds: int, step: Progress = silent) -> None:
         """Add `rounds` rounds; those that an earlier start has measured are not measured again."""
         self.rounds += rounds
-        turns = self._turns(range(len(self._noted.rounds), self.rounds), step)
-        for _, taken in itertools.groupby(turns, key=lambda turn: turn[2].round):
+        missing = range(len(self._noted.rounds), self.rounds)
+        turns = self._turns(missing, step)
+        for _ in missing:
             visits: dict[str, dict[str, list[Visit]]] = {spec.name: {} for spec in self.specs}
-            for name, point, visit in taken:
+            for name, point, visit in itertools.islice(turns, self._turns_in_round):
                 visits[name].setdefault(point.name, []).append(visit)
             self._noted.add_round(
                 seconds=time.perf_counter() - self._began, visits=visits,
@@ -160,16 +164,21 @@ class Session:
                 peak_bytes={name: worker.peak_bytes() for name, worker in self._workers.items()},
             )  # fmt: skip
 
+    @property
+    def _turns_in_round(self) -> int:
+        return len(self.points) * len(self._workers) * VISITS
+
     def _turns(self, rounds: range, step: Progress) -> Iterator[tuple[str, Point, Visit]]:
         vocabulary = int(limits(self.specs[0].folder)[0] or 0)
-        total, done = len(rounds) * len(self.points) * len(self._workers) * 2, 0
+        total, done = len(rounds) * self._turns_in_round, 0
         for index in rounds:
             for point in self.points:
                 turn = Turn(point, index, self.scenario.seed, vocabulary)
                 for name in order([*self._workers], index):
-                    yield name, point, self._workers[name].visit(turn)
+                    visit = self._workers[name].visit(turn)
                     done += 1
                     step(done, total)
+                    yield name, point, visit
 
     def run(self, qualities: Qualities | None = None) -> Run:
         """What was measured so far."""

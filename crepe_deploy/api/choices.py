@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 from crepe_deploy.errors import InputError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.families import family_of
+from crepe_deploy.model.inside import matrices
 from crepe_deploy.packed.config import PackedConfig
 from crepe_deploy.pattern import Pattern, Unstructured
 from crepe_deploy.progress import Say, unsaid
@@ -51,13 +52,15 @@ class Shape:
     """A model as far as the choices depend on it.
 
     widths: input columns of its linear layers; packable: of those stored (out, in). steps: options of a recipe that
-    can do something for its family. onnx: whether it can be exported as a graph.
+    can do something for its family. onnx: whether it can be exported as a graph. experts: whether it holds some, which
+    are not walked through beside the dense model.
     """
 
     widths: frozenset[int]
     packable: frozenset[int]
     steps: frozenset[str]
     onnx: bool
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def choices_of(given: Given, model: Decoder | Path, say: Say | None = None) -> d
     other: dict[str, Any] = {}
     lines = [HINT] if given.complete and not (given.named or given.recipe) else []
     if not given.settled or {"sparsity", "format"} & fixed(given, {}).keys():
-        machine, shape = machine_of(), shape_of(model if isinstance(model, Decoder) else Decoder(model))
+        machine, shape = machine_of(), shape_of(model if isinstance(model, Decoder) else Decoder(model, experts=True))
         other = choose(replace(given, target="auto"), machine, shape)
         if not given.settled:
             chosen = choose(given, machine, shape)
@@ -164,6 +167,8 @@ def _method(pattern: Pattern, model: Shape) -> dict[str, Any]:
     """The recipe, or what it says, less the steps that do not know the model."""
     wanted = load_recipe(RECIPE).options(pattern)
     known = {name: value for name, value in wanted.items() if name in model.steps}
+    if model.experts:
+        known["feed"] = "pruned"
     return {"recipe": RECIPE} if known == wanted else known
 
 
@@ -224,14 +229,16 @@ def shape_of(decoder: Decoder) -> Shape:
     """A model, from its configuration and headers."""
     from crepe_deploy.exporting.onnx.support import check_model
 
-    linears = [spec for block in decoder.linears for spec in block]
+    linears = [spec for index in range(len(decoder.blocks)) for spec in matrices(decoder, index)]
+    experts = any(spec.expert is not None for spec in linears)
     family = family_of(decoder.config.model_type)
     unsure = {name for name, known in (("permute", family.folds), ("rescale", family.last_norm)) if not known}
     return Shape(
         widths=frozenset(spec.in_features for spec in linears),
-        packable=frozenset(spec.in_features for spec in linears if not spec.transposed),
+        packable=frozenset(spec.in_features for spec in linears if not (spec.transposed or experts)),
         steps=frozenset(Recipe.model_fields) - unsure,
         onnx=not _refused(check_model, decoder.config, "portable"),
+        experts=experts,
     )
 
 

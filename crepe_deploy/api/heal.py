@@ -17,6 +17,7 @@ from crepe_deploy.healing.config import DEFAULT_STEPS, HealConfig
 from crepe_deploy.healing.heal import check_extras
 from crepe_deploy.healing.heal import heal as heal_folder
 from crepe_deploy.model.architecture import load_config
+from crepe_deploy.model.decoder import refuse_experts
 from crepe_deploy.progress import Later, Say, Show, hidden, unsaid
 from crepe_deploy.selftext import SELF
 from crepe_deploy.store.folders import check_output, held
@@ -102,6 +103,7 @@ def healing_of(
     if minutes is None:
         return None
     check_healing(minutes, calib)
+    refuse_experts(model.folder)
     texts = sources_of(calib)
     context = int(getattr(load_config(model.folder), "max_position_embeddings", None) or HealConfig.window)
     config = HealConfig(minutes=minutes, window=min(HealConfig.window, context), seed=seed)

@@ -10,13 +10,14 @@ from crepe_deploy.errors import InputError
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.families import family_of
 from crepe_deploy.moe.layers import layers_if_any
-from crepe_deploy.packed.config import QUANT_METHOD
+from crepe_deploy.packed.config import QUANT_METHOD, PackedConfig
 from crepe_deploy.progress import Say, unsaid
 from crepe_deploy.store.audit import audit, inspect_folder, recorded
 from crepe_deploy.store.checkpoint import read_config, require_folder
 from crepe_deploy.store.gguf_headers import headers_of
 from crepe_deploy.store.sources import Model, gguf_file, require_pinned
 from crepe_deploy.store.stock import check_tokenizer
+from crepe_deploy.store.values import read_values
 from crepe_deploy.structural.check import describe
 
 from .inputs import find_model
@@ -29,7 +30,7 @@ class TensorRow(TypedDict):
     input dimension holds, or None. pattern_from: "manifest", or "zeros" where it comes from counting alone. sparsity:
     zeros over entries. Of a GGUF file, of which the header alone is read, dtype is the storage type and zeros, sparsity
     and pattern are None. axis: of an ONNX initialiser, the one reduced. packed: the weight is stored without its zeros;
-    shape and counts are the dense weight's.
+    shape and counts are the dense weight's. values: "int8" or "int4:group=128" where the folder has scales of it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class TensorRow(TypedDict):
     pattern_from: str | None
     axis: NotRequired[int | None]
     packed: NotRequired[bool]
+    values: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def inspect(folder: str | Path, *, revision: str | None = None, say: Say | None 
     require_folder(root)
     if is_onnx(root):
         return Inspection(root, cast(list[TensorRow], inspect_onnx(root)), None, _damage(root))
-    rows = _packed_rows(root) if _is_packed(root) else cast(list[TensorRow], inspect_folder(root))
+    rows = _packed_rows(root) if _is_packed(root) else _dense_rows(root)
     return Inspection(root, rows, describe(root), _damage(root), _experts(root))
 
 
@@ -129,13 +131,19 @@ def _is_packed(root: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
+def _dense_rows(root: Path) -> list[TensorRow]:
+    rows, values = cast(list[TensorRow], inspect_folder(root)), read_values(root)
+    return [{**row, "values": str(values[row["name"]][0])} if row["name"] in values else row for row in rows]
+
+
 def _packed_rows(root: Path) -> list[TensorRow]:
     """The tensors of a packed folder as the dense ones that they stand for."""
-    from crepe_deploy.exporting.formats.packed import unpacked
+    from crepe_deploy.exporting.formats.unpacking import unpacked
 
-    records = recorded(root)
+    records, values = recorded(root), PackedConfig.from_dict(read_config(root)["quantization_config"]).values
+    more = {"packed": True} | ({} if values is None else {"values": str(values)})
     rows = []
     for name, tensor, packed in unpacked(root):
-        row = cast(TensorRow, asdict(audit(name, tensor, records.get(name))))
-        rows.append(cast(TensorRow, {**row, "packed": True}) if packed else row)
+        row = asdict(audit(name, tensor, records.get(name)))
+        rows.append(cast(TensorRow, row | more if packed else row))
     return rows

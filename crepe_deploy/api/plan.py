@@ -7,10 +7,14 @@ from typing import Any, NotRequired, TypedDict
 
 from crepe_deploy.device import described, resolve
 from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.model.inside import matrices
 from crepe_deploy.moe.layers import layers_if_any
-from crepe_deploy.packed.config import PackedConfig
+from crepe_deploy.packed.config import PackedConfig, Values
+from crepe_deploy.packed.parts import parts
 from crepe_deploy.pattern import NM, Pattern
 from crepe_deploy.progress import Later, Say
+from crepe_deploy.pruning.steps import build_steps
+from crepe_deploy.pruning.steps.values import Int8
 from crepe_deploy.selftext import sampling_bytes
 from crepe_deploy.store.checkpoint import CheckpointReader
 
@@ -29,14 +33,16 @@ ADVICE = (
     "choose 16:32. Choose 2:4 only for the sparse tensor cores of NVIDIA GPUs."
 )
 EXPERTS_ADVICE = (
-    "This model is a mixture of experts: prune does not handle it; crepe-deploy experts removes whole experts, and the "
-    "folder loads wherever the model does (docs/experts.md)."
+    "This model is a mixture of experts: crepe-deploy experts removes whole experts, crepe-deploy prune writes zeros "
+    "inside them; the dense folders of both load wherever the model does, and no other export takes them "
+    "(docs/experts.md)."
 )
 
 
 class Plan(TypedDict):
     """What `plan` predicts, in bytes where a name says so. does_not_divide, not_packable: names of tensors.
 
+    values: the step by which kept weights are quantised, where one was given.
     device: that a run would compute on. chosen: what `prune-and-export` chooses of what was left out, by option.
 
     experts: of a mixture of experts, in which only whole experts can be pruned, `moe.layers.ExpertLayers.record`.
@@ -46,6 +52,7 @@ class Plan(TypedDict):
     model: str
     chosen: dict[str, Any]
     pattern: str
+    values: NotRequired[str]
     device: str
     prunable_tensors: int
     does_not_divide: list[str]
@@ -64,8 +71,9 @@ class Plan(TypedDict):
 
 def plan(
     model: str | Path, *, target: Target | None = None, sparsity: Pattern | str | float | None = None,
-    granularity: Granularity = "row", calib_samples: int | None = None, calib_length: int | None = None,
-    device: str = "auto", revision: str | None = None, heal: bool = False, say: Say | None = None,
+    granularity: Granularity = "row", values: str | None = None, calib_samples: int | None = None,
+    calib_length: int | None = None, device: str = "auto", revision: str | None = None, heal: bool = False,
+    say: Say | None = None,
 ) -> Plan:  # fmt: skip
     """What pruning `model` will need and what each target will gain; arguments as in `prune`. No weight is read,
     and of a GGUF file the header alone, which may be all that is there yet.
@@ -77,12 +85,15 @@ def plan(
     """
     if sparsity is not None:
         pattern_of(sparsity, granularity)
+    step = build_steps({} if values is None else {"values": values}).values
     given = Given(target, sparsity, granularity, calib_samples=calib_samples, calib_length=calib_length)
     place = resolve(device)
     with outlined(model, revision, say) as (folder, shown):
         decoder = Decoder(folder, experts=True)
         later = Later(say)
-        result = _plan(decoder, given, choices_of(given, decoder, later), shown, described(place), later)
+        result = _plan(decoder, given, choices_of(given, decoder, later), step, shown, described(place), later)
+        if values is not None:
+            result["values"] = values
         if heal:
             result["heal_memory_estimate_bytes"] = heal_memory(folder)
         later.begin()
@@ -90,7 +101,7 @@ def plan(
 
 
 def _plan(
-    decoder: Decoder, given: Given, chosen: dict[str, Any], shown: str, device: str, say: Say
+    decoder: Decoder, given: Given, chosen: dict[str, Any], step: Int8 | None, shown: str, device: str, say: Say
 ) -> Plan:  # fmt: skip
     layers = layers_if_any(decoder)
     options = filled(given.options, chosen)
@@ -100,20 +111,21 @@ def _plan(
         say(f"calibration windows would be clipped to the model's context: {context} tokens instead of {length}")
         length = context
     reader = decoder.reader
-    linears = [spec for block in decoder.linears for spec in block if layers is None]
-    misfits = [spec.key for spec in linears if isinstance(pattern, NM) and spec.in_features % pattern.m]
-    prunable = [spec for spec in linears if spec.key not in misfits]
+    found = {spec.tensor: spec for index in range(len(decoder.blocks)) for spec in matrices(decoder, index)}
+    misfits = [name for name, spec in found.items() if isinstance(pattern, NM) and spec.in_features % pattern.m]
+    tensors = found.keys() - set(misfits)
+    prunable = [spec for name, spec in found.items() if name in tensors and layers is None]  # experts are not packed
     total = sum(info.size_bytes for info in reader)
     dense = sum(reader.info(spec.key).size_bytes for spec in prunable)
     unpackable = [spec.key for spec in prunable if not packable(spec, pattern)]
-    packed = sum(packed_bytes(reader, spec, pattern) for spec in prunable if packable(spec, pattern))
+    packed = sum(packed_bytes(reader, spec, pattern, step) for spec in prunable if packable(spec, pattern))
     kept = sum(reader.info(key).size_bytes for key in unpackable)
     plan: Plan = {
         "model": shown,
         "chosen": chosen,
         "pattern": str(pattern),
         "device": device,
-        "prunable_tensors": len(prunable),
+        "prunable_tensors": len(tensors),
         "does_not_divide": misfits,
         "not_packable": unpackable,
         "checkpoint_bytes": total,
@@ -167,11 +179,12 @@ def gpu_gains(measured: list[dict[str, Any]]) -> str:
     return f"smaller on the device too; layers measured here, over dense: {', '.join(ranges)}"
 
 
-def packed_bytes(reader: CheckpointReader, spec: LinearSpec, pattern: Pattern) -> int:
-    """Bytes of the packed values and mask of one tensor."""
-    n, m = PackedConfig(pattern).geometry(spec.in_features)
-    kept = spec.in_features // m * n
-    return spec.out_features * (kept * reader.info(spec.key).dtype.itemsize + spec.in_features // 8)
+def packed_bytes(reader: CheckpointReader, spec: LinearSpec, pattern: Pattern, step: Int8 | None) -> int:
+    """Bytes of the packed parts of one tensor, whose kept values are quantised by `step`."""
+    dtype = reader.info(spec.key).dtype
+    grid = None if step is None else step.grid(dtype)
+    config = PackedConfig(pattern, values=None if grid is None else Values(grid.bits, grid.group))
+    return sum(part.size_bytes for part in parts(config, dtype, spec.out_features, spec.in_features).values())
 
 
 def peak_memory(decoder: Decoder, tokens: int) -> int:

@@ -21,6 +21,7 @@ from crepe_deploy.pruning.run_plan import check_run
 from crepe_deploy.selftext import SELF
 from crepe_deploy.store.manifest import Manifest
 from crepe_deploy.store.sources import Model
+from crepe_deploy.store.values import AGAIN
 from crepe_deploy.texts import CalibrationSet
 
 from .choices import FIXED, Given, Target, choices_of, filled
@@ -44,7 +45,7 @@ def prune(
     sparsity: Pattern | str | float | None = None, granularity: Granularity = "row", method: str | None = None,
     preset: str | Path | None = None, params: Mapping[str, Any] | None = None, recipe: str | Path | None = None,
     feed: str | None = None, allocate: str | None = None, permute: str | None = None, reprune: str | None = None,
-    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
+    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None, values: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
     calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
     dtype: str = "auto", device: str = "auto", base_model: str | None = None, revision: str | None = None,
@@ -60,8 +61,8 @@ def prune(
     preset, params: its hyperparameters, by name or file and one by one. recipe: method and steps, a name or YAML file;
     arguments go before it, and one that heals is for `prune_and_export`. feed: whose output calibrates the next block,
     "auto", "dense", "pruned" or "both".
-    allocate, permute, reprune, reconstruct, repair, rescale: steps, "NAME" or "NAME:PARAMETER=VALUE,..."
-    (docs/methods.md).
+    allocate, permute, reprune, reconstruct, repair, rescale, values: steps, "NAME" or "NAME:PARAMETER=VALUE,..."
+    (docs/methods.md); values, "int8" or "int4", writes the kept weights as codes times scales, which go beside them.
     calib: a file or `datasets` name, "self" for text that the model writes itself, a `Mixture` of them, a list of
     documents, or token ids, an integer tensor (samples, length). calib_samples, calib_length: windows drawn, and
     tokens in each, clipped to the model's context.
@@ -81,7 +82,7 @@ def prune(
     asked = {
         "method": method, "preset": preset, "params": params, "recipe": recipe, "feed": feed, "allocate": allocate,
         "permute": permute, "reprune": reprune, "reconstruct": reconstruct, "repair": repair, "rescale": rescale,
-        "include": include, "exclude": exclude, "dtype": dtype,
+        "values": values, "include": include, "exclude": exclude, "dtype": dtype,
     }  # fmt: skip
     left = _checked(
         Given(target, sparsity, granularity, calib is not None, calib_samples, calib_length, exports=False), asked
@@ -107,7 +108,7 @@ def prune_and_export(
     sparsity: Pattern | str | float | None = None, granularity: Granularity = "row", method: str | None = None,
     preset: str | Path | None = None, params: Mapping[str, Any] | None = None, recipe: str | Path | None = None,
     feed: str | None = None, allocate: str | None = None, permute: str | None = None, reprune: str | None = None,
-    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None,
+    reconstruct: str | None = None, repair: str | None = None, rescale: str | None = None, values: str | None = None,
     calib: Calibration | None = None, calib_field: str = "text", calib_samples: int | None = None,
     calib_length: int | None = None, seed: int = 0, include: str | None = None, exclude: str | None = None,
     dtype: str = "auto", device: str = "auto", heal: float | None = None, base_model: str | None = None,
@@ -136,9 +137,12 @@ def prune_and_export(
     asked = {
         "method": method, "preset": preset, "params": params, "recipe": recipe, "feed": feed, "allocate": allocate,
         "permute": permute, "reprune": reprune, "reconstruct": reconstruct, "repair": repair, "rescale": rescale,
-        "include": include, "exclude": exclude, "dtype": dtype,
+        "values": values, "include": include, "exclude": exclude, "dtype": dtype,
     }  # fmt: skip
-    left = _checked(Given(target, sparsity, granularity, calib is not None, calib_samples, calib_length, format), asked)
+    left = _checked(
+        Given(target, sparsity, granularity, calib is not None, calib_samples, calib_length, format), asked,
+        healed=minutes is not None,
+    )  # fmt: skip
     check_calibration(calib)
     with output(out, model, overwrite=overwrite):
         later = Later(say)
@@ -147,7 +151,7 @@ def prune_and_export(
         config, options = _resolved(source, asked, left, later)
         formats = _names(options["format"])
         for exporter in build(formats, written):
-            exporter.check_pruning(source.folder, config.pattern)
+            exporter.check_pruning(source.folder, config)
         healing = healing_of(source, minutes, calib, calib_field, seed, parts(step), later, place)
         if SELF in sources_of(options["calib"] if calib is None else calib):
             check_run(source, Path(out), config, overwrite=overwrite)
@@ -176,14 +180,18 @@ def _names(format: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in format.split(",")] if isinstance(format, str) else list(format)
 
 
-def _checked(left: Given, asked: Mapping[str, Any]) -> Given:
+def _checked(left: Given, asked: Mapping[str, Any], healed: bool = False) -> Given:
     """What was given, with what the options of `prune_config` say of it; these are refused before a model is fetched.
 
-    Raises ConfigError, PatternError.
+    healed: whether training follows. Raises ConfigError, PatternError.
     """
     pattern = FIXED["sparsity"] if left.sparsity is None else left.sparsity
     checked = prune_config(pattern=pattern_of(pattern, left.granularity), **asked)
-    named = any(value for name, value in asked.items() if name not in ("recipe", "dtype"))
+    if healed and checked.steps.values is not None:
+        raise ConfigError(
+            f"--heal trains kept weights, and --values has them on a grid by then: heal first, and quantise {AGAIN}"
+        )
+    named = any(value for name, value in asked.items() if name not in ("recipe", "dtype", "values"))
     return replace(left, named=named, recipe=asked["recipe"] is not None, needs_text=checked.needs_text)
 
 

@@ -23,6 +23,7 @@ STEPS: Final = {
     "reconstruct": ("exact", "admm", "obs"),
     "repair": ("block",),
     "rescale": ("logits",),
+    "values": ("int8", "int4"),
 }
 
 

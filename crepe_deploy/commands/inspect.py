@@ -44,6 +44,7 @@ def tensor_lines(tensors: list[TensorRow]) -> list[str]:
     rows = [
         f"{_percent(tensor['sparsity']):>8}  {tensor['pattern'] or '-':>7}  {tensor['dtype']:>9}  "
         f"{tensor['shape']!s:>16}  {tensor['name']}{'  packed' if tensor.get('packed') else ''}"
+        f"{'  ' + tensor['values'] if 'values' in tensor else ''}"
         f"{'  counted' if tensor['pattern_from'] == 'zeros' else ''}"
         for tensor in tensors
     ]

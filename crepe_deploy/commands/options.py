@@ -220,6 +220,12 @@ repair_option = click.option(
     help="block: tune what is kept of each block to the dense model's output behind it.",
 )  # fmt: skip
 
+values_option = click.option(
+    "--values", default=None, metavar="STEP", shell_complete=completion.steps["values"],
+    help="int8, or int4[:group=128]: kept weights become codes times scales, each error made up for by the columns "
+    "behind; rounding=nearest: by none. With --sparsity 0 nothing is pruned.",
+)  # fmt: skip
+
 prune_options = options(
     model_argument,
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder; must not exist."),
@@ -245,6 +251,7 @@ prune_options = options(
     repair_option,
     click.option("--rescale", default=None, metavar="STEP", shell_complete=completion.steps["rescale"],
                  help="logits: fit their scale to the dense model on held-out calibration windows."),
+    values_option,
     calibration_options(samples=None, length=None,
                         left_out=" Default, with the length: 128 x 2048; 64 x 512 where --calib is left out."),
     seed_option,

@@ -18,6 +18,7 @@ from .options import (
     print_result,
     revision_option,
     say,
+    values_option,
 )
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ EXAMPLES = """\b
 Examples:
   crepe-deploy plan models/llama
   crepe-deploy plan models/llama --sparsity 16:32
+  crepe-deploy plan models/llama --sparsity 16:32 --values int4
   crepe-deploy plan pruned --heal
   crepe-deploy plan HuggingFaceTB/SmolLM2-135M --sparsity 0.6 --granularity matrix --json
 """
@@ -35,6 +37,7 @@ Examples:
 @click.command("plan", cls=Grouped, epilog=EXAMPLES)
 @model_argument
 @chosen_sparsity_options
+@values_option
 @click.option("--calib-samples", type=Count(1), default=None, help="Default: 64, as is chosen.")
 @click.option("--calib-length", type=Count(2), default=None, help="Default: 512, as is chosen.")
 @device_option
@@ -64,7 +67,8 @@ def lines(result: Plan) -> list[str]:
         "packed checkpoint (lower is better)": result["packed_checkpoint_bytes"],
         "disk needed while pruning, twice the checkpoint": result["disk_needed_bytes"],
     }
-    text = [f"{result['model']} to {result['pattern']}: {result['prunable_tensors']} tensors, on {result['device']}"]
+    to = result["pattern"] + (f" and {result['values']}" if "values" in result else "")
+    text = [f"{result['model']} to {to}: {result['prunable_tensors']} tensors, on {result['device']}"]
     text += [f"  {label}: {size / 1e6:,.0f} MB" for label, size in megabytes.items()]
     text.append(_memory(result))
     text.append(

@@ -26,6 +26,7 @@ Examples:
   crepe-deploy prune models/llama --method wanda --sparsity 0.5 --calib wiki.txt --out pruned
   crepe-deploy prune models/llama --method magnitude --sparsity 4:8 --exclude lm_head --out pruned
   crepe-deploy prune models/llama --reconstruct exact --feed both --calib allenai/c4:en:train --out pruned
+  crepe-deploy prune models/llama --sparsity 16:32 --recipe best --values int4 --calib wiki.txt --out pruned
   crepe-deploy prune models/llama --calib wiki.txt --out pruned --resume
 """
 
@@ -46,7 +47,9 @@ def prune_command(out: Path, as_json: bool, **options: Any) -> None:
     with resumable_folder(out), progress(f"pruning {options['model']}", waits=True) as step:
         manifest = prune(out=out, progress=step, say=say, **values(options))
     asked = {name: manifest.config[name] for name in ("pattern", "method")}
-    text = [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros, verified"]
+    step_taken = manifest.config.get("values")
+    coded = f", those among {step_taken} values counted" if step_taken else ""
+    text = [f"{out}: {manifest.metrics['sparsity_of_pruned_tensors']:.2%} zeros{coded}, verified"]
     chosen = {"chosen": manifest.config["chosen"]} if "chosen" in manifest.config else {}
     print_result(
         {"out": str(out), **asked, **chosen, **manifest.metrics}, as_json, text + manifest.metrics.get("limits", [])

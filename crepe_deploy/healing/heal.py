@@ -23,6 +23,7 @@ from crepe_deploy.store.journal import Journal
 from crepe_deploy.store.manifest import MANIFEST_NAME, Manifest, Source, ancestors, load_manifest, sha256_file, verify
 from crepe_deploy.store.sources import Model, describe_source
 from crepe_deploy.store.stock import check_ids
+from crepe_deploy.store.values import AGAIN, VALUES_NAME
 from crepe_deploy.store.work import begin, remove_work_folder, removed_once_written, work_folder
 from crepe_deploy.store.writing import Planned
 from crepe_deploy.texts import load_tokenizer
@@ -146,6 +147,11 @@ def _pruned(folder: Path) -> Manifest:
         )
     if not manifest.tensors and "structural" not in manifest.config:
         raise ConfigError(f"{folder} was not pruned: there is nothing to heal")
+    if (folder / VALUES_NAME).exists():
+        raise ConfigError(
+            f"{folder} has quantised values, which training would take off the grid of {VALUES_NAME}: heal the folder "
+            f"before they are quantised, and quantise {AGAIN}"
+        )
     return verify(folder)
 
 

@@ -68,7 +68,8 @@ def _check_block(name: str, path: str, block: nn.Module, family: Experts | None,
                 f"{name}: '{path}.{parameter_name}' of shape {tuple(parameter.shape)} belongs to "
                 f"{type(owner).__name__}, which is not a linear layer (experts and convolutions are not supported); "
                 + (
-                    "`crepe-deploy experts` removes whole experts of this family"
+                    "`crepe-deploy experts` removes whole experts of this family, `crepe-deploy prune` prunes inside "
+                    "them, and the dense folders of both load wherever the model does"
                     if layer is not None and owner in layer
                     else f"tested families: {', '.join(covered())}; with experts: {known('experts')}"
                 )

@@ -112,7 +112,7 @@ def bf16_products(allowed: bool = True) -> Iterator[None]:
 
 
 @dataclass
-class _Accumulator:
+class Accumulator:
     """Sums over the calibration tokens of one linear input: squares and values (in,), Gram matrix (in, in); fp32."""
 
     needs: frozenset[Need]
@@ -168,8 +168,8 @@ class Collector:
     """Accumulates `needs` for the inputs of chosen linears; linears that read one tensor share one accumulator."""
 
     needs: frozenset[Need]
-    _by_path: dict[str, _Accumulator] = field(default_factory=dict)
-    _batch: list[tuple[Tensor, _Accumulator]] = field(default_factory=list)
+    _by_path: dict[str, Accumulator] = field(default_factory=dict)
+    _batch: list[tuple[Tensor, Accumulator]] = field(default_factory=list)
 
     @contextlib.contextmanager
     def watching(self, block: nn.Module, linears: list[LinearSpec]) -> Iterator[None]:
@@ -191,7 +191,7 @@ class Collector:
             for seen, accumulator in self._batch:
                 if seen is args[0] and self._by_path.setdefault(path, accumulator) is accumulator:
                     return
-            accumulator = self._by_path.setdefault(path, _Accumulator(self.needs))
+            accumulator = self._by_path.setdefault(path, Accumulator(self.needs))
             accumulator.add(args[0])
             self._batch.append((args[0], accumulator))
 

@@ -8,7 +8,7 @@ never whole in memory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +35,12 @@ PROOF_DTYPE = "float64"  # for comparisons: real models' residuals reach 1e4, wh
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear layer of a block.
+    """A linear layer of a block, or one matrix of an expert.
 
     path: module path inside the block. key: its weight's name in the checkpoint.
     transposed: stored (in, out), as GPT-2's Conv1D does, rather than (out, in).
+    expert: whose matrix it is; `path` is then that of the parameter that holds all of them, `first_row` where in its
+    expert's rows this one begins. within: the stored tensor that holds it beside others, `key` being no tensor's.
     """
 
     path: str
@@ -46,6 +48,27 @@ class LinearSpec:
     out_features: int
     in_features: int
     transposed: bool
+    expert: int | None = None
+    first_row: int = 0
+    within: str = ""
+
+    @property
+    def tensor(self) -> str:
+        """The stored tensor that it is, or is in."""
+        return self.within or self.key
+
+    def of(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Its weight (out, in) among the tensors of its block by checkpoint name; one memory with them."""
+        stored = weights[self.within][self.expert] if self.within else weights[self.key]
+        return stored.T if self.transposed else stored
+
+    def computed(self, block: nn.Module) -> Tensor:
+        """Its weight (out, in) that the block computes with; one memory with it."""
+        if self.expert is None:
+            held: Tensor = block.get_submodule(self.path).get_parameter("weight").data
+        else:
+            held = block.get_parameter(self.path).data[self.expert]
+        return held.T if self.transposed else held[self.first_row : self.first_row + self.out_features]
 
 
 @dataclass(frozen=True)
@@ -179,7 +202,7 @@ class Decoder:
     def _linears(self, index: int) -> list[LinearSpec]:
         specs = []
         for path, module in self.blocks[index].named_modules():
-            if not is_linear(module):
+            if not is_linear(module) or (self.experts is not None and path == self.experts.gate):
                 continue
             transposed = not isinstance(module, nn.Linear)
             weight = module.weight
@@ -288,10 +311,16 @@ class Decoder:
                 _replace(self.model, name, parameter)
 
 
-def follow(parameter: nn.Parameter, stored: Tensor) -> None:
+def follow(parameter: Tensor, stored: Tensor) -> None:
     """Bring a block's own copy of a tensor up to date where it is one, in the dtype of computation."""
     if parameter.data_ptr() != stored.data_ptr():
         parameter.data.copy_(stored)
+
+
+def refuse_experts(root: Path) -> None:
+    """For whoever does not handle them: raise UnsupportedModel naming the experts of the model in a folder, if any."""
+    if family_of(load_config(root).model_type).experts is not None:
+        Decoder(root)
 
 
 def check_dtype(dtype: str) -> None:

@@ -21,6 +21,8 @@ class Experts:
     itself, all experts fused, and of some families they always do.
     per_expert: of the router, what has a row for each expert. correction: its bias that only chooses, in float32.
     softmax: whether a router's weights are shares of one among all experts; else each is its own expert's.
+    transposed: whether each expert's matrices are stored (in, out). gate: a linear layer that decides how much shared
+    experts say, and is left whole as the router is.
     renormalised: whether the weights of the chosen experts are made to sum to a constant, or the field of the
     configuration that says so. groups: the fields with the number of groups that a token chooses of first, and of
     those chosen.
@@ -40,6 +42,8 @@ class Experts:
     softmax: bool = True
     renormalised: bool | str = "norm_topk_prob"
     groups: tuple[str, str] | None = None
+    transposed: bool = False
+    gate: str = ""
 
     def spread(self, config: Any) -> Spread:
         """Whose router weights grow when a chosen expert is gone, in models of this configuration."""
@@ -64,11 +68,13 @@ MIXTRAL: Final = Experts(
     stored={"gate_up_proj": ("{}.w1.weight", "{}.w3.weight"), "down_proj": ("{}.w2.weight",)},
     renormalised=True,
 )
-QWEN: Final = Experts()
+QWEN: Final = Experts(gate="mlp.shared_expert_gate")
 CORRECTED: Final = Experts(
     per_expert=("weight", "e_score_correction_bias"),
     correction="e_score_correction_bias",
     softmax=False,
     groups=("n_group", "topk_group"),
 )
-GPT_OSS: Final = Experts(router="mlp.router", stored={}, per_expert=("weight", "bias"), renormalised=True)
+GPT_OSS: Final = Experts(
+    router="mlp.router", stored={}, per_expert=("weight", "bias"), renormalised=True, transposed=True
+)

@@ -60,7 +60,7 @@ class Family:
     last_norm: the norm between the last block and the output layer, which `--rescale` scales.
     gain_added: what the norms add to their stored gain. bos: computes nonsense without BOS before every sequence.
     structural: where its heads and neurons are and which smaller models there are, for `tyr`.
-    experts: where its blocks keep experts, for `experts`; all else that prunes refuses such a family.
+    experts: where its blocks keep experts, for `experts` and `prune`; all else refuses such a family.
     per_layer_of: the family that this one is with widths of their own for its layers.
     onnx: flavours in which it can be exported. lacks: capability -> the reason why it is not given.
     """

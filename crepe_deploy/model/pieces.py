@@ -24,6 +24,10 @@ class Piece:
     expert: int | None = None
     first_row: int = 0
 
+    def of(self, whole: Tensor) -> Tensor:
+        """What it is of the whole parameter; one memory with it."""
+        return whole if self.expert is None else whole[self.expert, self.first_row : self.first_row + self.shape[0]]
+
 
 def expert_pieces(reader: CheckpointReader, experts: Experts, name: str, shape: tuple[int, ...]) -> list[Piece]:
     """The pieces of a fused parameter of a block, which has its file's prefix; none where it is stored otherwise.
@@ -53,7 +57,7 @@ def assembled(pieces: list[Piece], shape: tuple[int, ...], load: Callable[[str],
     whole = torch.empty(shape, dtype=first.dtype, device=first.device)
     weights = {"": whole}
     for piece in pieces:
-        weights[piece.key] = whole[piece.expert, piece.first_row : piece.first_row + piece.shape[0]]
+        weights[piece.key] = piece.of(whole)
         weights[piece.key].copy_(first if piece is pieces[0] else load(piece.key))
     return weights
 

@@ -136,7 +136,7 @@ def validate(
     ):
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{name}{suffix}: shape {tuple(tensor.shape)}, expected {shape} for {n}:{m}")
-    wrong = _first_wrong_group(mask_bytes.cpu().contiguous().numpy(), n, m)
+    wrong = first_wrong_group(mask_bytes.cpu().contiguous().numpy(), n, m)
     if wrong is not None:
         row, group = wrong
         raise CheckpointError(
@@ -168,7 +168,7 @@ def slice_columns(values: Tensor, mask_bytes: Tensor, start: int, stop: int) -> 
     return picked, mask_bytes[:, start // 8 : stop // 8].contiguous()
 
 
-def _first_wrong_group(bits: npt.NDArray[np.uint8], n: int, m: int) -> tuple[int, int] | None:
+def first_wrong_group(bits: npt.NDArray[np.uint8], n: int, m: int) -> tuple[int, int] | None:
     """(row, group) of the first group of `m` columns whose population is not `n`, or None; `bits` is `(out, in/8)`."""
     rows = bits.shape[0]
     if m % 8 == 0:

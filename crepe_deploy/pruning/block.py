@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from torch import Tensor, nn
 
+from crepe_deploy.model.blocks import expert_layer
 from crepe_deploy.model.calibrate import Collector, Stream, embed
 from crepe_deploy.model.decoder import LinearSpec
+from crepe_deploy.model.inside import Routed
 from crepe_deploy.model.paired import Pair
 from crepe_deploy.model.stats import Stats
 from crepe_deploy.phases import Phases
 
 from .layer import LayerPruner, LayerResult
 from .metering import RunMeter
+from .records import ROUTED
 from .run_plan import RunPlan
 from .steps.repair import Lessons, Repaired, tunable
 
@@ -99,15 +104,54 @@ def _alone(
 ) -> dict[str, LayerResult]:
     """Statistics from one pass through the dense block; the next block is fed by it or by the pruned one."""
     block, targets, stream = plan.decoder.blocks[index], plan.targets[index], streams.calibration
-    collector = Collector(plan.config.needs)
+    linears, inside = ([spec for spec in targets if (spec.expert is None) is alone] for alone in (True, False))
+    collector, routed = Collector(plan.config.needs), None
     if stream is not None:
-        with pruner.phases("forward"), collector.watching(block, targets):
+        with pruner.phases("forward"), collector.watching(block, linears), contextlib.ExitStack() as stack:
+            if inside and plan.config.needs:
+                routed = Routed(plan.config.needs, stream.hidden[0].device)
+                stack.enter_context(routed.watching(_experts(plan, block)))
             stream.run(block, index, advance=plan.config.feed == "dense", tick=meter.statistics(index, targets))
     layers = {}
-    for spec in targets:
+    for spec in linears:
         stats = Stats() if stream is None else collector.stats(spec, stream.sequences)
         layers[spec.key] = pruner.prune(block, spec, weights, stats)
         meter.layer(spec)
+    sequences = 0 if stream is None else stream.sequences
+    return layers | _inside(plan, block, inside, routed, sequences, weights, pruner, meter)
+
+
+def _experts(plan: RunPlan, block: nn.Module) -> nn.Module:
+    """The experts of a block that has some."""
+    assert plan.decoder.experts is not None
+    layer = expert_layer(block, plan.decoder.experts)
+    assert layer is not None
+    return layer[1]
+
+
+def _inside(
+    plan: RunPlan,
+    block: nn.Module,
+    inside: list[LinearSpec],
+    routed: Routed | None,
+    sequences: int,
+    weights: dict[str, Tensor],
+    pruner: LayerPruner,
+    meter: RunMeter,
+) -> dict[str, LayerResult]:
+    """The matrices of experts, one expert's after the other's; its statistics are gone before the next one's come."""
+    layers: dict[str, LayerResult] = {}
+    for expert, specs in groupby(inside, key=lambda spec: spec.expert):
+        read = None
+        if routed is not None and expert is not None:
+            with pruner.phases("forward"):
+                read = routed.of(expert, _experts(plan, block))
+        for spec in specs:
+            result = pruner.prune(block, spec, weights, Stats() if read is None else read.stats(spec, sequences))
+            if read is not None:
+                result = replace(result, notes=result.notes | {ROUTED: float(read.tokens)})
+            layers[spec.key] = result
+            meter.layer(spec)
     return layers
 
 

@@ -11,7 +11,8 @@ from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import check_dtype
 from crepe_deploy.model.stats import Need
 from crepe_deploy.nearest import unknown
-from crepe_deploy.pattern import NM, Pattern, as_pattern
+from crepe_deploy.pattern import NM, Pattern, Unstructured, as_pattern
+from crepe_deploy.store.values import AGAIN
 
 from .methods import get_method
 from .methods.base import Feed, ScoreMethod, SolveMethod
@@ -73,21 +74,42 @@ class PruneConfig:
                 raise ConfigError(
                     f"--reprune undoes the weights that '{self.origin.method}' updates: give --reconstruct as well"
                 )
-        if self.feed == "both" and not steps.beside_dense:
+        if self.feed == "both" and not (steps.beside_dense or steps.sweeps):
             raise ConfigError(
-                "--feed both collects what only --reconstruct and --repair use: give one, or another feed"
+                "--feed both collects what only --reconstruct, --repair and the sweep of --values use: give one, or "
+                "another feed"
             )
         if steps.repair is not None and self.feed != "both":
             raise ConfigError("--repair compares with the dense model on the way: give --feed both or none")
         if steps.rescale is not None and self.feed != "both":
             raise ConfigError("--rescale compares with the dense model on the way: give --reconstruct and --feed both")
+        if steps.values is not None:
+            self._check_values()
         name_filter(self.include, self.exclude)
         check_dtype(self.dtype)
+
+    def _check_values(self) -> None:
+        """Raise ConfigError for what values cannot be quantised behind."""
+        if self.steps.repair is not None:
+            raise ConfigError(
+                "--values quantises each layer behind its pruning, and --repair trains it after: give one; weights "
+                f"that were repaired are quantised {AGAIN}"
+            )
+        if isinstance(self.pattern, Unstructured) and self.pattern.granularity == "matrix" and self.pattern.sparsity:
+            raise ConfigError(
+                f"--values is for rows that keep equal counts, and pattern {self.pattern} counts over the matrix: give "
+                "--granularity row or N:M"
+            )
 
     @property
     def needs(self) -> frozenset[Need]:
         """The statistics that the method and the steps on each block read."""
-        return self.method.needs | self.steps.needs
+        return self.steps.needs if self.keeps_all else self.method.needs | self.steps.needs
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is pruned and values are quantised alone: no method is asked."""
+        return self.steps.values is not None and isinstance(self.pattern, Unstructured) and not self.pattern.sparsity
 
     @property
     def needs_text(self) -> bool:
@@ -115,7 +137,8 @@ class PruneConfig:
             "include": self.include,
             "exclude": self.exclude,
             "dtype": self.dtype,
-            **{kind: self.origin.steps.get(kind) for kind in KINDS},
+            **{kind: self.origin.steps.get(kind) for kind in KINDS if kind != "values"},
+            **({"values": values} if (values := self.origin.steps.get("values")) else {}),
             "recipe": self.origin.recipe,
             "resolved_method": {"class": type(self.method).__name__, **parameters},
             "resolved_steps": self.steps.record(),
@@ -138,6 +161,7 @@ def prune_config(
     reconstruct: str | None = None,
     repair: str | None = None,
     rescale: str | None = None,
+    values: str | None = None,
     include: str | None = None,
     exclude: str | None = None,
     dtype: str = "auto",
@@ -148,7 +172,7 @@ def prune_config(
     recipe's takes nothing of the recipe's preset and params. pattern: "2:4", "0.5", "0.5/matrix" or 0.5 (of zeros).
     preset: a name or file; crepe's default is "default". params: hyperparameters that go before the preset's.
     recipe: a name or file. feed: "auto" (default: the better one for the method and steps), "dense", "pruned", "both".
-    allocate, permute, reprune, reconstruct, repair, rescale: steps as `NAME` or `NAME:PARAMETER=VALUE,...`.
+    allocate, permute, reprune, reconstruct, repair, rescale, values: steps as `NAME` or `NAME:PARAMETER=VALUE,...`.
     include, exclude, dtype: as in `PruneConfig`.
     Raises ConfigError and PatternError; no model is looked at.
     """
@@ -162,7 +186,7 @@ def prune_config(
     )
     given = {
         "allocate": allocate, "permute": permute, "reprune": reprune, "reconstruct": reconstruct, "repair": repair,
-        "rescale": rescale,
+        "rescale": rescale, "values": values,
     }  # fmt: skip
     texts = {kind: text for kind in KINDS if (text := given[kind] or asked.get(kind)) is not None}
     steps = build_steps(texts)

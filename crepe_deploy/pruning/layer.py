@@ -1,4 +1,4 @@
-"""Pruning one layer of a block that is in memory: score, reorder, select, re-prune, reconstruct, and what it cost."""
+"""Pruning one layer of a block in memory: score, reorder, select, re-prune, reconstruct, quantise, and what it cost."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from crepe_deploy.pattern import NM, Pattern
 from crepe_deploy.phases import Phases
 from crepe_deploy.select import select
 from crepe_deploy.store.audit import count_zeros
+from crepe_deploy.store.values import scales_name
 
 from .config import PruneConfig
 from .methods.base import ScoreMethod, Solution
@@ -22,6 +23,7 @@ from .methods.numbers import check_kept, exponent_of, naming, scaled, with_drift
 from .methods.ria import RIA
 from .steps.folds import Foldable, foldables
 from .steps.permute import Permuter
+from .steps.values import Int8
 from .targets import kind_of
 
 TINY = 1e-30  # of a sum of squares in fp32: below it they were rounded away
@@ -53,16 +55,16 @@ class LayerPruner:
     def prune(self, block: nn.Module, spec: LinearSpec, weights: dict[str, Tensor], stats: Stats) -> LayerResult:
         """Prune one layer of `block`, whose tensors by checkpoint name are `weights`; both follow.
 
+        The scales of quantised values join `weights`, by `scales_name`.
         Raises NumericalError naming the layer.
         """
-        stored = weights[spec.key]
-        weight = stored.T if spec.transposed else stored
+        weight = spec.of(weights)
         with naming(spec.key):
             pruned, weighting, notes = self._pruned(block, spec, weights, weight, stats)
             with self.phases("error"):
                 error = layer_error(weight, pruned, weighting)
         weight.copy_(pruned)
-        follow(block.get_submodule(spec.path).get_parameter("weight"), stored)
+        follow(spec.computed(block), weight)
         return LayerResult(error, "none" if weighting is None else "input-norm", count_zeros(pruned), notes)
 
     def _pruned(
@@ -74,7 +76,7 @@ class LayerPruner:
         """
         exponent = exponent_of(weight)
         score: Tensor | None = None
-        if isinstance(self.config.method, ScoreMethod):
+        if isinstance(self.config.method, ScoreMethod) and not self.config.keeps_all:
             with self.phases("score"):
                 method = self.config.kinds.get(kind_of(spec.path), self.config.method)
                 score = method.score(scaled(weight, exponent), stats)
@@ -87,11 +89,25 @@ class LayerPruner:
         solution, solved_notes = self._solve(start, score, stats, self.patterns[spec.key])
         norms = input_norms(stats)
         with self.phases("update"):
-            if solution.weight is start:
-                return weight.masked_fill(~solution.mask, 0), norms, notes | solved_notes
-            updated = scaled(solution.weight, -exponent)
-            solved_notes |= check_kept(weight, updated.to(weight.dtype), solution.mask, norms)
-            return updated.to(weight.dtype).masked_fill(~solution.mask, 0), norms, notes | solved_notes
+            pruned = weight
+            if solution.weight is not start:
+                pruned = scaled(solution.weight, -exponent).to(weight.dtype)
+                solved_notes |= check_kept(weight, pruned, solution.mask, norms)
+            pruned = pruned.masked_fill(~solution.mask, 0)
+        notes |= solved_notes
+        if self.config.steps.values is not None:
+            with self.phases("values"):
+                pruned, damping = self._on_grid(spec, weights, pruned, solution.mask, stats, self.config.steps.values)
+            notes |= {"values_damping": damping} if damping else {}
+        return pruned, norms, notes
+
+    def _on_grid(
+        self, spec: LinearSpec, weights: dict[str, Tensor], pruned: Tensor, mask: Tensor, stats: Stats, values: Int8
+    ) -> tuple[Tensor, float]:
+        """The pruned weight (out, in) with what is kept on a grid, whose scales join `weights`, and the damping."""
+        found, damping = values(pruned, mask, stats, pruned.dtype)
+        weights[scales_name(spec.key)] = found.scales.to(pruned.dtype)
+        return found.weight.to(pruned.dtype), damping
 
     def _solve(
         self, weight: Tensor, score: Tensor | None, stats: Stats, pattern: Pattern
@@ -113,6 +129,8 @@ class LayerPruner:
 
     def _first(self, weight: Tensor, score: Tensor | None, stats: Stats, pattern: Pattern) -> Solution:
         """What the method itself gives: a mask, and the weights as they are or as it updates them."""
+        if self.config.keeps_all:
+            return Solution(weight, torch.ones_like(weight, dtype=torch.bool), {})
         if isinstance(self.config.method, ScoreMethod):
             assert score is not None
             with self.phases("select"):
@@ -170,6 +188,9 @@ class LayerPruner:
             axis = 1 if transposed and stored.ndim == 2 else 0
             reorder_rows(stored, fold.output_order(orders, stored.shape[axis]), axis)
             follow(parameter, stored)
+        scales = weights.get(scales_name(self.decoder.key(f"{prefix}.{producer}.weight")))
+        if scales is not None:
+            reorder_rows(scales, fold.output_order(orders, len(scales)), 0)
 
 
 def reorder_rows(tensor: Tensor, order: Tensor, axis: int) -> None:

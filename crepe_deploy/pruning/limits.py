@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from crepe_deploy.errors import ConfigError, UnsupportedModel
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.families import family_of, known
@@ -11,6 +13,7 @@ from crepe_deploy.pattern import NM
 from .config import PruneConfig
 from .steps.folds import foldables
 from .steps.rescale import last_norm
+from .steps.values import COLUMNS
 from .targets import kind_of
 
 
@@ -20,6 +23,8 @@ def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfi
     Raises UnsupportedModel where a step would do nothing at all with this family, ConfigError where that is for want of
     layers to prune.
     """
+    if any(spec.expert is not None for block in targets for spec in block):
+        _of_experts(config)
     known_kinds = {kind_of(spec.path) for block in targets for spec in block}
     said = [
         f"the preset's coefficients for {kind} are for no layer that is pruned here"
@@ -32,7 +37,35 @@ def limits(decoder: Decoder, targets: list[list[LinearSpec]], config: PruneConfi
         last_norm(decoder)
     if config.feed == "both":
         said += _of_pairing(decoder)
+    if config.steps.values is not None:
+        _check_values(decoder, targets)
     return said
+
+
+def _check_values(decoder: Decoder, targets: list[list[LinearSpec]]) -> None:
+    for spec in (spec for block in targets for spec in block):
+        dtype = decoder.reader.info(spec.key).dtype
+        if spec.in_features % COLUMNS:
+            raise ConfigError(
+                f"--values: {spec.key} has {spec.in_features} input columns, and codes are stored for multiples of "
+                f"{COLUMNS}: leave such layers out with --exclude"
+            )
+        if dtype == torch.float64:
+            raise ConfigError(f"--values: {spec.key} is float64; convert the model to bfloat16, float16 or float32")
+
+
+def _of_experts(config: PruneConfig) -> None:
+    """Raise ConfigError for what does not look inside experts."""
+    outside = "; or leave experts whole: --exclude [.]experts[.]"
+    if config.feed == "both":
+        raise ConfigError(
+            "--feed both does not walk through experts, so neither do --repair and --rescale: give --reconstruct with "
+            f"--feed pruned, or neither recipe nor method, and what can be done there is chosen{outside}"
+        )
+    if config.steps.allocate is not None:
+        raise ConfigError(f"--allocate does not look inside experts: leave it out{outside}")
+    if config.steps.values is not None:
+        raise ConfigError(f"--values does not look inside experts: leave it out{outside}")
 
 
 def _of_folding(decoder: Decoder, targets: list[list[LinearSpec]], pattern: NM) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from crepe_deploy.model.decoder import LinearSpec
+from crepe_deploy.model.inside import matrices
 from crepe_deploy.progress import Meter, Progress
 
 from .run_plan import RunPlan
@@ -16,7 +17,7 @@ class RunMeter:
     """The work of one run; `step` is told of it. Each block's is counted in the order in which it is done."""
 
     def __init__(self, plan: RunPlan, step: Progress) -> None:
-        self._all = [_size(block) for block in plan.decoder.linears]
+        self._all = [_size(matrices(plan.decoder, index)) for index in range(len(plan.decoder.blocks))]
         self._targets = [_size(block) for block in plan.targets]
         self._reads = plan.calibration is not None
         repair = REPAIR if plan.config.steps.repair is not None else 0

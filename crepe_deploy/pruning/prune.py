@@ -13,6 +13,7 @@ output  walk        embeddings, blocks, head, from the disk: logits against memo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -36,6 +37,14 @@ from crepe_deploy.store.files import clear
 from crepe_deploy.store.journal import Journal
 from crepe_deploy.store.manifest import Manifest, Source, TensorRecord, hash_folder, inherit, save_manifest, versions
 from crepe_deploy.store.sources import Model, describe_source
+from crepe_deploy.store.values import (
+    VALUES_NAME,
+    planned_scales,
+    read_values,
+    require_on_grid,
+    scales_name,
+    values_metadata,
+)
 from crepe_deploy.store.work import unfinished
 from crepe_deploy.store.writing import CheckpointWriter, Planned
 from crepe_deploy.texts import CalibrationSet
@@ -44,6 +53,7 @@ from .block import Streams, prune_block, start_streams
 from .config import PruneConfig
 from .layer import LayerResult
 from .metering import RunMeter
+from .records import by_tensor, of_experts, records_of
 from .replay import are_patterns, note, replayed
 from .run_plan import RunPlan, plan_run
 from .steps.allocate import allocate, summary
@@ -144,7 +154,7 @@ def prune_into(
     with phases("hash"):
         parent = inherit(origin.folder, folder, origin.source.files)
         files = hash_folder(folder)
-    tensors = _records(plan, pruned.layers, zeros)
+    tensors = records_of(plan, pruned.layers, zeros)
     manifest = Manifest(
         stage="prune",
         format="dense",
@@ -179,9 +189,9 @@ def _write(folder: Path, journal: Journal, plan: RunPlan, streams: Streams, mete
     decoder, phases = plan.decoder, Phases()
     layers: dict[str, LayerResult] = {}
     repaired: list[Repaired] = []
-    layout = _same_layout(decoder.reader)
+    layout = _same_layout(decoder.reader) | _scales_layout(plan)
     clear(folder, {planned.file for planned in layout.values()})  # what a stopped run has put beside the weights goes
-    with CheckpointWriter(folder, layout, fingerprint=True, resume=True) as writer:
+    with CheckpointWriter(folder, layout, fingerprint=True, resume=True, beside=_beside(plan)) as writer:
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
                 result = replayed(plan, index, streams, weights, journal, writer)
@@ -216,6 +226,24 @@ def _same_layout(reader: CheckpointReader) -> dict[str, Planned]:
     return {info.name: Planned(info.file.name, info.dtype, info.shape) for info in reader}
 
 
+def _scales_layout(plan: RunPlan) -> dict[str, Planned]:
+    """The scales of all targets, where values are quantised."""
+    values, planned = plan.config.steps.values, {}
+    if values is not None:
+        for spec in (spec for block in plan.targets for spec in block):
+            grid = values.grid(plan.decoder.reader.info(spec.key).dtype)
+            planned[scales_name(spec.key)] = planned_scales(grid, spec.out_features, spec.in_features)
+    return planned
+
+
+def _beside(plan: RunPlan) -> dict[str, dict[str, str]]:
+    """The file of scales, where there is one, and what it says of its grid."""
+    if plan.config.steps.values is None:
+        return {}
+    grid = plan.config.steps.values.grid(plan.decoder.dtype)
+    return {VALUES_NAME: values_metadata(grid.bits, grid.group)}
+
+
 def _rescale(plan: RunPlan, streams: Streams, head: Head) -> Rescaled | None:
     """Fit the scale of the logits, where that was asked for, and scale the last norm of `head` by it."""
     rescale = plan.config.steps.rescale
@@ -229,36 +257,20 @@ def _rescale(plan: RunPlan, streams: Streams, head: Head) -> Rescaled | None:
 
 def _prove(folder: Path, plan: RunPlan, pruned: Pruned) -> tuple[dict[str, int], dict[str, Any]]:
     """Zeros of every target by tensor name, and the parity of the logits, as a fresh reader finds both on the disk."""
-    specs = {spec.key: spec for block in plan.targets for spec in block}
-    zeros: dict[str, int] = {}
+    specs, zeros = by_tensor(plan), dict[str, int]()
+    values = read_values(folder)
 
     def count(weights: dict[str, Tensor]) -> None:
-        for key in weights.keys() & specs.keys():
-            weight = weights[key].T.contiguous() if specs[key].transposed else weights[key]
+        for key, spec in ((spec.key, spec) for name in weights.keys() & specs.keys() for spec in specs[name]):
+            weight = spec.of(weights).contiguous()
             zeros[key] = check_pattern(key, weight, plan.patterns[key])
             if zeros[key] != pruned.layers[key].zeros:
                 raise VerifyError(f"{key}: {zeros[key]} zeros were written of {pruned.layers[key].zeros}")
+            if key in values:
+                require_on_grid(key, weight, *values[key])
 
     parity = check_parity(folder, plan.config.dtype, plan.probe, pruned.logits, count, plan.decoder.device)
     return zeros, parity
-
-
-def _records(plan: RunPlan, layers: Mapping[str, LayerResult], zeros: Mapping[str, int]) -> dict[str, TensorRecord]:
-    """What the manifest says of each target, in the order of the blocks."""
-    records = {}
-    for spec in (spec for block in plan.targets for spec in block):
-        layer, shape = layers[spec.key], (spec.out_features, spec.in_features)
-        records[spec.key] = TensorRecord(
-            shape=shape[::-1] if spec.transposed else shape,
-            transposed=spec.transposed,
-            pattern=str(plan.patterns[spec.key]),
-            zeros=zeros[spec.key],
-            sparsity=zeros[spec.key] / (spec.out_features * spec.in_features),
-            layer_error=layer.error,
-            layer_error_weighting=layer.weighting,
-            notes=layer.notes,
-        )
-    return records
 
 
 def _metrics(
@@ -268,7 +280,8 @@ def _metrics(
     seconds: Mapping[str, float],
     parity: dict[str, Any],
 ) -> dict[str, Any]:
-    size = sum(record.shape[0] * record.shape[1] for record in records.values())
+    size = sum(math.prod(record.shape) for record in records.values())
+    experts, said = of_experts(plan, pruned.layers)
     return {
         "sparsity_of_pruned_tensors": sum(record.zeros for record in records.values()) / size,
         "patterns": summary(dict(plan.patterns)),
@@ -276,7 +289,8 @@ def _metrics(
         "mean_layer_error": sum(record.layer_error or 0.0 for record in records.values()) / len(records),
         **({"repair": [asdict(block) for block in pruned.repaired]} if pruned.repaired else {}),
         **({} if pruned.rescaled is None else {"rescale": asdict(pruned.rescaled)}),
-        **({"limits": plan.limits} if plan.limits else {}),
+        **experts,
+        **({"limits": plan.limits + said} if plan.limits + said else {}),
         "device": described(plan.decoder.device),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "parity": parity,

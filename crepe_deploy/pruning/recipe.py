@@ -57,6 +57,7 @@ class Recipe(_Stored):
     reconstruct: str | None = None
     repair: str | None = None
     rescale: str | None = None
+    values: str | None = None
     heal: float | None = Field(default=None, gt=0, strict=False)
 
     def options(self, pattern: Pattern) -> dict[str, Any]:

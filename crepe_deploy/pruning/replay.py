@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crepe_deploy.model.decoder import follow
 from crepe_deploy.store.journal import Journal, numbers
+from crepe_deploy.store.values import scales_name
 from crepe_deploy.store.writing import CheckpointWriter
 
 from .block import BlockResult, Streams, send_dense, send_pruned
@@ -47,7 +48,8 @@ def replayed(
     Raises ConfigError where the journal is damaged.
     """
     names = {spec.key for spec in plan.targets[index]}
-    entry = journal.get("block", str(index), partial(is_block, names=names, tensors=weights.keys()))
+    tensors = weights.keys() | (set() if plan.config.steps.values is None else set(map(scales_name, names)))
+    entry = journal.get("block", str(index), partial(is_block, names=names, tensors=tensors))
     if entry is None or not writer.keep(entry["sha256"]):
         return None
     send_dense(plan, index, streams)
@@ -62,9 +64,9 @@ def replayed(
 def _fill(plan: RunPlan, index: int, weights: dict[str, Tensor], writer: CheckpointWriter) -> None:
     block, prefix = plan.decoder.blocks[index], f"{plan.decoder.blocks_path}.{index}."
     for name, parameter in block.named_parameters():
-        stored = weights[plan.decoder.key(prefix + name)]
-        stored.copy_(writer.read(plan.decoder.key(prefix + name)))
-        follow(parameter, stored)
+        for piece in plan.decoder.pieces(prefix + name, tuple(parameter.shape)):
+            weights[piece.key].copy_(writer.read(piece.key))
+            follow(piece.of(parameter.data), weights[piece.key])
 
 
 def are_patterns(value: Any, names: Set[str]) -> bool:

@@ -73,7 +73,7 @@ def check_run(
     """
     check_output(out, overwrite=overwrite, inputs=(model.folder,))
     companions_of(model.folder)
-    decoder = Decoder(model.folder, config.dtype, device)
+    decoder = Decoder(model.folder, config.dtype, device, experts=True)
     targets = choose_targets(decoder, config.pattern, config.include, config.exclude)
     said = limits(decoder, targets, config)
     check_tokenizer(model.folder)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from crepe_deploy.errors import ConfigError
 from crepe_deploy.model.decoder import Decoder, LinearSpec
+from crepe_deploy.model.inside import matrices
 from crepe_deploy.pattern import Pattern, check_divides
 
 
@@ -31,9 +32,14 @@ def kind_of(path: str) -> str:
 def choose_targets(
     decoder: Decoder, pattern: Pattern, include: str | None, exclude: str | None
 ) -> list[list[LinearSpec]]:
-    """The linears to prune in each block. Raises ConfigError when none is left, PatternError naming a misfit."""
+    """What to prune in each block: linears, and matrices of experts where `decoder` knows of these.
+
+    Raises ConfigError when none is left, PatternError naming a misfit.
+    """
     wanted = name_filter(include, exclude)
-    targets = [[spec for spec in block if wanted(spec.key)] for block in decoder.linears]
+    targets = [
+        [spec for spec in matrices(decoder, index) if wanted(spec.tensor)] for index in range(len(decoder.blocks))
+    ]
     if not any(targets):
         raise ConfigError(f"--include/--exclude leave nothing to prune; names look like {decoder.linears[0][0].key}")
     for spec in (spec for block in targets for spec in block):

@@ -58,7 +58,9 @@ def held_pattern(weight: Tensor) -> str | None:
 
 
 def holds(weight: Tensor, pattern: Pattern) -> bool:
-    """Whether weight (out, in) has the zeros that `pattern` asks for, where it asks for them."""
+    """Whether weight (out, in), or each of (experts, out, in), has the zeros that `pattern` asks for, where it does."""
+    if weight.ndim == 3:
+        return all(holds(one, pattern) for one in weight)
     if weight.ndim != 2 or not weight.numel():
         return False
     if isinstance(pattern, NM):
@@ -105,14 +107,14 @@ def named_pattern(weight: Tensor, stated: str | None) -> tuple[str | None, str |
     """The pattern of weight (out, in), and where it comes from: the one stated, where it holds, or the one counted."""
     if stated is not None and holds(weight, parse_record(stated)):
         return stated, "manifest"
-    counted = held_pattern(weight)
+    counted = held_pattern(weight.flatten(0, -2))
     return counted, "zeros" if counted else None
 
 
 def _pattern(tensor: Tensor, record: TensorRecord | None) -> tuple[str | None, str | None]:
-    if tensor.ndim != 2 or not tensor.numel():
+    if not tensor.numel() or tensor.ndim != (2 if record is None else len(record.shape)):
         return None, None
-    weight = tensor.T.contiguous() if record is not None and record.transposed else tensor
+    weight = tensor.mT.contiguous() if record is not None and record.transposed else tensor
     if weight.is_floating_point() and weight.dtype.itemsize > 1:
         return named_pattern(weight, None if record is None else record.pattern)
     held = record is not None and holds(weight, parse_record(record.pattern))

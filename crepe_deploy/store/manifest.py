@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -47,13 +48,13 @@ class Source(_Record):
 class TensorRecord(_Record):
     """One pruned tensor: asked pattern, counted zeros, and the relative error of its layer's output.
 
-    transposed: stored (in, out), as GPT-2 does. shape: as stored.
+    transposed: stored (in, out), as GPT-2 does. shape: as stored; the matrices of many experts one behind the other.
     layer_error: ||(W - W')D||_F / ||W D||_F, with D the norms of the input channels where the method collected
     them (`layer_error_weighting` "input-norm") and the identity otherwise ("none"). None where it was pruned elsewhere
     ("unknown").
     """
 
-    shape: tuple[_Size, _Size]
+    shape: tuple[_Size, _Size] | tuple[_Size, _Size, _Size]
     transposed: bool = False
     pattern: str
     zeros: int
@@ -61,6 +62,12 @@ class TensorRecord(_Record):
     layer_error: float | None = None
     layer_error_weighting: str
     notes: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(out, in); of many experts all rows, one expert's below the other's."""
+        *experts, rows, columns = self.shape[:-2] + (self.shape[:-3:-1] if self.transposed else self.shape[-2:])
+        return math.prod(experts) * rows, columns
 
     def check_shape(self, name: str, shape: Sequence[int]) -> None:
         """Raise VerifyError where the tensor is stored with another shape."""
@@ -70,7 +77,7 @@ class TensorRecord(_Record):
     def recounted(self, name: str, zeros: int, shape: Sequence[int]) -> TensorRecord:
         """This with the zeros as they are stored now: rounding adds some. Raises VerifyError for another shape."""
         self.check_shape(name, shape)
-        return self.model_copy(update={"zeros": zeros, "sparsity": zeros / (self.shape[0] * self.shape[1])})
+        return self.model_copy(update={"zeros": zeros, "sparsity": zeros / math.prod(self.shape)})
 
 
 class Manifest(_Record):

@@ -46,12 +46,14 @@ class CheckpointWriter:
     resume: files that are there already, of an equal plan, are gone on with; `keep` says what they hold.
     pieces: where every file that is whole is noted, with its notes; those that are noted and hold what was noted are
     kept. noted: whether this may be noted of the tensor of a name.
+    beside: planned files that are no part of the checkpoint, with their metadata: an index tells them from it.
     Raises DiskFullError, OutputError, CrepeError.
     """
 
     def __init__(
         self, root: Path, plan: Mapping[str, Planned], *, fingerprint: bool = False, resume: bool = False,
         pieces: Pieces | None = None, noted: Noted = lambda _, note: note is None,
+        beside: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:  # fmt: skip
         self.root = root
         self.fingerprints: dict[str, str] = {}
@@ -60,6 +62,7 @@ class CheckpointWriter:
         self._new = 0 if resume or pieces is not None else os.O_EXCL
         self._pieces = pieces
         self._noted = noted
+        self._beside = beside or {}
         self.plan = dict(plan)
         self._offsets: dict[str, int] = {}
         self._files: dict[str, int] = {}
@@ -80,7 +83,7 @@ class CheckpointWriter:
 
     def _allocate(self, file: str) -> None:
         names = self._names[file]
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": dict(self._beside.get(file, {"format": "pt"}))}
         position = 0
         for name in names:
             planned = self.plan[name]
@@ -183,8 +186,9 @@ class CheckpointWriter:
     def _write_index(self) -> None:
         if set(self._files) == {SINGLE_NAME}:
             return
-        total = sum(planned.size_bytes for planned in self.plan.values())
-        weight_map = {name: self.plan[name].file for name in sorted(self.plan)}
+        part = {name: planned for name, planned in self.plan.items() if planned.file not in self._beside}
+        total = sum(planned.size_bytes for planned in part.values())
+        weight_map = {name: part[name].file for name in sorted(part)}
         write_json(self.root / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def _close(self) -> None:

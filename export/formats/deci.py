@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import check_parity, walk_logits
-from ...pattern import Pattern
+from ...pruning.config import PruneConfig
 from ...store.checkpoint import read_config
 from ...store.files import write_json
 from ...store.pieces import Pieces
@@ -51,7 +51,7 @@ class Deci(Exporter[DeciPlan]):
     name: ClassVar[str] = "deci"
     words: ClassVar[Words] = LAYOUT_WORDS["deci"]
 
-    def check_pruning(self, model: Path, pattern: Pattern) -> None:
+    def check_pruning(self, model: Path, config: PruneConfig) -> None:
         raise ConfigError("--format deci is for folders with widths per layer: crepe-deploy export DIR --format deci")
 
     def plan(self, source: Source, weights: Path) -> DeciPlan:

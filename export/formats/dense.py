@@ -24,13 +24,14 @@ from ...store.files import disk_errors, write_json
 from ...store.manifest import LINEAGE, Manifest, TensorRecord
 from ...store.pieces import Pieces
 from ...store.readback import ReadBack, check_fingerprint
+from ...store.values import read_values, scales_name
 from ...structural.check import is_structural
 from ..frame import usage
 from ..frame.card import CARD_NAME
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
 from ..frame.greedy import GREEDY_TOKENS, greedy_of
 from ..structural.words import LAYOUT_WORDS
-from .packed import Unpacking, plan_unpacking, write_unpacked
+from .unpacking import Unpacking, plan_unpacking, write_unpacked
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Dense(Exporter[DensePlan]):
 
     def plan(self, source: Source, weights: Path) -> DensePlan:
         packed = source.manifest.format == "packed"
-        unpacking = plan_unpacking(weights, source.manifest.tensors) if packed else None
+        unpacking = plan_unpacking(weights, source.manifest.tensors, scales=True) if packed else None
         return DensePlan(source, list(CheckpointReader(weights)), unpacking)
 
     def room(self, plan: DensePlan) -> int:
@@ -96,7 +97,10 @@ class Dense(Exporter[DensePlan]):
             if info.name in parent.tensors:
                 _recount(folder, info.name, stored, parent.tensors[info.name])
                 tick()
-        if plan.unpacking is None:
+        if plan.unpacking is not None:
+            for name, (_, scales) in read_values(folder).items():
+                check_fingerprint(folder, scales_name(name), scales, written.fingerprints)
+        else:
             for name, digest in files.hashes.items():
                 if digest != parent.files[name]:
                     raise VerifyError(f"{plan.source.folder / name} differs from its sha256 in the manifest")
@@ -126,7 +130,7 @@ def _place(source: Path, target: Path, *, link: bool) -> None:
 
 
 def _recount(folder: Path, name: str, stored: Tensor, record: TensorRecord) -> None:
-    weight = stored.T.contiguous() if record.transposed else stored
+    weight = stored.mT.contiguous() if record.transposed else stored
     zeros = record.recounted(name, check_pattern(name, weight, parse_record(record.pattern)), stored.shape).zeros
     if zeros != record.zeros:
         raise VerifyError(f"{folder / name}: {zeros} zeros were counted and the manifest says {record.zeros}")

@@ -25,7 +25,8 @@ from ...errors import ParityError
 from ...extras import require
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import PARITY_TOLERANCE, walk_logits
-from ...pattern import Pattern, parse_record
+from ...pattern import parse_record
+from ...pruning.config import PruneConfig
 from ...store.audit import check_pattern
 from ...store.companions import companions_of
 from ...store.files import disk_errors
@@ -49,7 +50,7 @@ from ..llamacpp.weights import (
     rounding,
     type_of,
 )
-from .packed import as_dense
+from .unpacking import as_dense
 
 FILE: Final = "model.gguf"
 PROBE_TOKENS: Final = 64
@@ -90,7 +91,7 @@ class Gguf(Exporter[GgufPlan]):
         check_type(self.quantise)
         require("writing a GGUF file", "gguf")
 
-    def check_pruning(self, model: Path, pattern: Pattern) -> None:
+    def check_pruning(self, model: Path, config: PruneConfig) -> None:
         architecture = architecture_of(model)
         vocabulary_of(model, _rows(architecture))
 

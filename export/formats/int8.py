@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, ParityError, UnsupportedModel, VerifyError
 from ...model.decoder import Decoder
-from ...pattern import Pattern
+from ...pruning.config import PruneConfig
 from ...store.checkpoint import CheckpointReader, TensorInfo, read_config
 from ...store.files import write_json
 from ...store.journal import numbers
@@ -70,7 +70,7 @@ class Int8(Exporter[Int8Plan]):
         use=usage.INT8,
     )
 
-    def check_pruning(self, model: Path, pattern: Pattern) -> None:
+    def check_pruning(self, model: Path, config: PruneConfig) -> None:
         int8_tensors(Decoder(model))
 
     def check_source(self, source: Source) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from ...model.architecture import load_config
-from ...pattern import Pattern
+from ...pruning.config import PruneConfig
 from ...store.checkpoint import CheckpointReader
 from ...store.companions import companions_of
 from ...store.files import clear
@@ -25,7 +25,7 @@ from ..onnx.parity import own_greedy, prove
 from ..onnx.portable import DATA_NAME, build_portable
 from ..onnx.recount import recount
 from ..onnx.support import check_end, check_model, check_options
-from .packed import as_dense
+from .unpacking import as_dense
 
 DTYPES: Final = {"fp32": "float32", "fp16": "float16", "int4": "int4"}
 _BYTES: Final = {"fp32": 4.0, "fp16": 2.0, "int4": 1.5}  # of each weight on the disk, at most; int4 keeps tables fp32
@@ -68,7 +68,7 @@ class Onnx(Exporter[OnnxPlan]):
     def check(self) -> None:
         check_options(self.flavor, self.precision)
 
-    def check_pruning(self, model: Path, pattern: Pattern) -> None:
+    def check_pruning(self, model: Path, config: PruneConfig) -> None:
         check_model(load_config(model), self.flavor)
 
     def weights(self, source: Source, folder: Path) -> contextlib.AbstractContextManager[Path]:

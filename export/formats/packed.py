@@ -1,15 +1,15 @@
 """Export `packed`: pruned weights stored without their zeros, in the format `crepe-nm` (see docs/format.md).
 
-Each packed `P.weight` becomes `P.weight_values` and `P.weight_mask`. Beside them stays an empty `P.weight`, a guard:
-a reader that does not know the format meets a wrong shape and stops, where it would otherwise initialise the missing
-weight with random numbers. Tensors stream through one at a time; the model is never whole in memory.
+Each packed `P.weight` becomes `P.weight_values` and `P.weight_mask`, or, where its folder has the scales of its values,
+`P.weight_codes`, `P.weight_scales` and a mask. Beside them stays an empty `P.weight`, a guard: a reader that does not
+know the format meets a wrong shape and stops, where it would otherwise initialise the missing weight with random
+numbers. Tensors stream through one at a time; the model is never whole in memory.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,26 +17,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, ConfigError, ParityError, UnsupportedModel
-from ...model.decoder import Decoder
-from ...packed.config import COLUMN_MULTIPLE, PackedConfig, packed_config
-from ...packed.format import (
-    DTYPES,
-    MASK_SUFFIX,
-    VALUES_SUFFIX,
-    mask_from_weight,
-    pack,
-    unpack,
-    validate,
-)
+from ...errors import CheckpointError, ConfigError, NumericalError, ParityError, UnsupportedModel
+from ...model.decoder import Decoder, refuse_experts
+from ...packed import parts
+from ...packed.config import COLUMN_MULTIPLE, PackedConfig, Values, packed_config
+from ...packed.format import DTYPES
 from ...pattern import Pattern, parse_record
+from ...pruning.config import PruneConfig
 from ...store.checkpoint import CheckpointReader, read_config, same_bits
-from ...store.companions import copy_companions
-from ...store.files import require_disk, write_json
-from ...store.folders import scratch_folder
+from ...store.files import write_json
 from ...store.manifest import Manifest, TensorRecord
 from ...store.pieces import Pieces
 from ...store.readback import prove_written
+from ...store.values import VALUES_NAME, read_values
 from ...store.writing import CheckpointWriter, Planned
 from ..frame import usage
 from ..frame.exporter import Exporter, Source, Tick, Words, Written
@@ -48,7 +41,10 @@ GUARD_SHAPE = (0,)
 
 @dataclass(frozen=True)
 class PackedPlan:
-    """tensors: what will be written. packed, left: names of the pruned weights that are packed, and that are not."""
+    """tensors: what will be written. packed, left: names of the pruned weights that are packed, and that are not.
+
+    scales: of coded values, by the weight's name.
+    """
 
     source: Source
     reader: CheckpointReader
@@ -56,6 +52,7 @@ class PackedPlan:
     tensors: dict[str, Planned]
     packed: list[str]
     left: list[str]
+    scales: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,13 @@ class Packed(Exporter[PackedPlan]):
         "plain folder back, bit by bit.",
         use=usage.OURS,
     )
+    coded: ClassVar[Words] = Words(
+        "The weights are small whole numbers with scales, and pruned ones are not stored, in version 3 of the format "
+        "`crepe-nm`: smaller on disk and in memory. transformers (after `import crepe_deploy`) runs it on CPUs and "
+        "decodes each layer in every call, which is slower than dense; vLLM and GPUs do not run it. Readers without "
+        "crepe-deploy refuse it. `crepe-deploy export --format dense` gives the plain folder back, bit by bit.",
+        use=usage.CODED,
+    )
 
     needs_manifest: ClassVar[bool] = False
 
@@ -78,13 +82,17 @@ class Packed(Exporter[PackedPlan]):
         """Of a folder pruned elsewhere, the patterns that its layers hold."""
         return counted(folder)
 
-    def check_pruning(self, model: Path, pattern: Pattern) -> None:
-        packed_config(pattern)
+    def check_pruning(self, model: Path, config: PruneConfig) -> None:
+        step = config.steps.values
+        grid = None if step is None else step.grid(torch.bfloat16)
+        packed_config(config.pattern, values=None if grid is None else Values(grid.bits, grid.group))
+        refuse_experts(model)
 
     def plan(self, source: Source, weights: Path) -> PackedPlan:
-        config = patterns_of(weights, source.manifest)
+        values, scales = _values_of(weights)
+        config = patterns_of(weights, source.manifest, values)
         decoder = Decoder(weights)
-        packed, left = _choose(decoder.reader, source.manifest, config)
+        packed, left = _choose(decoder.reader, source.manifest, config, scales)
         if not packed:
             raise ConfigError(
                 f"{weights}: none of its {len(left)} pruned tensors can be packed in pattern {config.pattern}: that "
@@ -92,8 +100,9 @@ class Packed(Exporter[PackedPlan]):
                 "--format dense"
             )
         _check_reads(decoder, packed)
-        config = packed_config(config.pattern, dense_modules(decoder, packed), _spelled(decoder, config, packed))
-        return PackedPlan(source, decoder.reader, config, _plan(decoder.reader, packed, config), packed, left)
+        dense, spelled = dense_modules(decoder, packed), _spelled(decoder, config, packed)
+        config = packed_config(config.pattern, dense, spelled, values)
+        return PackedPlan(source, decoder.reader, config, _plan(decoder.reader, packed, config), packed, left, scales)
 
     def room(self, plan: PackedPlan) -> int:
         return sum(planned.size_bytes for planned in plan.tensors.values())
@@ -107,7 +116,7 @@ class Packed(Exporter[PackedPlan]):
             for info in writer.left(plan.reader, tick):
                 tensor = plan.reader.load(info.name)
                 if info.name in chosen:
-                    _write_packed(writer, info.name, tensor, plan.config)
+                    _write_packed(writer, info.name, tensor, plan)
                     tensor = torch.empty(GUARD_SHAPE, dtype=info.dtype)
                 writer.write(info.name, tensor)
                 tick()
@@ -125,26 +134,39 @@ class Packed(Exporter[PackedPlan]):
 
     def size(self, plan: PackedPlan, folder: Path) -> Mapping[str, Any]:
         written = CheckpointReader(folder)
-        parts = [written.info(name + suffix) for name in plan.packed for suffix in (VALUES_SUFFIX, MASK_SUFFIX)]
+        found = [written.info(name) for name in plan.tensors if name not in plan.reader]
         dense_bytes = sum(plan.reader.info(name).size_bytes for name in plan.packed)
         before, after = (sum(path.stat().st_size for path in reader.files) for reader in (plan.reader, written))
         return {
-            "weight_bytes_over_dense": sum(part.size_bytes for part in parts) / dense_bytes,
+            "weight_bytes_over_dense": sum(part.size_bytes for part in found) / dense_bytes,
             "file_bytes_over_dense": after / before,
             "packed_tensors": len(plan.packed),
             "what": "bytes of the packed linear layers, and of all weight files, over the same stored dense",
+            **({} if plan.config.values is None else {"values": str(plan.config.values)}),
         }
 
+    def words_of(self, manifest: Manifest) -> Words:
+        return self.coded if "values" in manifest.metrics["size"] else self.words
 
-def patterns_of(source: Path, manifest: Manifest) -> PackedConfig:
+
+def _values_of(source: Path) -> tuple[Values | None, dict[str, Tensor]]:
+    """How a folder's values are coded, None where they are not, and the scales of each weight. Raises CheckpointError,
+    ConfigError for groups that cannot be packed."""
+    found = read_values(source)
+    values = {Values(grid.bits, grid.group) for grid, _ in found.values()}  # a file has one grid
+    return (values.pop() if values else None), {name: scales for name, (_, scales) in found.items()}
+
+
+def patterns_of(source: Path, manifest: Manifest, values: Values | None = None) -> PackedConfig:
     """The most common pattern of the pruned tensors, and the others by module. Raises ConfigError for none."""
     if not manifest.tensors:
         raise ConfigError(f"{source}: none of its tensors is pruned; there is nothing to pack")
     patterns = {name.removesuffix(".weight"): parse_record(record.pattern) for name, record in manifest.tensors.items()}
     common = Counter(patterns.values()).most_common(1)[0][0]
     for pattern in patterns.values():
-        packed_config(pattern)
-    return packed_config(common, (), {name: pattern for name, pattern in patterns.items() if pattern != common})
+        packed_config(pattern, values=values)
+    others = {name: pattern for name, pattern in patterns.items() if pattern != common}
+    return packed_config(common, (), others, values)
 
 
 def _spelled(decoder: Decoder, config: PackedConfig, packed: list[str]) -> dict[str, Pattern]:
@@ -163,13 +185,16 @@ def of_tensor(config: PackedConfig, name: str) -> PackedConfig:
     return config.of(name.removesuffix(".weight"))
 
 
-def _choose(reader: CheckpointReader, parent: Manifest, config: PackedConfig) -> tuple[list[str], list[str]]:
+def _choose(
+    reader: CheckpointReader, parent: Manifest, config: PackedConfig, scales: Mapping[str, Tensor]
+) -> tuple[list[str], list[str]]:
     """The pruned tensors that are packed, and those that keep their zeros because the format cannot hold them."""
     packed: list[str] = []
     left: list[str] = []
     for name, record in parent.tensors.items():
         record.check_shape(name, reader.info(name).shape)
         fits = _packable(name, record, config) and reader.info(name).dtype in DTYPES
+        fits = fits and (config.values is None or name in scales)
         (packed if fits else left).append(name)
     return packed, left
 
@@ -217,130 +242,24 @@ def _plan(reader: CheckpointReader, packed: list[str], config: PackedConfig) -> 
         if info.name not in chosen:
             plan[info.name] = Planned(info.file.name, info.dtype, info.shape)
             continue
-        rows, columns = info.shape
-        n, m = of_tensor(config, info.name).geometry(columns)
         plan[info.name] = Planned(info.file.name, info.dtype, GUARD_SHAPE)
-        plan[info.name + VALUES_SUFFIX] = Planned(info.file.name, info.dtype, (rows, columns // m * n))
-        plan[info.name + MASK_SUFFIX] = Planned(info.file.name, torch.uint8, (rows, columns // 8))
+        for suffix, part in parts.parts(of_tensor(config, info.name), info.dtype, *info.shape).items():
+            plan[info.name + suffix] = Planned(info.file.name, part.dtype, part.shape)
     return plan
 
 
-def _write_packed(writer: CheckpointWriter, name: str, weight: Tensor, config: PackedConfig) -> None:
-    """Write both parts of one weight. Raises ParityError unless they unpack to its bits, PatternError."""
-    n, m = of_tensor(config, name).geometry(weight.shape[1])
-    values, mask = pack(weight, mask_from_weight(weight, n, m, name), name)
-    if not same_bits(unpack(values, mask), weight):
-        raise ParityError(f"{writer.root}: '{name}' unpacks to other bits than were packed")
-    writer.write(name + VALUES_SUFFIX, values)
-    writer.write(name + MASK_SUFFIX, mask)
-
-
-def load_packed(reader: CheckpointReader, name: str, config: PackedConfig) -> tuple[Tensor, Tensor]:
-    """The stored pair of the packed weight `name`, checked against the pattern. Raises CheckpointError."""
-    values, mask = reader.load_finite(name + VALUES_SUFFIX), reader.load(name + MASK_SUFFIX)
-    if mask.ndim != 2:
-        raise CheckpointError(f"{name}{MASK_SUFFIX}: shape {tuple(mask.shape)}; a packed mask has two dimensions")
-    rows, columns = mask.shape[0], mask.shape[1] * 8
-    n, m = of_tensor(config, name).geometry(columns)
-    validate(values, mask, n, m, columns, rows, name)
-    return values, mask
-
-
-@dataclass(frozen=True)
-class Unpacking:
-    """A packed checkpoint about to be written dense. content: the dense `config.json`. packed: names of the weights."""
-
-    reader: CheckpointReader
-    config: PackedConfig
-    content: dict[str, Any]
-    plan: dict[str, Planned]
-    packed: set[str]
-
-    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, or these, dense. Raises CheckpointError naming one that does not fit the pattern."""
-        for name in self.plan if names is None else names:
-            if name in self.packed:
-                yield name, unpack(*load_packed(self.reader, name, self.config))
-            else:
-                yield name, self.reader.load_finite(name)
-
-
-def plan_unpacking(source: Path, records: Mapping[str, TensorRecord]) -> Unpacking:
-    """From headers alone. records: the manifest's, of tensors that must be there.
-
-    Raises CheckpointError naming the tensor that is missing, ConfigError.
-    """
-    content = read_config(source)
-    config = PackedConfig.from_dict(content.pop("quantization_config", None) or {})
-    reader = CheckpointReader(source)
-    packed = packed_names(reader)
-    for name in sorted(packed & {f"{module}.weight" for module in config.ignore}):
+def _write_packed(writer: CheckpointWriter, name: str, weight: Tensor, plan: PackedPlan) -> None:
+    """Write the parts of one weight. Raises ParityError unless they unpack to its bits, PatternError, CheckpointError
+    where scales are another weight's."""
+    config = of_tensor(plan.config, name)
+    try:
+        found = parts.stored(weight, plan.scales.get(name), config, name)
+    except NumericalError as error:
         raise CheckpointError(
-            f"{source}: '{name}' is stored packed and quantization_config says in 'ignore' that it is not"
-        )
-    plan: dict[str, Planned] = {}
-    for info in reader:
-        base = info.name.removesuffix(VALUES_SUFFIX).removesuffix(MASK_SUFFIX)
-        if base not in packed:
-            plan[info.name] = Planned(info.file.name, info.dtype, info.shape)
-        elif info.name.endswith(VALUES_SUFFIX):
-            rows, mask_bytes = _matrix(reader, base + MASK_SUFFIX)
-            plan[base] = Planned(info.file.name, info.dtype, (rows, mask_bytes * 8))
-    for name in records:
-        if name not in plan:
-            raise CheckpointError(f"{source}: tensor '{name}' is missing")
-    return Unpacking(reader, config, content, plan, packed)
-
-
-def write_unpacked(unpacking: Unpacking, folder: Path, pieces: Pieces | None = None) -> dict[str, str]:
-    """Write the dense tensors into `folder`, which is empty but for `pieces`, one at a time; their fingerprints.
-
-    Raises CheckpointError naming the tensor that is inconsistent with the pattern.
-    """
-    with CheckpointWriter(folder, unpacking.plan, fingerprint=True, pieces=pieces) as writer:
-        for name, tensor in unpacking.tensors(writer.pending):
-            writer.write(name, tensor)
-    return writer.fingerprints
-
-
-@contextlib.contextmanager
-def as_dense(source: Source, beside: Path) -> Iterator[Path]:
-    """The folder of a dense source; of a packed one a dense copy without a manifest, which is removed after."""
-    if source.manifest.format != "packed":
-        yield source.folder
-        return
-    with scratch_folder(beside.with_name(beside.name + ".unpacked")) as copy:
-        unpacking = plan_unpacking(source.folder, source.manifest.tensors)
-        require_disk(copy, sum(planned.size_bytes for planned in unpacking.plan.values()))
-        write_unpacked(unpacking, copy)
-        copy_companions(source.folder, copy)
-        write_json(copy / "config.json", unpacking.content)
-        yield copy
-
-
-def unpacked(folder: Path) -> Iterator[tuple[str, Tensor, bool]]:
-    """Every tensor of a packed checkpoint, dense, one at a time: its name, itself, and whether it is stored packed.
-
-    Raises CheckpointError naming what is missing or inconsistent.
-    """
-    unpacking = plan_unpacking(folder, {})
-    for name, tensor in unpacking.tensors():
-        yield name, tensor, name in unpacking.packed
-
-
-def packed_names(reader: CheckpointReader) -> set[str]:
-    """The dense names of all packed tensors. Raises CheckpointError naming the part that is missing."""
-    stored = set(reader.tensors)
-    names = {name.removesuffix(suffix) for suffix in (VALUES_SUFFIX, MASK_SUFFIX) for name in stored
-             if name.endswith(suffix)}  # fmt: skip
-    for name in sorted(names):
-        for suffix in (VALUES_SUFFIX, MASK_SUFFIX):
-            reader.info(name + suffix)
-    return names
-
-
-def _matrix(reader: CheckpointReader, name: str) -> tuple[int, int]:
-    shape = reader.info(name).shape
-    if len(shape) != 2:
-        raise CheckpointError(f"{name}: shape {shape}; a packed mask has two dimensions")
-    return shape[0], shape[1]
+            f"{plan.reader.root}: '{name}': {error}: it was changed after {VALUES_NAME} was written. Without that file "
+            "it is packed as it is; prune with --values makes a new one"
+        ) from error
+    if not same_bits(parts.dense(found, config, weight.shape[1]), weight):
+        raise ParityError(f"{writer.root}: '{name}' unpacks to other bits than were packed")
+    for suffix, tensor in found.items():
+        writer.write(name + suffix, tensor)

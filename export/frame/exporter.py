@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ...errors import ConfigError
-from ...pattern import Pattern
+from ...pruning.config import PruneConfig
 from ...store.companions import copy_companions
 from ...store.manifest import Manifest, TensorRecord
 from ...store.pieces import Pieces
@@ -87,8 +87,8 @@ class Exporter(ABC, Generic[Plan]):
     def check(self) -> None:
         """Refuse values of options and missing libraries, before anything is read. Raises ConfigError, MissingExtra."""
 
-    def check_pruning(self, model: Path, pattern: Pattern) -> None:
-        """Refuse before `model` is pruned to `pattern` what would be refused after. Raises InputError."""
+    def check_pruning(self, model: Path, config: PruneConfig) -> None:
+        """Refuse before `model` is pruned by `config` what would be refused after. Raises InputError."""
 
     def check_source(self, source: Source) -> None:
         """Refuse a source of a format that this one does not read. Raises ConfigError."""

@@ -19,14 +19,16 @@ Any reader of Hugging Face checkpoints:
 ```
 vllm serve MODEL
 ```"""
-OURS: Final = f"""\
+CODED: Final = f"""\
 Install crepe-deploy first; without it readers say that they do not know this kind of model, and refuse it:
 
 ```
 pip install "INSTALL"
 ```
 
-{_LOAD.format(before="import crepe_deploy  # makes transformers read it" + chr(10))}
+{_LOAD.format(before="import crepe_deploy  # makes transformers read it" + chr(10))}"""
+OURS: Final = f"""\
+{CODED}
 
 ```
 crepe-deploy serve MODEL   # or: vllm serve MODEL, which finds crepe-deploy by itself

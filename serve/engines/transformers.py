@@ -58,13 +58,14 @@ class TransformersEngine:
         """Bytes and kernels of the linear layers in the decoder blocks (`lm_head` is none of them)."""
         from torch import nn
 
+        from ...packed.coded_linear import CodedLinear
         from ...packed.linear import PackedLinear
 
         sizes, kernels = [], {}
         for name, module in self.model.named_modules():
             if isinstance(module, PackedLinear) and module.on_device is None:  # a GPU chooses for each call
                 kernels[f"{module.out_features}x{module.in_features}"] = plan_names(module.kernel_plan.tolist())
-            if isinstance(module, PackedLinear) or (isinstance(module, nn.Linear) and "layers." in name):
+            if isinstance(module, PackedLinear | CodedLinear) or (isinstance(module, nn.Linear) and "layers." in name):
                 sizes.append(held_bytes(module))
         dtype = str(self.model.dtype).removeprefix("torch.")
         return {"dtype": dtype, "linear_bytes": sum(sizes), "linears": len(sizes), "kernels": kernels}

@@ -17,8 +17,7 @@ from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from crepe_deploy.exporting.registry import EXPORTERS, build, exporter_class
 
 from crepe_deploy.errors import ConfigError, ParityError
-from crepe_deploy.pattern import Pattern
-from crepe_deploy.pruning.config import prune_config
+from crepe_deploy.pruning.config import PruneConfig, prune_config
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import verify
 from crepe_deploy.store.pieces import Pieces
@@ -41,8 +40,8 @@ class Negative(Exporter[CheckpointReader]):
         if not self.factor.lstrip("-").isdigit():
             raise ConfigError(f"option factor '{self.factor}' is no number")
 
-    def check_pruning(self, model: Path, pattern: Pattern) -> None:
-        if str(pattern) == "1:4":
+    def check_pruning(self, model: Path, config: PruneConfig) -> None:
+        if str(config.pattern) == "1:4":
             raise ConfigError("a toy is not for 1:4")
 
     def plan(self, source: Source, weights: Path) -> CheckpointReader:

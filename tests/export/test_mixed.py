@@ -114,7 +114,7 @@ def test_layers_that_are_served_as_one_must_agree() -> None:
         ({"overrides": ["a"]}, "'overrides' does not give modules their patterns"),
         ({"overrides": {"a": "12:32"}}, "'overrides' does not give modules their patterns"),
         ({"overrides": {"a": {"n": 12}}}, "no packed pattern"),
-        ({"version": 3}, "version 3 is newer than the version 2"),
+        ({"version": 4}, "version 4 is newer than the version 3"),
     ],
 )
 def test_wrong_overrides_are_refused(change: dict[str, Any], message: str) -> None:

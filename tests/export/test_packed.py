@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.exporting.formats.packed import load_packed
+from crepe_deploy.exporting.formats.unpacking import load_packed
 from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file, save_file
 
@@ -229,7 +229,7 @@ def test_random_bytes_never_crash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"version": 3}, "version 3 is newer"),
+        ({"version": 4}, "version 4 is newer"),
         ({"version": "1"}, "is not a version"),
         ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
         ({"n": 3.0}, "no packed pattern"),

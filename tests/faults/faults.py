@@ -53,7 +53,7 @@ SCENARIOS: Final = {
                       "--batch-tokens", "32", "--dtype", "float32", "--out", "out"), "pruned", resumes=True),
     "experts": Scenario(("experts", "IN", "--calib", "TEXT", *CALIBRATION, "--remove", "2", "--out", "out"), "experts",
                         resumes=True),
-    "bench": Scenario(("bench", "run", "SUITE", "--out", "out.json"), "bench.yaml"),
+    "bench": Scenario(("bench", "run", "SUITE", "--out", "out.json"), "bench.yaml", resumes=True),
     "gate": Scenario(("gate", "RUN", "RUN", "--max-slowdown", "1", "--markdown", "gate.md", "--junit", "gate.xml"),
                      "run.json"),
     "export onnx": Scenario(("export", "IN", "--out", "out", "--format", "onnx"), "pruned", resumes=True),
@@ -198,7 +198,11 @@ def _at_the_end(scratch: Path, kind: str, reference: Reference) -> Iterator[str]
     left = [name for name in sorted(set(present) - reference.names) if ".failed" not in name]
     written = {"cwd/out", "cwd/out.json", "cwd/preset.json"} & present.keys()
     if kind in ("EIO", "EACCES", "SIGKILL") and written:  # done, but for clearing up
-        left = [name for name in left if not re.match(r"cwd/(\.[\w.]+\.crepe-deploy|out\.work|out\.old)(/|$)", name)]
+        left = [
+            name
+            for name in left
+            if not re.match(r"cwd/(\.[\w.]+\.crepe-deploy|out(\.json)?\.work|out\.old)(/|$)", name)
+        ]
     if left:
         yield f"left in the end: {left[0]}"
     if changed := [name for name, value in reference.stable.items() if present.get(name, value) != value]:

@@ -73,6 +73,11 @@ def _search(model: Path, work: Path) -> list[str]:
     return ["search", str(model), *_calibration(work), *text, *few, "--out", str(work / "preset.json")]
 
 
+def _bench(model: Path, work: Path) -> list[str]:
+    few = ["--engine", "transformers", "--points", "1x8+2", "--rounds", "1"]
+    return ["bench", str(model), *few, "--out", str(work / "run.json")]
+
+
 def _export(format: str) -> Command:
     return lambda model, work: ["export", str(model), "--format", format, "--out", str(work / "out")]
 
@@ -93,6 +98,8 @@ COMMANDS: dict[str, Command] = {
         "--out",
         str(work / "out"),
     ],
+    "serve": lambda model, _: ["serve", str(model), "--port", "0"],  # up to the start of vLLM
+    "bench": _bench,  # up to the first process that measures
     "tyr": _tyr,
     "experts": lambda model, work: ["experts", str(model), *_calibration(work), "--out", str(work / "out")],
     "search": _search,

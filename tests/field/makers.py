@@ -36,7 +36,10 @@ def gguf_in_parts(root: Path) -> Path:
     return first.with_name(first.name.replace("00001-of", "00002-of"))
 
 
-@case(**dict.fromkeys(("inspect", "plan", "eval", "prune", "export"), "beside it"), verify="is not a model folder")
+@case(
+    **dict.fromkeys(("inspect", "plan", "eval", "prune", "export", "serve", "bench"), "beside it"),
+    verify="is not a model folder",
+)
 def gguf_part(root: Path) -> Path:
     """One part of a split GGUF, alone."""
     first = write_gguf(root / "m.gguf", make_pico_llama(root / "pico"), parts=3)
@@ -45,7 +48,10 @@ def gguf_part(root: Path) -> Path:
     return first
 
 
-@case(**dict.fromkeys(("plan", "eval", "prune", "export"), "lacks weights"), verify="is not a model folder")
+@case(
+    **dict.fromkeys(("plan", "eval", "prune", "export", "serve", "bench"), "lacks weights"),
+    verify="is not a model folder",
+)
 def gguf_without_a_tensor(root: Path) -> Path:
     """A whole GGUF that lacks one matrix."""
     pico = make_pico_llama(root / "pico")
@@ -61,7 +67,7 @@ def _changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str,
 
 EXPERTS = {
     **PLAIN,
-    **dict.fromkeys(("prune", "export_packed", "export_int8"), "crepe-deploy experts"),
+    **dict.fromkeys(("prune_and_export", "search", "export_packed", "export_int8"), "crepe-deploy experts"),
     "tyr": "structural pruning knows",
     "export_gguf": "is not written as GGUF",
     "experts": WORKS,

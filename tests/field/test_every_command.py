@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+from crepe_deploy.bench import benchmark
+from crepe_deploy.bench.run import measure
+from crepe_deploy.bench.run.scenario import Scenario
+from crepe_deploy.serve import launcher
 
 from crepe_deploy.cli import run
 from tests.field import makers  # noqa: F401 - fills the library
@@ -22,6 +28,20 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` and `bench` do all that they do before a server or a process that measures is started, and end well."""
+
+    def checked(scenario: Scenario, *_: Any, **__: Any) -> None:
+        measure.check(scenario)
+        raise click.exceptions.Exit(0)
+
+    monkeypatch.setattr(launcher, "require_vllm", lambda: None)
+    monkeypatch.setattr(launcher, "run", lambda *_: None)
+    monkeypatch.setattr(benchmark, "bench", checked)
+
+
+@pytest.mark.usefixtures("nothing_starts")
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", CASES)
 def test_every_command_answers_every_input(

@@ -13,7 +13,7 @@ from crepe_deploy.errors import CheckpointError, UnsupportedModel
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.proof import walk_logits
 from tests.pico import VOCAB
-from tests.pico_moe import FAMILIES, make_moe
+from tests.pico_moe import FAMILIES, fuse, make_moe
 
 TOKENS = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -46,16 +46,7 @@ def test_a_block_is_one_memory_with_the_tensors_of_the_files(tmp_path: Path, lay
 def test_files_may_hold_experts_fused_as_well(tmp_path: Path) -> None:
     folder = make_moe(tmp_path / "moe")
     expected = walk_logits(Decoder(folder, experts=True), TOKENS)
-    weights = load_file(folder / "model.safetensors")
-    for layer in range(3):
-        at = f"model.layers.{layer}.mlp.experts"
-        parts = {
-            part: torch.stack([weights.pop(f"{at}.{expert}.{part}_proj.weight") for expert in range(8)])
-            for part in ("gate", "up", "down")
-        }
-        weights[f"{at}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
-        weights[f"{at}.down_proj"] = parts["down"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    fuse(folder)
     assert torch.equal(walk_logits(Decoder(folder, experts=True), TOKENS), expected)
 
 

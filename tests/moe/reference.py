@@ -53,3 +53,12 @@ def statistics(router: nn.Module, experts: Any, hidden: Tensor) -> LayerStats:
             for other, second in changes.items():
                 stats.gram[one, other] += first @ second
     return stats
+
+
+def neurons(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+    """What the last matrix of one expert reads, by its family's formula."""
+    first = experts.gate_up_proj[expert].detach()
+    if hasattr(experts, "gate_up_proj_bias"):
+        return experts._apply_gate(hidden @ first + experts.gate_up_proj_bias[expert]).detach()  # type: ignore[no-any-return]
+    gate, up = (hidden @ first.T).chunk(2, dim=-1)
+    return experts.act_fn(gate) * up  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ def test_what_stays_is_predicted(tmp_path: Path) -> None:
     experts = plan["experts"]
     assert inspection.experts == experts and inspection.to_dict()["experts"] == experts
     assert (experts["layers"], experts["experts"], experts["per_token"], experts["groups"]) == (2, 8, 2, 2)
-    assert plan["prunable_tensors"] == 0 and "crepe-deploy experts" in "\n".join(lines(plan))
+    assert plan["prunable_tensors"] > 0 and "crepe-deploy experts" in "\n".join(lines(plan))
     assert "2 layers of 8 experts, 2 for a token" in expert_lines(experts)[0]
     tokens = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
     report = crepe_deploy.experts(folder, tmp_path / "out", remove=0.5, calib=tokens)

@@ -132,9 +132,9 @@ def test_newer_versions_and_other_devices_are_refused(tmp_path: Path) -> None:
         load(packed, device_map={"": "cuda:0"})
     path = packed / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["version"] = 3
+    config["quantization_config"]["version"] = 4
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="version 3 is newer"):
+    with pytest.raises(CheckpointError, match="version 4 is newer"):
         load(packed)
 
 

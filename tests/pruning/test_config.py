@@ -94,7 +94,7 @@ def test_the_feed_is_resolved(arguments: dict[str, Any], feed: str) -> None:
     [
         ({"method": "wunda"}, "known: magnitude, wanda"),
         ({"feed": "sideways"}, "feed 'sideways' is unknown; known: auto, dense, pruned, both"),
-        ({"feed": "both"}, "--feed both collects what only --reconstruct and --repair use"),
+        ({"feed": "both"}, "--feed both collects what only --reconstruct, --repair and the sweep of --values use"),
         ({"rescale": "logits"}, "give --reconstruct and --feed both"),
         ({"rescale": "logits", "reconstruct": "exact", "feed": "pruned"}, "give --reconstruct and --feed both"),
         ({"dtype": "int3"}, "dtype 'int3' is unknown; known: auto, float32"),

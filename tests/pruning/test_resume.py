@@ -30,6 +30,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "pruned feed": {"method": "sparsegpt", "feed": "pruned"},
     "both feeds, every step": {"recipe": "best", "repair": "block:steps=2", "permute": "fold"},
     "allocation": {"method": "ria", "pattern": 0.5, "allocate": "alpha"},
+    "values behind a recipe": {"recipe": "best", "values": "int4:group=32", "feed": "both"},
+    "values alone": {"method": "wanda", "pattern": 0.0, "values": "int8"},
     "computing in another dtype": {"method": "wanda", "dtype": "float64"},
 }
 

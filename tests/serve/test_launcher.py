@@ -24,6 +24,7 @@ from crepe_deploy.serve.smoke import compare, healthy, request
 
 from crepe_deploy.errors import CheckpointError, ConfigError, ServeError
 from crepe_deploy.store.manifest import Manifest, Source, save_manifest
+from tests.pico import make_pico_llama
 from tests.serve.example import run_example
 from tests.serve.processes import below, wait_until_gone
 
@@ -142,19 +143,19 @@ def test_rounding_ties_are_told_apart_from_wrong_answers() -> None:
 
 
 def test_other_hosts_need_a_key(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    folder = make_pico_llama(tmp_path / "model")
     for host in ("0.0.0.0", "192.168.0.7", "example.org", "::"):
         with pytest.raises(ConfigError, match="--api-key"):
-            check(ServeOptions(tmp_path, host=host))
-    check(ServeOptions(tmp_path, host="0.0.0.0", port=0, api_key="secret"))
+            check(ServeOptions(folder, host=host))
+    check(ServeOptions(folder, host="0.0.0.0", port=0, api_key="secret"))
     for key in ("", "two words", "k\u00e9y", "line\n"):
         with pytest.raises(ConfigError, match="--api-key"):
-            check(ServeOptions(tmp_path, host="0.0.0.0", port=0, api_key=key))
+            check(ServeOptions(folder, host="0.0.0.0", port=0, api_key=key))
     for host in ("no such host", "a" * 70, "x:y"):
         with pytest.raises(ConfigError, match="cannot be served on"):
-            check(ServeOptions(tmp_path, host=host, port=0, api_key="secret"))
+            check(ServeOptions(folder, host=host, port=0, api_key="secret"))
     for host in ("127.0.0.1", "localhost"):
-        check(ServeOptions(tmp_path, host=host, port=0))
+        check(ServeOptions(folder, host=host, port=0))
 
 
 def test_what_is_no_model_or_no_free_port_is_refused(tmp_path: Path) -> None:

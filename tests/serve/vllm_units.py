@@ -48,6 +48,8 @@ def main() -> None:
     assert str(uneven.get_quant_method(layer, "model.layers.1.self_attn.qkv_proj").packed.pattern) == "2:4"
     refused(ConfigError, "only model.layers.1.self_attn.q_proj is dense", config.is_dense, mixed)
     refused(CheckpointError, "version 7 is newer", CrepeNmConfig.from_config, base | {"version": 7, "ignore": []})
+    coded = base | {"version": 3, "ignore": [], "values": {"bits": 4, "group": 128}}
+    refused(ConfigError, "vLLM cannot serve int4:group=128 values", CrepeNmConfig.from_config, coded)
     method = CrepeNmLinearMethod(config.packed, "model.layers.0.mlp.down_proj")
     refused(ConfigError, "smaller tensor-parallel size", method._check_shard, 16, 32, 4)
     refused(ConfigError, "do not fit", method._check_shard, 48, 48, 4)

@@ -11,14 +11,17 @@ block to block by one matrix product. Weights are held transposed, (in, out), so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from crepe_deploy.errors import ConfigError, NumericalError
+from crepe_deploy.grid import Grid, Quantized
 from crepe_deploy.model.stats import Need, Stats, need_hessian
 from crepe_deploy.pattern import NM, Pattern, Unstructured, check_divides, fraction_of
 from crepe_deploy.select import largest_in_matrix, largest_per_group, largest_per_row
@@ -28,6 +31,7 @@ from .damping import DampingRule, check_rule, revive, ridge
 
 STRIP = 16  # columns corrected one by one before a matrix product takes over
 DAMPING_STEP = 10
+Rounding = Callable[[Tensor], Tensor]  # kept weights (out,) of one column -> what they are stored as
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,28 @@ def sweep(weight: Tensor, mask: Tensor, factor: Factor, block_size: int) -> Tens
     return _swept(weight, mask.t().contiguous(), factor, block_size, None).t().contiguous()
 
 
+def sweep_codes(weight: Tensor, mask: Tensor, factor: Factor, grid: Grid, block_size: int) -> Quantized:
+    """GPTQ under a mask (out, in): each kept weight goes to the grid, and the columns behind make up for it.
+
+    A group's scales are chosen when the sweep reaches it, from weights that have made up for all before. Pruned weights
+    stay 0; with nothing pruned this is GPTQ. Does not mutate. Raises NumericalError if the result is not finite.
+    """
+    columns = weight.detach().t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    columns[factor.dead] = 0
+    keep = mask.t().contiguous()
+    width = grid.width(len(columns))
+    scales: list[Tensor] = []
+    for start, end in _spans(0, len(columns), math.gcd(block_size, width), None):
+        if start % width == 0:
+            group = slice(start, start + width)
+            scales.append(grid.scale(columns[group], keep[group]))
+        error = _prune_block(columns, keep, factor.upper, start, end, None, partial(grid.nearest, scale=scales[-1]))
+        columns[end:].addmm_(factor.upper[start:end, end:].t(), error, alpha=-1)
+    if not columns.isfinite().all():
+        raise NumericalError("the quantised weight is not finite: give other text, or leave the layer out")
+    return Quantized(columns.t().contiguous(), torch.stack(scales, dim=1))
+
+
 def _swept(weight: Tensor, mask: Tensor, factor: Factor, block_size: int, pattern: Pattern | None) -> Tensor:
     """`weight` (out, in) pruned block by block -> fp32 (in, out). `mask` (in, out): filled, or given if no pattern."""
     columns = weight.detach().t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -134,10 +160,18 @@ def _spans(start: int, end: int, size: int, pattern: Pattern | None) -> Iterator
         yield left, min(left + step, end)
 
 
-def _prune_block(columns: Tensor, mask: Tensor, upper: Tensor, start: int, end: int, pattern: Pattern | None) -> Tensor:
+def _prune_block(
+    columns: Tensor,
+    mask: Tensor,
+    upper: Tensor,
+    start: int,
+    end: int,
+    pattern: Pattern | None,
+    rounded: Rounding | None = None,
+) -> Tensor:
     """Prune `columns[start:end]`, fill `mask[start:end]` (both (in, out)) and return the errors (block, out).
 
-    Without a pattern the mask is given and not touched.
+    Without a pattern the mask is given and not touched. rounded: what becomes of kept weights, if they change.
     """
     error = torch.empty_like(columns[start:end])
     if isinstance(pattern, Unstructured):
@@ -145,11 +179,15 @@ def _prune_block(columns: Tensor, mask: Tensor, upper: Tensor, start: int, end: 
     for left, right in _spans(start, end, STRIP, pattern):
         here = slice(left, right)
         columns[here].addmm_(upper[start:left, here].t(), error[: left - start], alpha=-1)
-        _prune_strip(columns[here], mask[here], upper[here, here], error[left - start : right - start], pattern)
+        _prune_strip(
+            columns[here], mask[here], upper[here, here], error[left - start : right - start], pattern, rounded
+        )
     return error
 
 
-def _prune_strip(columns: Tensor, mask: Tensor, upper: Tensor, error: Tensor, pattern: Pattern | None) -> None:
+def _prune_strip(
+    columns: Tensor, mask: Tensor, upper: Tensor, error: Tensor, pattern: Pattern | None, rounded: Rounding | None
+) -> None:
     """Prune `columns` (strip, out) in place given `upper` (strip, strip); fill `error` and, for N:M, `mask`."""
     pivots = upper.diagonal().tolist()
     for i, pivot in enumerate(pivots):
@@ -157,7 +195,12 @@ def _prune_strip(columns: Tensor, mask: Tensor, upper: Tensor, error: Tensor, pa
             group = slice(i, i + pattern.m)
             score = _score(columns[group], upper.diagonal()[group])
             mask[group] = largest_per_group(score, pattern.n, pattern.m).t()
-        torch.div(columns[i].masked_fill(mask[i], 0), pivot, out=error[i])
+        if rounded is None:
+            torch.div(columns[i].masked_fill(mask[i], 0), pivot, out=error[i])
+        else:
+            goal = rounded(columns[i]).masked_fill_(~mask[i], 0)
+            torch.div(columns[i] - goal, pivot, out=error[i])
+            columns[i] = goal
         columns[i + 1 :].addr_(upper[i, i + 1 :], error[i], alpha=-1)
     columns.masked_fill_(~mask, 0)
 

@@ -21,6 +21,7 @@ from .reconstruct import RECONSTRUCTORS, Reconstructor
 from .repair import REPAIRERS, BlockRepair
 from .reprune import REPRUNERS, Repruner
 from .rescale import RESCALERS, LogitRescaler
+from .values import VALUES, Int8
 
 KINDS: dict[str, dict[str, Any]] = {
     "allocate": ALLOCATORS,
@@ -29,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "reconstruct": RECONSTRUCTORS,
     "repair": REPAIRERS,
     "rescale": RESCALERS,
+    "values": VALUES,
 }
 
 
@@ -42,11 +44,17 @@ class Steps:
     reconstruct: Reconstructor | None = None
     repair: BlockRepair | None = None
     rescale: LogitRescaler | None = None
+    values: Int8 | None = None
 
     @property
     def beside_dense(self) -> bool:
         """Whether a step aims at what the dense model has at the same place."""
         return self.reconstruct is not None or self.repair is not None
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether values are quantised by a sweep, whose errors the columns behind make up for."""
+        return self.values is not None and bool(self.values.needs)
 
     def held_out(self, samples: int) -> int:
         """How many of `samples` calibration windows are kept from the fits, to judge by. Raises ConfigError if none."""
@@ -60,7 +68,8 @@ class Steps:
     @property
     def needs(self) -> frozenset[Need]:
         """The statistics that the steps on each block read; allocation walks the model by itself."""
-        return frozenset().union(*(step.needs for step in (self.permute, self.reprune, self.reconstruct) if step))
+        several = (self.permute, self.reprune, self.reconstruct, self.values)
+        return frozenset().union(*(step.needs for step in several if step))
 
     def record(self) -> dict[str, Any]:
         """Every parameter of every step, for the manifest."""

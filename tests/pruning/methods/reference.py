@@ -83,3 +83,30 @@ def _prune_smallest(w: Tensor, u: Tensor, keep: Tensor, span: range, count: int,
         entries = [(float(w[i, j] ** 2 / u[j, j] ** 2), -j, -i) for i in group for j in span]
         for _, j, i in sorted(entries)[:count]:
             keep[-i, -j] = False
+
+
+def gptq(
+    weight: Tensor,
+    keep: Tensor,
+    gram: Tensor,
+    scales: Tensor,
+    bits: int,
+    group: int,
+    dtype: torch.dtype,
+    *,
+    damping: float,
+) -> Tensor:
+    """GPTQ with given scales (out, groups) under a mask, one weight at a time -> fp64 (out, in)."""
+    w, h = weight.double().clone(), gram.double().clone()
+    rows, columns = w.shape
+    h += damping * h.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    for j in range(columns):
+        for i in range(rows):
+            scale = float(scales[i, j // group])
+            code = min(max(round(float(w[i, j]) / scale), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1)
+            goal = float(torch.tensor(code * scale).to(dtype)) if keep[i, j] else 0.0
+            error = (float(w[i, j]) - goal) / float(u[j, j])
+            w[i, j + 1 :] -= error * u[j, j + 1 :]
+            w[i, j] = goal
+    return w
