@@ -50,32 +50,26 @@ def unheard(units: float) -> None:
     """Count nothing."""
 
 
-def ticker(step: Progress, total: int) -> Callable[[], None]:
-    """A call for each finished piece of work, `total` of them in all the phases that share it."""
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        step(min(done, total), total)
-
-    return tick
-
-
 class Meter:
     """Work of unequal pieces, in units of which there are `total` in all; `step` is told whole ones."""
 
     def __init__(self, step: Progress, total: int) -> None:
         self._step, self._total, self._done = step, total, 0.0
 
-    def add(self, units: float) -> None:
-        """So many more units are done."""
-        self.reach(self._done + units)
+    def __call__(self) -> None:
+        """One more unit is done."""
+        self.add(1)
 
-    def reach(self, units: float) -> None:
-        """So many units are done in all."""
-        self._done = units
-        self._step(min(round(units), self._total), self._total)
+    def add(self, units: float, *, before: bool = False) -> None:
+        """So many more units are done; before: they were before this start."""
+        self.reach(self._done + units, before=before)
+
+    def reach(self, units: float, *, before: bool = False) -> None:
+        """So many units are done in all; before: those that are new were before this start."""
+        self._done, done = units, min(round(units), self._total)
+        if before:
+            going_on(self._step, done)
+        self._step(done, self._total)
 
     def share(self, units: float) -> Progress:
         """What is told here of the pieces of one part comes to `units` of the whole at its end."""
@@ -87,6 +81,11 @@ class Meter:
             told = units * done / total
 
         return step
+
+
+def done_before(tick: Callable[[], None]) -> None:
+    """`tick` for a piece that was done before this start."""
+    tick.add(1, before=True) if isinstance(tick, Meter) else tick()
 
 
 class Later:
@@ -148,7 +147,7 @@ def part(step: Progress, label: str) -> Progress:
 
 
 def going_on(step: Progress, done: int) -> None:
-    """`done` pieces of the work that begins now were done before: what is left is estimated by those done from here."""
+    """`done` pieces are done; those that are new were before this start, and the pace is that of the others."""
     if isinstance(step, _Beginning):
         going_on(step.inner, done)
     elif isinstance(step, Display):
@@ -163,12 +162,25 @@ def parts(step: Progress | None) -> Show:
 class Estimate:
     """The share of work done, the time it took, and the time that the rest will take at that pace.
 
-    before: pieces of the work that were done earlier, in no time of this.
+    What was done before this start counts as done, and neither it nor the time spent on it as pace.
     """
 
-    def __init__(self, clock: Clock, before: int = 0) -> None:
-        self._clock, self._start, self._before = clock, clock(), before
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._start = self._told = clock()
+        self._before, self._before_s = 0, 0.0
         self.done = self.total = 0
+
+    def tell(self, done: int, total: int) -> None:
+        """`done` pieces of `total` are done."""
+        self.done, self.total, self._told = done, total, self._clock()
+
+    def go_on(self, done: int) -> None:
+        """`done` pieces are done; what is new of them was before this start."""
+        now = self._clock()
+        self._before += done - self.done
+        self._before_s += now - self._told
+        self.done, self._told = done, now
 
     @property
     def elapsed(self) -> float:
@@ -177,16 +189,15 @@ class Estimate:
 
     @property
     def left(self) -> float | None:
-        """Seconds, or None before anything is done."""
+        """Seconds, or None before anything is done from here."""
         done = self.done - self._before
-        return self.elapsed * (self.total - self.done) / done if done > 0 else None
+        return (self.elapsed - self._before_s) * (self.total - self.done) / done if done > 0 else None
 
     def words(self) -> str:
         """All of it, as far as it is known."""
-        elapsed = f"{_clock_time(self.elapsed)} elapsed"
-        if self.left is None:
-            return elapsed
-        return f"{self.done / self.total:.0%}, {elapsed}, about {_clock_time(self.left)} left"
+        share = f"{self.done / self.total:.0%}, " if self.total and self.done else ""
+        left = "" if self.left is None else f", about {_clock_time(self.left)} left"
+        return f"{share}{_clock_time(self.elapsed)} elapsed{left}"
 
 
 def _clock_time(seconds: float) -> str:
@@ -202,7 +213,7 @@ class Display(ABC):
 
     def __call__(self, done: int, total: int) -> None:
         """`done` pieces of `total` are done."""
-        self.estimate.done, self.estimate.total = done, total
+        self.estimate.tell(done, total)
         self.changed()
 
     def begin(self, label: str) -> None:
@@ -211,8 +222,8 @@ class Display(ABC):
         self.began()
 
     def go_on(self, done: int) -> None:
-        """From here on `done` pieces are done already."""
-        self.estimate = Estimate(self._clock, done)
+        """`done` pieces are done; those that are new were before this start."""
+        self.estimate.go_on(done)
 
     def end(self) -> str:
         """The last line, of all parts."""

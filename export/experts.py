@@ -30,7 +30,7 @@ from ..moe.kept import Kept
 from ..moe.layers import ExpertLayers, expert_layers
 from ..moe.measure import LayerStats, measure
 from ..moe.scores import SCORES_NAME, Scores, load_scores
-from ..progress import Show, ticker
+from ..progress import Meter, Show
 from ..store.checkpoint import CheckpointReader, read_config
 from ..store.companions import copy_companions
 from ..store.files import clear, disk_errors, require_disk, write_json
@@ -143,7 +143,7 @@ def _write(run: _Run, folder: Path, scores: Scores, pieces: Pieces) -> Manifest:
         folder.mkdir(exist_ok=True)
     clear(folder, pieces.names)
     with run.show("writing and proving") as step:
-        tick = ticker(step, len(decoder.blocks) + 2 + GREEDY_TOKENS)
+        tick = Meter(step, len(decoder.blocks) + 2 + GREEDY_TOKENS)
         hashes = _write_weights(decoder, cut, folder, pieces)
         tick()
         copy_companions(run.model.folder, folder)

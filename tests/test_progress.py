@@ -21,6 +21,7 @@ from crepe_deploy.progress import (
     Later,
     Lines,
     Meter,
+    done_before,
     going_on,
     part,
     parts,
@@ -67,8 +68,26 @@ def test_what_was_done_before_took_no_time_of_this() -> None:
     lines(90, 100)
     clock.now += LINE_S
     lines(95, 100)
-    assert stream.getvalue().splitlines()[-1] == "healing: 95%, 0:00:30 elapsed, about 0:00:30 left"
+    assert stream.getvalue().splitlines()[-1] == "healing: 95%, 0:01:10 elapsed, about 0:00:30 left"
     going_on(lambda done, total: None, 90)  # told to nobody
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_time_left_after_resuming_rests_on_what_was_done_since(told: bool) -> None:
+    clock, stream = Clock(), io.StringIO()
+    lines = Lines("exporting", stream, clock)
+    meter = Meter(lines if told else Later(None).step(lines), 100)
+    for _ in range(7):
+        clock.now += 1
+        done_before(meter)
+    assert stream.getvalue().splitlines()[-1] == "exporting: 5%, 0:00:05 elapsed"  # the pace is not yet known
+    clock.now += LINE_S
+    meter()
+    assert stream.getvalue().splitlines()[-1] == "exporting: 8%, 0:00:37 elapsed, about 0:46:00 left"
+    meter.reach(54, before=True)
+    clock.now += LINE_S
+    meter()
+    assert stream.getvalue().splitlines()[-1] == "exporting: 55%, 0:01:07 elapsed, about 0:22:30 left"
 
 
 def test_a_line_at_the_start_one_with_an_estimate_within_seconds_and_then_not_too_many() -> None:

@@ -19,7 +19,7 @@ from crepe_deploy.model.blocks import expert_layer
 from crepe_deploy.model.calibrate import embed
 from crepe_deploy.model.decoder import Decoder
 from crepe_deploy.model.experts import Spread
-from crepe_deploy.progress import Progress, silent
+from crepe_deploy.progress import Progress, going_on, silent
 
 from .kept import Kept
 
@@ -145,6 +145,7 @@ def measure(
         kept.restore(done, stream)
         stats = {index: kept.stats(index) for index in range(done + 1)}
         found = {index: LayerStats(**tensors) for index, tensors in stats.items() if tensors}
+        going_on(step, done + 1)
     for index in range(done + 1, len(decoder.blocks)):
         with decoder.block(index) as (block, _):
             layer = expert_layer(block, decoder.experts)

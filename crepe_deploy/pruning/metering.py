@@ -30,6 +30,10 @@ class RunMeter:
         """What the walk over the dense blocks is told."""
         return self._meter.share(self._ends[0])
 
+    def allocated(self) -> None:
+        """What the walk finds was found before this start."""
+        self._meter.reach(self._ends[0], before=True)
+
     def statistics(self, index: int, specs: Sequence[LinearSpec]) -> Callable[[float], None]:
         """What is told the share done of a pass of block `index` for the inputs of these of its targets."""
         units = self._all[index] * _size(specs) / self._targets[index] if specs else 0.0
@@ -46,6 +50,10 @@ class RunMeter:
     def block(self, index: int) -> None:
         """All of block `index` is done, what was left out included."""
         self._meter.reach(self._ends[index + 1])
+
+    def kept(self, index: int) -> None:
+        """Block `index` was done before this start."""
+        self._meter.reach(self._ends[index + 1], before=True)
 
 
 def _size(specs: Sequence[LinearSpec]) -> int:

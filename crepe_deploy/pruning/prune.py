@@ -145,7 +145,7 @@ def prune_into(
         streams = start_streams(plan)
     if config.steps.allocate is not None:
         with phases("allocate"):
-            plan = replace(plan, patterns=_allocated(plan, streams, journal, meter.allocation()))
+            plan = replace(plan, patterns=_allocated(plan, streams, journal, meter))
     pruned = _write(folder, journal, plan, streams, meter)
     phases.add(pruned.seconds)
     copy_companions(origin.folder, folder)
@@ -171,14 +171,16 @@ def prune_into(
     return seal(folder, manifest)
 
 
-def _allocated(plan: RunPlan, streams: Streams, journal: Journal, step: Progress) -> dict[str, Pattern]:
+def _allocated(plan: RunPlan, streams: Streams, journal: Journal, meter: RunMeter) -> dict[str, Pattern]:
     """Every tensor's own pattern."""
     assert plan.config.steps.allocate is not None
     names = {spec.key for block in plan.targets for spec in block}
     known = journal.get("allocation", "patterns", partial(are_patterns, names=names))
     if known is not None:
+        meter.allocated()
         return {name: parse_record(text) for name, text in known.items()}
     stream = (streams.calibration or streams.probe).twin()
+    step = meter.allocation()
     found = allocate(plan.decoder, plan.targets, stream, plan.config.steps.allocate, plan.config.pattern, step)
     journal.add("allocation", "patterns", {name: str(pattern) for name, pattern in found.items()})
     return found
@@ -195,6 +197,7 @@ def _write(folder: Path, journal: Journal, plan: RunPlan, streams: Streams, mete
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as (_, weights):
                 result = replayed(plan, index, streams, weights, journal, writer)
+                done = meter.block if result is None else meter.kept
                 if result is None:
                     result = prune_block(plan, index, streams, weights, meter)
                     with phases("write"):
@@ -204,7 +207,7 @@ def _write(folder: Path, journal: Journal, plan: RunPlan, streams: Streams, mete
             layers |= result.layers
             repaired += [] if result.repaired is None else [result.repaired]
             phases.add(result.seconds)
-            meter.block(index)
+            done(index)
         with decoder.head() as head:
             with phases("rescale"):
                 rescaled = _rescale(plan, streams, head)

@@ -12,6 +12,7 @@ from crepe_deploy.model.calibrate import Collector, embed
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.paired import Pair
 from crepe_deploy.model.stats import Stats
+from crepe_deploy.progress import done_before
 from crepe_deploy.pruning.methods.numbers import naming
 
 from .accumulate import level_shares, mean_weight
@@ -47,7 +48,7 @@ class Builder:
         for index, layer in enumerate(wanted):
             specs = output_specs(self.decoder, index)
             with self.decoder.block(index) as (block, weights):
-                if self._lacks(store, index, layer):
+                if lacks := self._lacks(store, index, layer):
                     collector = Collector(self.rules.needs)
                     if self.rules.needs:
                         with collector.watching(block, specs):
@@ -58,7 +59,7 @@ class Builder:
                     if accumulation != "none":
                         _put_means(block, specs, layer, store, index, accumulation)
                     stream.run(block, index, advance=True)
-            self.tick()
+            self.tick() if lacks else done_before(self.tick)
 
     def build_paired(self, wanted: Sequence[LayerLevels], store: Store) -> None:
         """Build one level of every layer behind exactly what was pruned before it, aiming at the dense model's output.
@@ -72,7 +73,7 @@ class Builder:
             specs = output_specs(self.decoder, index)
             with self.decoder.block(index) as (block, weights):
                 before = copy.deepcopy(block)
-                if self._lacks(store, index, layer):
+                if lacks := self._lacks(store, index, layer):
                     attention, ffn = (weights[spec.key].clone() for spec in specs)
                     kept = self._attention(attention, pair.stats(before, block, index, specs[:1]), layer, index)
                     _put(block, specs[0], kept[layer.attention_centre].full(specs[0].in_features))
@@ -81,7 +82,7 @@ class Builder:
                 _put_means(block, specs, layer, store, index, "single")
                 if index < len(wanted) - 1:
                     pair.advance(before, block, index)
-            self.tick()
+            self.tick() if lacks else done_before(self.tick)
 
     def _lacks(self, store: Store, index: int, layer: LayerLevels) -> bool:
         damage = store.damage(index, layer)

@@ -7,12 +7,12 @@ norms are tuned as `--repair block` of `prune` does it, and what it then puts ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from crepe_deploy.errors import NumericalError
 from crepe_deploy.model.calibrate import embed
+from crepe_deploy.progress import Meter
 from crepe_deploy.pruning.steps.repair import BlockRepair, Lessons, Repaired, tunable
 
 from .narrow import narrowed
@@ -20,13 +20,11 @@ from .prepare import Run
 from .stored import StoredPlans
 from .tuned import TunedLayers
 
-Tick = Callable[[float], None]
 
-
-def repair_plans(run: Run, plans: StoredPlans, repair: BlockRepair, tick: Tick) -> tuple[StoredPlans, list[Repaired]]:
+def repair_plans(run: Run, plans: StoredPlans, repair: BlockRepair, meter: Meter) -> tuple[StoredPlans, list[Repaired]]:
     """`plans` with tuned tensors, and each layer's error on the held-out windows; layers that are done are not redone.
 
-    tick: told the share of a layer that was done. Raises NumericalError, DiskFullError.
+    meter: of layers. Raises NumericalError, DiskFullError.
     """
     layers = TunedLayers(run.work / "repaired", run.journal)
     repaired = StoredPlans(plans.store, plans.widths, layers)
@@ -45,12 +43,12 @@ def repair_plans(run: Run, plans: StoredPlans, repair: BlockRepair, tick: Tick) 
                     learnt, held = (
                         Lessons(*sides, index, run.decoder.device) for sides in zip(pruned, dense, strict=True)
                     )
-                    result = repair(block, tuned, learnt, held, tick)
+                    result = repair(block, tuned, learnt, held, meter.add)
                     if not math.isfinite(result.before):
                         raise NumericalError(f"what layer {index} puts out once narrowed is not finite")
                     layers.write(index, tuned, result)
                 else:
-                    tick(1)
+                    meter.add(1, before=True)
                 for stream in pruned:
                     stream.run(block, index, advance=True)
         results.append(result)

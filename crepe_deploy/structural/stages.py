@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, cast
 
-from crepe_deploy.progress import Meter, ticker
+from crepe_deploy.progress import Meter
 from crepe_deploy.store.journal import numbers
 
 from .allocate import flap_allocation, flap_scores
@@ -68,7 +68,7 @@ def repaired(run: Run, plans: StoredPlans) -> tuple[StoredPlans, dict[str, Any]]
     if repair is None:
         return plans, {}
     with run.phases("repair"), run.show("repairing the narrowed blocks") as step:
-        plans, results = repair_plans(run, plans, repair, Meter(step, len(plans)).add)
+        plans, results = repair_plans(run, plans, repair, Meter(step, len(plans)))
     return plans, {"repair": [asdict(result) for result in results]}
 
 
@@ -82,7 +82,7 @@ def _single(width: Width) -> LayerLevels:
 
 
 def _builder(run: Run, step: Any) -> Builder:
-    tick = ticker(step, run.geometry.layers)
+    tick = Meter(step, run.geometry.layers)
     return Builder(run.decoder, run.geometry, run.pruning_tokens, run.config.rules(), run.say, tick)
 
 

@@ -26,6 +26,7 @@ from ...extras import require
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import PARITY_TOLERANCE, walk_logits
 from ...pattern import parse_record
+from ...progress import done_before
 from ...pruning.config import PruneConfig
 from ...store.audit import check_pattern
 from ...store.companions import companions_of
@@ -122,6 +123,8 @@ class Gguf(Exporter[GgufPlan]):
 
         known = pieces.file(folder, FILE, [each.name for each in plan.stored])
         if known is not None:
+            for _ in plan.stored:
+                done_before(tick)
             return Written(fingerprints=known, hashes={FILE: sha256_file(folder / FILE)})
         writer = GGUFWriter(str(folder / FILE), plan.architecture.kind.name)
         for name, value in plan.fields.items():

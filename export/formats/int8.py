@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, ParityError, UnsupportedModel, VerifyError
 from ...model.decoder import Decoder
+from ...progress import done_before
 from ...pruning.config import PruneConfig
 from ...store.checkpoint import CheckpointReader, TensorInfo, read_config
 from ...store.files import write_json
@@ -101,7 +103,7 @@ class Int8(Exporter[Int8Plan]):
             return note is None if name not in chosen else _is_rounding(note, plan.reader.info(name))
 
         with CheckpointWriter(folder, plan.tensors, pieces=pieces, noted=noted) as writer:
-            for info in writer.left(plan.reader, tick):
+            for info in writer.left(plan.reader, partial(done_before, tick)):
                 tensor, note = plan.reader.load_finite(info.name), None
                 if info.name in chosen:
                     weight = tensor

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from ...model.architecture import load_config
+from ...progress import done_before
 from ...pruning.config import PruneConfig
 from ...store.checkpoint import CheckpointReader
 from ...store.companions import companions_of
@@ -94,7 +95,7 @@ class Onnx(Exporter[OnnxPlan]):
             clear(folder)
             build = build_portable if self.flavor == "portable" else build_genai
             build(plan.dense, folder, self.precision)
-        tick()
+        done_before(tick) if whole else tick()
         graph = finish_graph(folder, self._metadata(plan.source))  # a finished one stays as it is
         hashes = {name: sha256_file(folder / name) for name in _built(plan, folder)}
         for name in hashes if not whole else ():

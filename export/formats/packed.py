@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from ...packed import parts
 from ...packed.config import COLUMN_MULTIPLE, PackedConfig, Values, packed_config
 from ...packed.format import DTYPES
 from ...pattern import Pattern, parse_record
+from ...progress import done_before
 from ...pruning.config import PruneConfig
 from ...store.checkpoint import CheckpointReader, read_config, same_bits
 from ...store.files import write_json
@@ -113,7 +115,7 @@ class Packed(Exporter[PackedPlan]):
     def write(self, plan: PackedPlan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
         chosen = set(plan.packed)
         with CheckpointWriter(folder, plan.tensors, pieces=pieces) as writer:
-            for info in writer.left(plan.reader, tick):
+            for info in writer.left(plan.reader, partial(done_before, tick)):
                 tensor = plan.reader.load(info.name)
                 if info.name in chosen:
                     _write_packed(writer, info.name, tensor, plan)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import VerifyError
-from ...progress import Progress, part, silent, ticker
+from ...progress import Meter, Progress, part, silent
 from ...store.files import clear, require_disk
 from ...store.manifest import (
     MANIFEST_NAME,
@@ -44,7 +44,7 @@ def run(
     with exporter.weights(source, target) as weights:
         plan = exporter.plan(source, weights)
         require_disk(target, exporter.room(plan))
-        tick = ticker(part(step, f"exporting as {exporter.name}"), exporter.steps(plan))
+        tick = Meter(part(step, f"exporting as {exporter.name}"), exporter.steps(plan))
         written = exporter.write(plan, target, tick, pieces)
         exporter.companions(plan, weights, target)
         written = exporter.compare(plan, written, target, tick)

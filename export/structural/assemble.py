@@ -22,7 +22,7 @@ from ...model.calibrate import embed
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import check_parity
 from ...nearest import unknown
-from ...progress import Progress, silent, ticker
+from ...progress import Meter, Progress, done_before, silent
 from ...store.checkpoint import CheckpointReader
 from ...store.companions import copy_companions
 from ...store.files import require_disk, write_json
@@ -144,7 +144,7 @@ def assemble(
         small = sliced(path, tensor, plan_of(index), geometry)
         return padded(path, small, chosen.kept[index], chosen.written[index], geometry.head_dim)
 
-    tick = ticker(step, 2 * geometry.layers + GREEDY_TOKENS)
+    tick = Meter(step, 2 * geometry.layers + GREEDY_TOKENS)
     with atomic_folder(out, overwrite=overwrite) as folder:
         plan = plan_sliced(decoder.reader, chosen, geometry.head_dim)
         require_disk(folder, sum(planned.size_bytes for planned in plan.values()))
@@ -207,6 +207,10 @@ def write_sliced(
     """
     output = f"{layouts.written_projections(layout.content).output}.weight"
     with CheckpointWriter(folder, plan, pieces=pieces) as writer:
+        missing = set(writer.pending)
+        for name in (info.name for info in reader if info.name not in missing):
+            if (place := in_layer(name)) is not None and place[1] == output:
+                done_before(tick)
         for info in writer.left(reader):
             place = in_layer(info.name)
             tensor = reader.load_finite(info.name)
