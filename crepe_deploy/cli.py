@@ -118,8 +118,8 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         error.show()
         return fail(error, error.format_message(), error.exit_code, "", as_json=as_json)
-    except (KeyboardInterrupt, click.Abort):
-        line = "stopped; nothing was left behind"
+    except (KeyboardInterrupt, click.Abort) as stop:
+        line = str(stop) or "stopped; nothing was left behind"
         return fail(KeyboardInterrupt(), line, EXIT_INTERRUPTED, line, as_json=as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what reads our output has left: nobody to tell

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Final
 
 from .errors import CalibrationError
 from .extras import require
-from .store.reading import DOCUMENT_BYTES, decode, open_file, parse_json, refuse_lost_link
+from .store.reading import DOCUMENT_BYTES, decode, is_folder, open_file, parse_json, refuse_lost_link
 from .store.stock import third_party
 
 SEPARATOR: Final = "\n\n"
@@ -231,6 +231,11 @@ def _load_dataset(source: str, field: str, split: str, max_chars: int) -> Text:
     what = (
         f"'{source}' is no file on this disk, and dataset '{name}' (config {config}, split {split}) could not be read"
     )
+    if is_folder(Path(name)):
+        what = (
+            f"'{name}' is a folder, in which split {split} of a dataset was looked for: name a file in it "
+            f"({', '.join(FILE_KINDS)}) or '{name}::SPLIT'; it could not be read"
+        )
     if not name.strip("/"):
         raise CalibrationError(f"{what}: that is the root of the file system")
     with third_party(what, CalibrationError):

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from ..errors import ServeError
 from ..progress import Say, unsaid
+from .phases import phase, telling
 from .smoke import healthy
 
 STOP_TIMEOUT_S: Final = 30.0
@@ -63,12 +64,12 @@ class Server:
     def wait_until_healthy(self, url: str, timeout_s: float, say: Say = unsaid) -> bool:
         """True when it answers; False when a signal stopped it first. Raises ServeError with the end of its log.
 
-        say: told every NEWS_S seconds how long it takes already, and what the server logged last.
+        say: told every NEWS_S seconds how long it takes already, of how long at most, and what it is busy with.
         """
         end, news = time.monotonic() + timeout_s, NEWS_S
         while not healthy(url):
             if (waited := time.monotonic() - self.started) > news:
-                say(f"not ready after {waited:.0f} s; its log says: {self.last_line()}")
+                say(f"not ready after {waited:.0f} s of at most {timeout_s:g} s; {self.busy_with()}")
                 news = waited + NEWS_S
             if self.stopping:
                 return False
@@ -120,14 +121,17 @@ class Server:
             return f"its log cannot be read: {error}"
         return "\n".join([f"the end of {self.log}:", *(f"  {line}" for line in lines[-TAIL_LINES:])])
 
-    def last_line(self) -> str:
-        """The last line of its log that is not blank, its end left off where it is long."""
+    def busy_with(self) -> str:
+        """The phase its log shows, or else the last line that says something, its end left off where it is long."""
         try:
-            lines = [line for line in self._end_of_log() if line.strip()]
+            lines = self._end_of_log()
         except OSError as error:
-            return f"it cannot be read: {error}"
-        line = "".join(char for char in lines[-1] if char.isprintable()).strip() if lines else "nothing yet"
-        return line if len(line) <= LINE_CHARS else f"{line[:LINE_CHARS]}..."
+            return f"its log cannot be read: {error}"
+        if (known := phase(lines)) is not None:
+            return f"it is {known}"
+        last = (telling(lines) or ["nothing yet"])[-1]
+        line = "".join(char for char in last if char.isprintable()).strip()
+        return f"its log says: {line if len(line) <= LINE_CHARS else f'{line[:LINE_CHARS]}...'}"
 
     def _end_of_log(self) -> list[str]:
         with self.log.open("rb") as log:

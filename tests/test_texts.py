@@ -102,6 +102,15 @@ def test_a_dataset_that_cannot_be_reached_is_one_clear_error(source: str, monkey
         load_text(source)
 
 
+def test_a_folder_without_the_split_says_that_it_is_one_and_what_to_name(write: Callable[[str, bytes], Path]) -> None:
+    folder = write("train.txt", b"the first city").parent
+    with pytest.raises(CalibrationError) as refused:
+        load_text(folder, split="test")
+    said = f"'{folder}' is a folder, in which split test of a dataset was looked for: name a file in it (.txt, "
+    assert str(refused.value).startswith(said) and f" or '{folder}::SPLIT'; it could " in str(refused.value)
+    assert load_text(f"{folder}::train").documents == ["the first city"]
+
+
 @pytest.mark.parametrize(("package", "source"), [("datasets", "some/set"), ("pyarrow", "a.parquet")])
 def test_missing_package_names_the_extra(
     write: Callable[[str, bytes], Path], monkeypatch: pytest.MonkeyPatch, package: str, source: str

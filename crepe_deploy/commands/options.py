@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -74,14 +74,17 @@ def prepare_libraries() -> None:
     logging.disable_progress_bar()
 
 
+NOTHING_YET: Final = "stopped before the first piece (block, layer, file or round) was whole: nothing was left behind"
+
+
 @contextmanager
 def resumable(journal: Path) -> Iterator[None]:
-    """A stop becomes `Stopped` where there is a journal to go on from."""
+    """A stop becomes `Stopped` where there is a journal to go on from, and elsewhere says why there is none."""
     try:
         yield
     except KeyboardInterrupt as stop:
         if not journal.is_file():
-            raise
+            raise KeyboardInterrupt(NOTHING_YET) from stop
         raise Stopped("stopped; the same command with --resume goes on") from stop
 
 

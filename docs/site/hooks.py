@@ -90,7 +90,7 @@ def troubleshooting() -> str:
         lines.append(f"| {error.__name__} | {error.exit_code} | {cause} | {fix} |")
     lines += [
         f"\nExit code {errors.EXIT_RESUMABLE}: stopped; the same command with `--resume` goes on.",
-        f"Exit code {errors.EXIT_INTERRUPTED}: stopped by Ctrl-C, SIGTERM or SIGHUP; nothing was left behind.\n",
+        f"Exit code {errors.EXIT_INTERRUPTED}: stopped by Ctrl-C, SIGTERM or SIGHUP; nothing was left to go on from.\n",
         "An unexpected error is a defect: its line names a file with the details, and",
         "`crepe-deploy --debug COMMAND` shows them. Please report it with that file.",
     ]

@@ -288,7 +288,7 @@ def test_stopping_leaves_nothing(tmp_path: Path, calib: Path, stop: signal.Signa
         process.send_signal(stop)
         _, error = process.communicate(timeout=3600)
     assert process.returncode == EXIT_INTERRUPTED
-    assert "nothing was left behind" in error
+    assert "stopped before the first piece (block, layer, file or round) was whole: nothing was left behind" in error
     assert "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 

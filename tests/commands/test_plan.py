@@ -95,6 +95,14 @@ def test_doctor_names_the_extra_of_what_is_not_installed() -> None:
     assert len(missing) == len(result["installed"]) and all("pip install 'crepe-deploy[" in line for line in missing)
 
 
+@pytest.mark.parametrize(("version", "place"), [("0.32.0+cpu", "CPU"), ("0.32.0", "GPU"), (None, "GPU")])
+def test_doctor_says_of_vllm_what_this_build_serves_on(version: str | None, place: str) -> None:
+    result = doctor()
+    result["installed"]["vllm"] = version
+    (line,) = [line for line in doctor_lines(result) if line.startswith("vllm:")]
+    assert line.endswith(f"(serve checkpoints on a {place})")
+
+
 def test_inspect_has_a_header_and_a_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_pico_llama(tmp_path / "model")
     prune(resolve_model(str(model)), tmp_path / "pruned", prune_config("magnitude", "2:4"), None)

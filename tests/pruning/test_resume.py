@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from crepe_deploy.errors import CheckpointError, ConfigError, DiskFullError, NumericalError, OutputError, VerifyError
+from crepe_deploy.progress import Lines
 from crepe_deploy.pruning import prune as pruning
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.layer import LayerResult
@@ -102,6 +105,21 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert resumed.metrics["parity"] == whole.metrics["parity"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     verify(out)
+
+
+@pytest.mark.parametrize("run", ["pruned feed", "allocation"])
+def test_blocks_that_were_done_before_do_not_count_as_this_runs_pace(
+    model: Model, windows: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str
+) -> None:
+    config, out, before = prune_config(**RUNS[run]), tmp_path / "out", list[float]()
+    stopped(monkeypatch, LAYERS - 1, model, out, config, windows)
+    lines = Lines("pruning", io.StringIO(), time.monotonic)
+    monkeypatch.setattr(lines, "go_on", lambda done: before.append(done))
+    monkeypatch.setattr(lines, "changed", lambda: before.append(-1.0))
+    prune(model, out, config, windows, step=lines, resume=True)
+    kept = [done for done in before if done >= 0]
+    assert len(kept) == LAYERS - 1 + (run == "allocation") and kept == sorted(kept)
+    assert before[: 2 * len(kept)] == [told for done in kept for told in (done, -1.0)], "they come first"
 
 
 def test_what_a_stop_left_is_said_with_both_ways_on(
