@@ -52,7 +52,7 @@ def measure(assets: Assets, seed: int) -> dict[str, Any]:
     windows = calibration_windows(
         assets.text("c4", "train"), load_tokenizer(assets.model), SAMPLES + HELD_OUT, LENGTH, seed=seed
     )
-    calibration, held = (replace(windows, tokens=part) for part in windows.tokens.split([SAMPLES, HELD_OUT]))
+    calibration, held = (replace(windows, tokens=part) for part in (windows.tokens[:SAMPLES], windows.tokens[SAMPLES:]))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kinds.json"
         config = SearchConfig(PATTERN, optimizer="kinds", seed=seed)

@@ -138,7 +138,8 @@ class _Reading(TorchFunctionMode):
 def _between(experts: nn.Module, expert: int, hidden: Tensor) -> Tensor:
     """The neurons of one expert, which its last matrix reads, for hidden states (tokens, width)."""
     alone = torch.full((len(hidden), 1), expert, device=hidden.device)
-    with contextlib.suppress(_ReadError), _Reading(experts.get_parameter(_LAST)) as reading:
+    reading = _Reading(experts.get_parameter(_LAST))
+    with contextlib.suppress(_ReadError), reading:
         experts(hidden, alone, hidden.new_ones(len(hidden), 1))
     assert reading.read is not None
     return reading.read
