@@ -119,7 +119,7 @@ def run(arguments: Sequence[str]) -> int:
         error.show()
         return fail(error, error.format_message(), error.exit_code, "", as_json=as_json)
     except (KeyboardInterrupt, click.Abort) as stop:
-        line = str(stop) or "stopped; nothing was left behind"
+        line = str(stop.__cause__ or "") or "stopped; nothing was left behind"  # click makes an Abort of an interrupt
         return fail(KeyboardInterrupt(), line, EXIT_INTERRUPTED, line, as_json=as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what reads our output has left: nobody to tell
