@@ -22,6 +22,7 @@ import crepe_deploy
 from crepe_deploy.cli import interrupt_on_signals, run
 from crepe_deploy.errors import ConfigError, DiskFullError, NumericalError, OutputError, ParityError
 from crepe_deploy.moe import kept as keeping
+from crepe_deploy.progress import Lines, progress
 from crepe_deploy.store import journal as journals
 from crepe_deploy.store.journal import Journal, open_journal
 from crepe_deploy.store.manifest import verify
@@ -121,7 +122,10 @@ def test_it_goes_on_from_every_piece_to_the_same_bytes(
         assert layers.count == min(number + 1, LAYERS)
     assert [json.loads(line)["kind"] for line in lines[1:]] == ["layer"] * LAYERS + ["shard"] * shards
     monkeypatch.setattr(Journal, "add", lambda *_: pytest.fail("a piece was made again"))
-    report = removed(model, out, resume=True)
+    told: list[Any] = []
+    monkeypatch.setattr(Lines, "go_on", lambda self, done: told.append((self.label, done)))
+    report = removed(model, out, resume=True, show=progress)
+    assert told == [("measuring experts", LAYERS)], "which are not this run's pace"
     assert result(out) == result(whole)
     assert report["effective_experts"] == json.loads((whole / "report.json").read_text())["effective_experts"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from crepe_deploy.cli import run
 from crepe_deploy.errors import ConfigError, DiskFullError, OutputError, ParityError
+from crepe_deploy.progress import Lines
 from crepe_deploy.pruning.config import prune_config
 from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store import journal as journals
@@ -112,6 +115,19 @@ def test_it_goes_on_from_every_piece_to_the_same_bytes(
     assert files(out) == files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     verify(out)
+
+
+@pytest.mark.parametrize("name", ["packed", "int8", "deci", "gguf"])
+def test_what_was_written_before_is_told_and_is_not_this_runs_pace(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (source, format, _), out, before = EXPORTS[name], tmp_path / "out", list[int]()
+    stopped(monkeypatch, 1, KeyboardInterrupt(), lambda: export_checkpoint(sources[source], out, format))
+    lines = Lines("exporting", io.StringIO(), time.monotonic)
+    monkeypatch.setattr(lines, "go_on", before.append)
+    export_checkpoint(sources[source], out, format, step=lines, resume=True)
+    assert before == list(range(1, len(before) + 1)) != []
+    assert lines.estimate.done == lines.estimate.total
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "gone", "a bit"])

@@ -13,6 +13,7 @@ import torch
 from crepe_deploy.api.tyr import tyr
 from crepe_deploy.cli import run
 from crepe_deploy.errors import EXIT_RESUMABLE, VerifyError
+from crepe_deploy.progress import Lines, progress
 from crepe_deploy.pruning.steps.repair import BlockRepair
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import verify
@@ -112,7 +113,10 @@ def test_a_stopped_run_ends_with_the_same_bytes(
         patch.setattr(tuned, "save_file" if where == "before" else "sha256_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             pruned(model, text, out)
-    resumed = pruned(model, text, out, resume=True)
+    told: list[str] = []
+    monkeypatch.setattr(Lines, "go_on", lambda self, _: told.append(self.label))
+    resumed = pruned(model, text, out, resume=True, show=progress)
+    assert told.count("repairing the narrowed blocks") == at - 1, "which are not this run's pace"
     assert resumed["repair"] == whole[1]["repair"]
     assert weights(out / "dense") == weights(whole[0] / "dense")
     assert not out.with_name("out.work").exists()
