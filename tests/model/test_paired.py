@@ -284,7 +284,7 @@ def test_correcting_the_stream_brings_the_logits_closer(
 
 def test_both_without_reconstruction_is_refused(tmp_path: Path, text: Path) -> None:
     model = make_pico_llama(tmp_path / "m")
-    with pytest.raises(ConfigError, match="what only --reconstruct and --repair use"):
+    with pytest.raises(ConfigError, match="what only --reconstruct, --repair and the sweep of --values use"):
         prune(
             resolve_model(str(model)), tmp_path / "out", prune_config("ria", "2:4", feed="both"), windows(model, text)
         )
