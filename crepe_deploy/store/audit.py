@@ -60,7 +60,7 @@ def held_pattern(weight: Tensor) -> str | None:
 def holds(weight: Tensor, pattern: Pattern) -> bool:
     """Whether weight (out, in), or each of (experts, out, in), has the zeros that `pattern` asks for, where it does."""
     if weight.ndim == 3:
-        return all(holds(one, pattern) for one in weight)
+        return weight.numel() > 0 and all(holds(one, pattern) for one in weight)
     if weight.ndim != 2 or not weight.numel():
         return False
     if isinstance(pattern, NM):

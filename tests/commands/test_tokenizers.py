@@ -75,7 +75,7 @@ def test_without_a_tokenizer_text_is_refused_and_the_rest_works(tmp_path: Path, 
     model, out = qwen2(tmp_path / "m"), tmp_path / "out"
     for command in with_text(model, text, out):
         assert run(command) == 2
-        assert f"error: {model} has no tokenizer" in said() and not out.exists()
+        assert f"error: MODEL {model} has no tokenizer" in said() and not out.exists()
     for number, command in enumerate(without_text(model, out)):
         assert run([part.replace(str(out), f"{out}{number}") for part in command]) == 0, said()
     assert run(["verify", f"{out}1/packed"]) == 0

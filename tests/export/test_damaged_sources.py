@@ -162,7 +162,7 @@ def test_a_pruned_tensor_of_another_shape_is_named(
     assert "layers.1.mlp.gate_proj" in (said := capsys.readouterr().err) and "unexpected" not in said
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (8,), (8, 0), (0, 4), (2, 2, 4), (4, 6)])
+@pytest.mark.parametrize("shape", [(8, 1), (8,), (8, 0), (0, 4), (0, 2, 4), (2, 2, 2, 4), (4, 6)])
 def test_weights_of_another_shape_hold_no_pattern(shape: tuple[int, ...]) -> None:
     assert not holds(torch.zeros(shape), parse_pattern("2:4"))
     if len(shape) != 2 or 0 in shape:

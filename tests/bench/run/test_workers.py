@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from crepe_deploy.bench.benchmark import bench
 from crepe_deploy.bench.commands.bench import bench_command
@@ -22,6 +23,7 @@ from crepe_deploy.bench.run.result import Candidate, Point, Request, Run, Visit,
 from crepe_deploy.bench.run.scenario import Scenario
 from crepe_deploy.bench.run.served_worker import Backend
 from crepe_deploy.bench.run.summary import failures
+from safetensors.torch import save_file
 
 from crepe_deploy.errors import ConfigError, CrepeError
 from tests.bench.scenes import NAMES, scenario_of
@@ -84,7 +86,7 @@ def test_a_candidate_that_dies_is_named_with_the_end_of_its_log(pair: tuple[Path
 def test_a_candidate_that_does_not_load_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
     broken = Path(shutil.copytree(pair[0], tmp_path / "broken"))
     (broken / "manifest.json").unlink()
-    (broken / "model.safetensors").write_bytes(b"\x00" * 64)
+    save_file({"model.embed_tokens.weight": torch.zeros(3, 3)}, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(CrepeError, match=r"(?s)candidate 'packed' ended with exit code 1.*Error"):
         bench(with_options((pair[0], broken), engine="transformers"), "c", quiet=True)
 
