@@ -208,6 +208,7 @@ def _parquet_rows(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
                 yield _field_of({field: value.as_py()}, field, f"{path} row {number}")
                 number += 1
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError, NotImplementedError) as error:
+        # all that pyarrow has been seen to raise of a damaged file
         raise CalibrationError(f"{path} is not a parquet file that can be read: {error}") from error
 
 

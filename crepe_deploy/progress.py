@@ -64,6 +64,10 @@ class Meter:
         """So many more units are done; before: they were before this start."""
         self.reach(self._done + units, before=before)
 
+    def before(self) -> None:
+        """One more unit was done before this start."""
+        self.add(1, before=True)
+
     def reach(self, units: float, *, before: bool = False) -> None:
         """So many units are done in all; before: those that are new were before this start."""
         self._done, done = units, min(round(units), self._total)
@@ -81,11 +85,6 @@ class Meter:
             told = units * done / total
 
         return step
-
-
-def done_before(tick: Callable[[], None]) -> None:
-    """`tick` for a piece that was done before this start."""
-    tick.add(1, before=True) if isinstance(tick, Meter) else tick()
 
 
 class Later:

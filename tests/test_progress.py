@@ -21,7 +21,6 @@ from crepe_deploy.progress import (
     Later,
     Lines,
     Meter,
-    done_before,
     going_on,
     part,
     parts,
@@ -79,7 +78,7 @@ def test_the_time_left_after_resuming_rests_on_what_was_done_since(told: bool) -
     meter = Meter(lines if told else Later(None).step(lines), 100)
     for _ in range(7):
         clock.now += 1
-        done_before(meter)
+        meter.before()
     assert stream.getvalue().splitlines()[-1] == "exporting: 5%, 0:00:05 elapsed"  # the pace is not yet known
     clock.now += LINE_S
     meter()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...model.decoder import Decoder
+from ...progress import Meter, silent
 from ...quality.perplexity import load_model
 from ...structural.build import Builder
 from ...structural.config import TyrConfig
@@ -41,7 +42,7 @@ def throughput(model: Path, tokens: Tensor, config: TyrConfig, folder: Path) -> 
     units = config_units(config, Geometry.from_config(decoder.config))
     parent = even(units, plan_budget(units, config.sparsity))
     store = Store(folder)
-    Builder(decoder, units.geometry, tokens[:BUILD_WINDOWS], config.rules(), lambda _: None, lambda: None).build(
+    Builder(decoder, units.geometry, tokens[:BUILD_WINDOWS], config.rules(), lambda _: None, Meter(silent, 0)).build(
         iteration_levels(units, parent, 0), store, config.accumulation
     )
     reference = dense_reference(decoder, tokens, config.fitness, config.top_k)

@@ -105,8 +105,8 @@ class Routed:
             rows, places = (chosen == expert).nonzero(as_tuple=True)
             read = hidden if spread else hidden[rows]
             counted = torch.ones(len(read)) if spread else weights[rows, places].float()
-            read, counted = read.to(experts.get_parameter(_LAST).device), counted.unsqueeze(1)
-            counted = counted.to(read.device)
+            device = experts.get_parameter(_LAST).device
+            read, counted = read.to(device), counted.unsqueeze(1).to(device)
             if len(read):
                 if first is not self._all:
                     first.add(read.float() * counted)

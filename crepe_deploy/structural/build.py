@@ -12,7 +12,7 @@ from crepe_deploy.model.calibrate import Collector, embed
 from crepe_deploy.model.decoder import Decoder, LinearSpec
 from crepe_deploy.model.paired import Pair
 from crepe_deploy.model.stats import Stats
-from crepe_deploy.progress import done_before
+from crepe_deploy.progress import Meter
 from crepe_deploy.pruning.methods.numbers import naming
 
 from .accumulate import level_shares, mean_weight
@@ -36,7 +36,7 @@ class Builder:
     tokens: Tensor
     rules: LocalRules
     say: Say
-    tick: Callable[[], None]
+    tick: Meter
 
     def build(self, wanted: Sequence[LayerLevels], store: Store, accumulation: str) -> None:
         """Build the levels that `store` lacks; the block after next is fed the mean that `accumulation` names.
@@ -59,7 +59,7 @@ class Builder:
                     if accumulation != "none":
                         _put_means(block, specs, layer, store, index, accumulation)
                     stream.run(block, index, advance=True)
-            self.tick() if lacks else done_before(self.tick)
+            (self.tick if lacks else self.tick.before)()
 
     def build_paired(self, wanted: Sequence[LayerLevels], store: Store) -> None:
         """Build one level of every layer behind exactly what was pruned before it, aiming at the dense model's output.
@@ -82,7 +82,7 @@ class Builder:
                 _put_means(block, specs, layer, store, index, "single")
                 if index < len(wanted) - 1:
                     pair.advance(before, block, index)
-            self.tick() if lacks else done_before(self.tick)
+            (self.tick if lacks else self.tick.before)()
 
     def _lacks(self, store: Store, index: int, layer: LayerLevels) -> bool:
         damage = store.damage(index, layer)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import check_parity, walk_logits
+from ...progress import Meter
 from ...pruning.config import PruneConfig
 from ...store.checkpoint import read_config
 from ...store.files import write_json
@@ -19,7 +20,7 @@ from ...store.pieces import Pieces
 from ...store.writing import Planned
 from ...structural import layout as layouts
 from ...structural.slicing import padded
-from ..frame.exporter import Exporter, Source, Tick, Words, Written
+from ..frame.exporter import Exporter, Source, Words, Written
 from ..structural.assemble import (
     Layout,
     deci_layout,
@@ -74,7 +75,7 @@ class Deci(Exporter[DeciPlan]):
     def steps(self, plan: DeciPlan) -> int:
         return len(plan.layout.kept)
 
-    def write(self, plan: DeciPlan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
+    def write(self, plan: DeciPlan, folder: Path, tick: Meter, pieces: Pieces) -> Written:
         kept, written = plan.layout.kept, plan.layout.written
 
         def transform(index: int, path: str, tensor: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class Deci(Exporter[DeciPlan]):
         super().companions(plan, weights, folder)
         write_json(folder / "config.json", plan.layout.proof)
 
-    def compare(self, plan: DeciPlan, written: Written, folder: Path, tick: Tick) -> Written:
+    def compare(self, plan: DeciPlan, written: Written, folder: Path, tick: Meter) -> Written:
         """With the configuration of our own classes, which compute the same; then the DeciLM one takes its place."""
         tokens = probe_tokens(plan.decoder)
         parity = check_parity(folder, PROOF_DTYPE, tokens, walk_logits(plan.decoder, tokens))

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...errors import VerifyError
 from ...model.decoder import Decoder
 from ...pattern import parse_record
+from ...progress import Meter
 from ...store.audit import check_pattern
 from ...store.checkpoint import CheckpointReader, TensorInfo
 from ...store.files import disk_errors, write_json
@@ -28,7 +29,7 @@ from ...store.values import read_values, scales_name
 from ...structural.check import is_structural
 from ..frame import usage
 from ..frame.card import CARD_NAME
-from ..frame.exporter import Exporter, Source, Tick, Words, Written
+from ..frame.exporter import Exporter, Source, Words, Written
 from ..frame.greedy import GREEDY_TOKENS, greedy_of
 from ..structural.words import LAYOUT_WORDS
 from .unpacking import Unpacking, plan_unpacking, write_unpacked
@@ -68,7 +69,7 @@ class Dense(Exporter[DensePlan]):
     def steps(self, plan: DensePlan) -> int:
         return len(plan.source.manifest.tensors) + GREEDY_TOKENS
 
-    def write(self, plan: DensePlan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
+    def write(self, plan: DensePlan, folder: Path, tick: Meter, pieces: Pieces) -> Written:
         if plan.unpacking is not None:
             return Written(fingerprints=write_unpacked(plan.unpacking, folder, pieces))
         for name, sha256 in plan.source.manifest.files.items():
@@ -85,7 +86,7 @@ class Dense(Exporter[DensePlan]):
         super().companions(plan, weights, folder)
         write_json(folder / "config.json", plan.unpacking.content)
 
-    def compare(self, plan: DensePlan, written: Written, folder: Path, tick: Tick) -> Written:
+    def compare(self, plan: DensePlan, written: Written, folder: Path, tick: Meter) -> Written:
         parent, files = plan.source.manifest, ReadBack(folder)
         if plan.unpacking is not None:
             Decoder(folder)  # which names what the architecture needs and the packed folder did not hold

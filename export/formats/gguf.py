@@ -26,7 +26,7 @@ from ...extras import require
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import PARITY_TOLERANCE, walk_logits
 from ...pattern import parse_record
-from ...progress import done_before
+from ...progress import Meter
 from ...pruning.config import PruneConfig
 from ...store.audit import check_pattern
 from ...store.companions import companions_of
@@ -36,7 +36,7 @@ from ...store.manifest import Manifest, TensorRecord, sha256_file
 from ...store.pieces import Pieces
 from ...structural.check import is_structural
 from ..frame import usage
-from ..frame.exporter import Exporter, Source, Tick, Words, Written
+from ..frame.exporter import Exporter, Source, Words, Written
 from ..frame.greedy import GREEDY_TOKENS, greedy_of
 from ..llamacpp.architecture import Architecture, Field, Stored, architecture_of, tensors_of
 from ..llamacpp.vocabulary import vocabulary_of
@@ -118,13 +118,13 @@ class Gguf(Exporter[GgufPlan]):
     def steps(self, plan: GgufPlan) -> int:
         return 2 * len(plan.stored) + GREEDY_TOKENS
 
-    def write(self, plan: GgufPlan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
+    def write(self, plan: GgufPlan, folder: Path, tick: Meter, pieces: Pieces) -> Written:
         from gguf import GGMLQuantizationType, GGUFWriter
 
         known = pieces.file(folder, FILE, [each.name for each in plan.stored])
         if known is not None:
             for _ in plan.stored:
-                done_before(tick)
+                tick.before()
             return Written(fingerprints=known, hashes={FILE: sha256_file(folder / FILE)})
         writer = GGUFWriter(str(folder / FILE), plan.architecture.kind.name)
         for name, value in plan.fields.items():
@@ -157,7 +157,7 @@ class Gguf(Exporter[GgufPlan]):
                 with disk_errors(folder):
                     shutil.copyfile(path, folder / path.name)
 
-    def compare(self, plan: GgufPlan, written: Written, folder: Path, tick: Tick) -> Written:
+    def compare(self, plan: GgufPlan, written: Written, folder: Path, tick: Meter) -> Written:
         from gguf import GGUFReader
 
         place = folder / FILE

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, ParityError, UnsupportedModel, VerifyError
 from ...model.decoder import Decoder
-from ...progress import done_before
+from ...progress import Meter
 from ...pruning.config import PruneConfig
 from ...store.checkpoint import CheckpointReader, TensorInfo, read_config
 from ...store.files import write_json
@@ -30,7 +29,7 @@ from ...store.pieces import Pieces
 from ...store.readback import prove_written
 from ...store.writing import CheckpointWriter, Planned
 from ..frame import usage
-from ..frame.exporter import Exporter, Source, Tick, Words, Written
+from ..frame.exporter import Exporter, Source, Words, Written
 from .packed import dense_modules
 
 SCALE_SUFFIX: Final = "_scale"
@@ -96,14 +95,14 @@ class Int8(Exporter[Int8Plan]):
     def steps(self, plan: Int8Plan) -> int:
         return len(plan.reader.tensors) + len(plan.tensors)
 
-    def write(self, plan: Int8Plan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
+    def write(self, plan: Int8Plan, folder: Path, tick: Meter, pieces: Pieces) -> Written:
         chosen, parent = set(plan.chosen), plan.source.manifest
 
         def noted(name: str, note: Any) -> bool:
             return note is None if name not in chosen else _is_rounding(note, plan.reader.info(name))
 
         with CheckpointWriter(folder, plan.tensors, pieces=pieces, noted=noted) as writer:
-            for info in writer.left(plan.reader, partial(done_before, tick)):
+            for info in writer.left(plan.reader, tick.before):
                 tensor, note = plan.reader.load_finite(info.name), None
                 if info.name in chosen:
                     weight = tensor
@@ -125,7 +124,7 @@ class Int8(Exporter[Int8Plan]):
         quantization = quantization_config(dense_modules(plan.decoder, plan.chosen))
         write_json(folder / "config.json", {**read_config(folder), "quantization_config": quantization})
 
-    def compare(self, plan: Int8Plan, written: Written, folder: Path, tick: Tick) -> Written:
+    def compare(self, plan: Int8Plan, written: Written, folder: Path, tick: Meter) -> Written:
         return replace(written, hashes=prove_written(folder, written.fingerprints, tick))
 
     def size(self, plan: Int8Plan, folder: Path) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from ...model.architecture import load_config
-from ...progress import done_before
+from ...progress import Meter
 from ...pruning.config import PruneConfig
 from ...store.checkpoint import CheckpointReader
 from ...store.companions import companions_of
@@ -17,7 +17,7 @@ from ...store.files import clear
 from ...store.manifest import sha256_file
 from ...store.pieces import Pieces
 from ..frame import usage
-from ..frame.exporter import Exporter, Source, Tick, Words, Written
+from ..frame.exporter import Exporter, Source, Words, Written
 from ..frame.greedy import greedy_of
 from ..onnx.checks import finish_graph
 from ..onnx.genai import build_genai
@@ -88,14 +88,14 @@ class Onnx(Exporter[OnnxPlan]):
     def steps(self, plan: OnnxPlan) -> int:
         return _STAGES
 
-    def write(self, plan: OnnxPlan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
+    def write(self, plan: OnnxPlan, folder: Path, tick: Meter, pieces: Pieces) -> Written:
         names = pieces.names  # the graph is noted last
         whole = GRAPH_NAME in names and all(pieces.file(folder, name) is not None for name in names)
         if not whole:
             clear(folder)
             build = build_portable if self.flavor == "portable" else build_genai
             build(plan.dense, folder, self.precision)
-        done_before(tick) if whole else tick()
+        (tick.before if whole else tick)()
         graph = finish_graph(folder, self._metadata(plan.source))  # a finished one stays as it is
         hashes = {name: sha256_file(folder / name) for name in _built(plan, folder)}
         for name in hashes if not whole else ():
@@ -103,7 +103,7 @@ class Onnx(Exporter[OnnxPlan]):
         tick()
         return Written(hashes=hashes, metrics={"graph": graph})
 
-    def compare(self, plan: OnnxPlan, written: Written, folder: Path, tick: Tick) -> Written:
+    def compare(self, plan: OnnxPlan, written: Written, folder: Path, tick: Meter) -> Written:
         parent = plan.source.manifest
         sparsity = recount(folder, parent, self.flavor, self.precision)
         tick()

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from ...packed import parts
 from ...packed.config import COLUMN_MULTIPLE, PackedConfig, Values, packed_config
 from ...packed.format import DTYPES
 from ...pattern import Pattern, parse_record
-from ...progress import done_before
+from ...progress import Meter
 from ...pruning.config import PruneConfig
 from ...store.checkpoint import CheckpointReader, read_config, same_bits
 from ...store.files import write_json
@@ -34,7 +33,7 @@ from ...store.readback import prove_written
 from ...store.values import VALUES_NAME, read_values
 from ...store.writing import CheckpointWriter, Planned
 from ..frame import usage
-from ..frame.exporter import Exporter, Source, Tick, Words, Written
+from ..frame.exporter import Exporter, Source, Words, Written
 from ..frame.foreign import counted
 from ..frame.greedy import GREEDY_TOKENS, greedy_of
 
@@ -112,10 +111,10 @@ class Packed(Exporter[PackedPlan]):
     def steps(self, plan: PackedPlan) -> int:
         return len(plan.reader.tensors) + len(plan.tensors) + GREEDY_TOKENS
 
-    def write(self, plan: PackedPlan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
+    def write(self, plan: PackedPlan, folder: Path, tick: Meter, pieces: Pieces) -> Written:
         chosen = set(plan.packed)
         with CheckpointWriter(folder, plan.tensors, pieces=pieces) as writer:
-            for info in writer.left(plan.reader, partial(done_before, tick)):
+            for info in writer.left(plan.reader, tick.before):
                 tensor = plan.reader.load(info.name)
                 if info.name in chosen:
                     _write_packed(writer, info.name, tensor, plan)
@@ -129,7 +128,7 @@ class Packed(Exporter[PackedPlan]):
         content = read_config(folder)
         write_json(folder / "config.json", {**content, "quantization_config": plan.config.to_dict()})
 
-    def compare(self, plan: PackedPlan, written: Written, folder: Path, tick: Tick) -> Written:
+    def compare(self, plan: PackedPlan, written: Written, folder: Path, tick: Meter) -> Written:
         hashes = prove_written(folder, written.fingerprints, tick)
         greedy = greedy_of(plan.source.folder, plan.source.manifest, tick)
         return replace(written, hashes=hashes, metrics={"left_dense": plan.left, "greedy": greedy})

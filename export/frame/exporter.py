@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ...errors import ConfigError
+from ...progress import Meter
 from ...pruning.config import PruneConfig
 from ...store.companions import copy_companions
 from ...store.manifest import Manifest, TensorRecord
 from ...store.pieces import Pieces
 from .foreign import plain
 
-Tick = Callable[[], None]
 Plan = TypeVar("Plan")
 
 
@@ -119,7 +119,7 @@ class Exporter(ABC, Generic[Plan]):
         """How many ticks `write` and `compare` will give."""
 
     @abstractmethod
-    def write(self, plan: Plan, folder: Path, tick: Tick, pieces: Pieces) -> Written:
+    def write(self, plan: Plan, folder: Path, tick: Meter, pieces: Pieces) -> Written:
         """Write the weights into the existing `folder`, which holds nothing but what `pieces` has noted of it."""
 
     def companions(self, plan: Plan, weights: Path, folder: Path) -> None:
@@ -127,7 +127,7 @@ class Exporter(ABC, Generic[Plan]):
         copy_companions(weights, folder)
 
     @abstractmethod
-    def compare(self, plan: Plan, written: Written, folder: Path, tick: Tick) -> Written:
+    def compare(self, plan: Plan, written: Written, folder: Path, tick: Meter) -> Written:
         """Read back what is on disk and compare it with what was meant; `written` and what was found besides.
 
         Raises ParityError, VerifyError.

@@ -22,7 +22,7 @@ from ...model.calibrate import embed
 from ...model.decoder import PROOF_DTYPE, Decoder
 from ...model.proof import check_parity
 from ...nearest import unknown
-from ...progress import Meter, Progress, done_before, silent
+from ...progress import Meter, Progress, silent
 from ...store.checkpoint import CheckpointReader
 from ...store.companions import copy_companions
 from ...store.files import require_disk, write_json
@@ -199,7 +199,7 @@ def plan_sliced(reader: CheckpointReader, layout: Layout, head_dim: int) -> dict
 
 def write_sliced(
     reader: CheckpointReader, folder: Path, plan: dict[str, Planned], layout: Layout, transform: Transform,
-    tick: Callable[[], None], pieces: Pieces | None = None,
+    tick: Meter, pieces: Pieces | None = None,
 ) -> None:  # fmt: skip
     """Stream every tensor through `transform` as planned; a tick for each layer's output projection.
 
@@ -210,7 +210,7 @@ def write_sliced(
         missing = set(writer.pending)
         for name in (info.name for info in reader if info.name not in missing):
             if (place := in_layer(name)) is not None and place[1] == output:
-                done_before(tick)
+                tick.before()
         for info in writer.left(reader):
             place = in_layer(info.name)
             tensor = reader.load_finite(info.name)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.exporting.formats.unpacking import load_packed
 from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from crepe_deploy.serve.launcher import ServeOptions, check
 from safetensors.torch import load_file, save_file
@@ -18,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from crepe_deploy.api.inspect import inspect
 from crepe_deploy.api.plan import plan
 from crepe_deploy.api.verify import verify
-from crepe_deploy.errors import CheckpointError, ConfigError, CrepeError
+from crepe_deploy.errors import CheckpointError, ConfigError
 from crepe_deploy.packed.config import PackedConfig, Values, packed_config
 from crepe_deploy.pattern import NM, Unstructured
 from crepe_deploy.pruning.config import prune_config
@@ -27,6 +24,7 @@ from crepe_deploy.store.checkpoint import CheckpointReader, same_bits
 from crepe_deploy.store.manifest import hash_folder, load_manifest, save_manifest
 from crepe_deploy.store.sources import resolve_model
 from crepe_deploy.store.values import VALUES_NAME, read_values
+from tests.export.spoilt import read_spoilt
 from tests.pico import make_pico_llama
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -182,18 +180,7 @@ def test_a_part_that_is_spoilt_or_missing_is_named(tmp_path: Path, part: str, go
 
 def test_random_bytes_never_crash(tmp_path: Path) -> None:
     export_checkpoint(pruned(tmp_path, "2:4", "int4:group=32"), tmp_path / "packed", "packed")
-    whole = (tmp_path / "packed" / "model.safetensors").read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    config = PackedConfig(NM(2, 4), values=Values(4, 32))
-    for _ in range(60):
-        data = bytearray(whole)
-        for position in torch.randint(12_000, (4,), generator=generator).tolist():
-            data[position] = int(torch.randint(256, (1,), generator=generator))
-        shutil.rmtree(tmp_path / "fuzz", ignore_errors=True)
-        (tmp_path / "fuzz").mkdir()
-        (tmp_path / "fuzz" / "model.safetensors").write_bytes(data)
-        with contextlib.suppress(CrepeError):
-            load_packed(CheckpointReader(tmp_path / "fuzz"), NAME, config)
+    read_spoilt(tmp_path / "packed", tmp_path / "fuzz", NAME, PackedConfig(NM(2, 4), values=Values(4, 32)))
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

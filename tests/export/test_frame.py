@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 from crepe_deploy.exporting import registry
-from crepe_deploy.exporting.frame.exporter import Exporter, Source, Tick, Words, Written
+from crepe_deploy.exporting.frame.exporter import Exporter, Source, Words, Written
 from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from crepe_deploy.exporting.registry import EXPORTERS, build, exporter_class
 
 from crepe_deploy.errors import ConfigError, ParityError
+from crepe_deploy.progress import Meter
 from crepe_deploy.pruning.config import PruneConfig, prune_config
 from crepe_deploy.store.checkpoint import CheckpointReader
 from crepe_deploy.store.manifest import verify
@@ -53,7 +54,7 @@ class Negative(Exporter[CheckpointReader]):
     def steps(self, plan: CheckpointReader) -> int:
         return 2 * len(plan.tensors)
 
-    def write(self, plan: CheckpointReader, folder: Path, tick: Tick, pieces: Pieces) -> Written:
+    def write(self, plan: CheckpointReader, folder: Path, tick: Meter, pieces: Pieces) -> Written:
         files = {info.name: Planned(info.file.name, info.dtype, info.shape) for info in plan}
         with CheckpointWriter(folder, files, pieces=pieces) as writer:
             for name in writer.pending:
@@ -61,7 +62,7 @@ class Negative(Exporter[CheckpointReader]):
                 tick()
         return Written(fingerprints=writer.fingerprints)
 
-    def compare(self, plan: CheckpointReader, written: Written, folder: Path, tick: Tick) -> Written:
+    def compare(self, plan: CheckpointReader, written: Written, folder: Path, tick: Meter) -> Written:
         return dataclasses.replace(written, hashes=prove_written(folder, written.fingerprints, tick))
 
     def size(self, plan: CheckpointReader, folder: Path) -> Mapping[str, Any]:
@@ -121,7 +122,7 @@ def test_what_is_on_disk_is_compared_with_what_was_written(tmp_path: Path, monke
     prune_and_export(model, tmp_path / "out", CONFIG, None)
     compare = Negative.compare
 
-    def damaged(self: Negative, plan: CheckpointReader, written: Written, folder: Path, tick: Tick) -> Written:
+    def damaged(self: Negative, plan: CheckpointReader, written: Written, folder: Path, tick: Meter) -> Written:
         info = CheckpointReader(folder).info("model.layers.1.mlp.up_proj.weight")
         with info.file.open("r+b") as file:
             file.seek(info.offset + 5)

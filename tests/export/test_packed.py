@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from crepe_deploy.exporting.formats.unpacking import load_packed
 from crepe_deploy.exporting.pipeline import export_checkpoint, prune_and_export
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +20,7 @@ from crepe_deploy.pruning.prune import prune
 from crepe_deploy.store.checkpoint import CheckpointReader, same_bits
 from crepe_deploy.store.manifest import hash_folder, load_manifest, save_manifest, sha256_file, verify
 from crepe_deploy.store.sources import resolve_model
+from tests.export.spoilt import read_spoilt
 from tests.pico import make_pico_llama
 
 
@@ -212,18 +210,7 @@ def test_a_packed_tensor_gone_altogether_is_missing(tmp_path: Path) -> None:
 
 def test_random_bytes_never_crash(tmp_path: Path) -> None:
     export_checkpoint(pruned(tmp_path), tmp_path / "packed", "packed")
-    whole = (tmp_path / "packed" / "model.safetensors").read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    config = PackedConfig(parse_pattern("2:4"))
-    for _ in range(60):
-        data = bytearray(whole)
-        for position in torch.randint(12_000, (4,), generator=generator).tolist():
-            data[position] = int(torch.randint(256, (1,), generator=generator))
-        shutil.rmtree(tmp_path / "fuzz", ignore_errors=True)
-        (tmp_path / "fuzz").mkdir()
-        (tmp_path / "fuzz" / "model.safetensors").write_bytes(data)
-        with contextlib.suppress(CrepeError):
-            load_packed(CheckpointReader(tmp_path / "fuzz"), NAME, config)
+    read_spoilt(tmp_path / "packed", tmp_path / "fuzz", NAME, PackedConfig(parse_pattern("2:4")))
 
 
 @pytest.mark.parametrize(

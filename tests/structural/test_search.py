@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from crepe_deploy.errors import ConfigError, UnsupportedModel, VerifyError
 from crepe_deploy.model.decoder import Decoder
+from crepe_deploy.progress import Meter, silent
 from crepe_deploy.structural.accumulate import level_shares, mean_weight
 from crepe_deploy.structural.allocate import best, flap_allocation, flap_scores
 from crepe_deploy.structural.build import Builder
@@ -51,7 +52,7 @@ def built(
     units = units_of(decoder)
     start = even(units, plan_budget(units, 0.4))
     store = Store(folder)
-    builder = Builder(decoder, units.geometry, tokens, LocalRules(), lambda _: None, lambda: None)
+    builder = Builder(decoder, units.geometry, tokens, LocalRules(), lambda _: None, Meter(silent, 0))
     builder.build(iteration_levels(units, start, 0), store, accumulation)
     return store, start
 
@@ -106,7 +107,7 @@ def test_hidden_states_as_fitness_are_zero_for_the_dense_model_alone(
     units = units_of(decoder)
     full = Allocation((4,) * LAYERS, (8,) * LAYERS)
     store = Store(tmp_path)
-    Builder(decoder, units.geometry, tokens, LocalRules(), lambda _: None, lambda: None).build(
+    Builder(decoder, units.geometry, tokens, LocalRules(), lambda _: None, Meter(silent, 0)).build(
         iteration_levels(units, full, 0), store, "none"
     )
     judge = FitnessJudge(decoder, units.geometry, dense_reference(decoder, tokens, "hidden", 1), store)
@@ -148,7 +149,7 @@ def test_a_narrowed_block_computes_what_the_masked_one_does_and_comes_back(
     units = units_of(decoder)
     store = Store(tmp_path / "levels")
     start = Allocation((1, 1, 2), (3, 2, 4))
-    Builder(decoder, units.geometry, tokens, LocalRules(), lambda _: None, lambda: None).build(
+    Builder(decoder, units.geometry, tokens, LocalRules(), lambda _: None, Meter(silent, 0)).build(
         iteration_levels(units, start, 0), store, "expectation"
     )
     widths = units.widths(start)
@@ -242,7 +243,7 @@ def test_a_damaged_level_is_named_and_rebuilt_to_the_same(pico: Path, tokens: Te
         Store(tmp_path).neurons(1, 64)
     said: list[str] = []
     units = units_of(decoder)
-    Builder(decoder, units.geometry, tokens, LocalRules(), said.append, lambda: None).build(
+    Builder(decoder, units.geometry, tokens, LocalRules(), said.append, Meter(silent, 0)).build(
         iteration_levels(units, start, 0), Store(tmp_path), "expectation"
     )
     assert len(said) == 1 and str(victim) in said[0]

@@ -15,81 +15,29 @@ from typing import Any
 import pytest
 import yaml
 from crepe_deploy.bench import benchmark
-from crepe_deploy.bench.benchmark import Gating, bench
+from crepe_deploy.bench.benchmark import Gating
 from crepe_deploy.bench.gate.budgets import slowdown_budgets
-from crepe_deploy.bench.gate.verdict import Verdict
 from crepe_deploy.bench.report.write import make_report
 from crepe_deploy.bench.run import noted
 from crepe_deploy.bench.run.measure import noted_by
 from crepe_deploy.bench.run.noted import Noted
-from crepe_deploy.bench.run.result import Interval, Quality, Run, Visit, load_run
-from crepe_deploy.bench.run.scenario import CandidateSpec, Scenario
+from crepe_deploy.bench.run.result import Interval, Quality, load_run
+from crepe_deploy.bench.run.scenario import Scenario
 from crepe_deploy.bench.run.summary import summary_lines
-from crepe_deploy.bench.run.worker import Turn
 
 from crepe_deploy.cli import interrupt_on_signals, run
 from crepe_deploy.errors import ConfigError, CrepeError, DiskFullError, OutputError
 from crepe_deploy.store import journal as journals
 from crepe_deploy.store.journal import Journal, open_journal
 from crepe_deploy.store.work import JOURNAL
-from tests.bench.run.test_measure import Clockwork
+from tests.bench.run.stopping import POINTS, ROUNDS, VISITS, figures, measured, stopped
 from tests.bench.scenes import scenario_of
 from tests.mutations import mutations
-
-POINTS = [{"prompt_tokens": 8, "output_tokens": 4}, {"batch": 2, "prompt_tokens": 8, "output_tokens": 4}]
-ROUNDS = 3
-VISITS = 3 * len(POINTS) * 2  # of a round: dense twice over, and packed
-
-
-class Machine:
-    """Starts clockworks and raises `error` instead of visit number `at`; warm-up visits are not counted."""
-
-    def __init__(self, at: int = -1, error: BaseException | None = None) -> None:
-        self.left, self.error, self.log = at, error or KeyboardInterrupt(), list[tuple[str, Turn]]()
-
-    def __call__(self, spec: CandidateSpec, _scenario: Scenario) -> Clockwork:
-        machine = self
-
-        class Stopping(Clockwork):
-            def visit(self, turn: Turn) -> Visit:
-                if turn.round >= 0:
-                    if not machine.left:
-                        raise machine.error
-                    machine.left -= 1
-                return super().visit(turn)
-
-        return Stopping(spec, self.log, {"dense": 0.2, "dense again": 0.2}.get(spec.name, 0.1))
-
-    @property
-    def turns(self) -> list[tuple[str, int, str]]:
-        return [(name, turn.round, turn.point.name) for name, turn in self.log if turn.round >= 0]
 
 
 @pytest.fixture
 def scenario(pair: tuple[Path, Path]) -> Scenario:
     return scenario_of(pair, aa=True, points=POINTS, rounds=ROUNDS, warmup=1)
-
-
-def measured(
-    scenario: Scenario, out: Path, machine: Machine | None = None, **options: Any
-) -> tuple[Run, Verdict | None, Machine]:
-    machine = machine or Machine()
-    result, verdict = bench(scenario, "c", start=machine, quiet=True, out=out, **options)
-    assert load_run(out) == result
-    return result, verdict, machine
-
-
-def stopped(scenario: Scenario, out: Path, at: int, error: BaseException | None = None, **options: Any) -> Machine:
-    machine = Machine(at, error)
-    with pytest.raises(type(machine.error)):
-        measured(scenario, out, machine, **options)
-    assert not out.exists()
-    return machine
-
-
-def figures(result: Run) -> list[Any]:
-    """All that does not tell when and how often the processes were started."""
-    return [candidate.model_dump(exclude={"load_s"}) for candidate in result.candidates] + [result.noise]
 
 
 def test_it_goes_on_from_every_visit_to_the_same_figures(scenario: Scenario, tmp_path: Path) -> None:
@@ -339,7 +287,8 @@ def test_a_killed_run_goes_on(pair: tuple[Path, Path], scenario: Scenario, tmp_p
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from tests.bench.run.test_resume import POINTS, ROUNDS, VISITS, Machine, bench, scenario_of\n"
+        "from tests.bench.run.stopping import POINTS, ROUNDS, VISITS, Machine, bench\n"
+        "from tests.bench.scenes import scenario_of\n"
         "out, *pair = map(Path, sys.argv[1:])\n"
         "scenario = scenario_of(pair, aa=True, points=POINTS, rounds=ROUNDS, warmup=1)\n"
         "class Killer(Machine):\n"
